@@ -1,0 +1,142 @@
+"""What an operator can ask of a running engine, and what comes back: plain frozen values that cross processes.
+
+Every rank receives the same commands in the same order, between two forward passes, so that all of them take the
+same decisions without talking. Rank 0's reply is the one that reaches the operator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["collecting", "planning", "migrating", "paused", "failed"]
+Action = Literal["skip", "reweight", "migrate"]
+Outcome = Literal["skipped", "dry_run", "committed", "failed"]
+
+
+@dataclass(frozen=True)
+class StartRecording:
+    """Begin a recording for a dump; an earlier one is dropped. Reply: None."""
+
+
+@dataclass(frozen=True)
+class StopRecording:
+    """End the recording; what it holds can still be dumped. Reply: None. PhaseError if none runs."""
+
+
+@dataclass(frozen=True)
+class DumpRecording:
+    """Write what was recorded, reduced over all ranks, to a new file in ``directory``. Reply: :class:`DumpReply`."""
+
+    directory: str
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """Plan from the load window of now and migrate. Reply, once the last layer has committed: RebalanceReport.
+
+    PhaseError while another rebalance runs; ConfigError for an unknown algorithm.
+    """
+
+    algorithm: str | None = None  # None: the one the engine was started with
+    dry_run: bool = False  # plan and report, change nothing
+    max_moves_per_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class GetStatus:
+    """Reply: :class:`StatusReply`."""
+
+
+@dataclass(frozen=True)
+class GetExpertLocation:
+    """Reply: :class:`ExpertLocationReply`."""
+
+
+@dataclass(frozen=True)
+class GetSteps:
+    """The last steps from forward pass ``since`` on. Reply: list[StepRecord], oldest first."""
+
+    since: int = 0
+
+
+Command = StartRecording | StopRecording | DumpRecording | Rebalance | GetStatus | GetExpertLocation | GetSteps
+
+
+@dataclass(frozen=True)
+class DumpReply:
+    path: str  # absolute
+    num_steps: int
+    num_tokens: int  # token-expert assignments of one layer, summed over steps; the largest layer
+
+
+@dataclass(frozen=True)
+class RebalanceReport:
+    """What one rebalance decided and did. Lists over layers are in layer order; None where a layer saw no token."""
+
+    outcome: Outcome
+    action: Action
+    reason: str
+    algorithm: str
+    forward_pass_id: int  # the step after which it was decided
+    window_steps: int
+    balancedness_before: list[float | None]
+    balancedness_after: list[float | None]  # of the same window on the new placement
+    mean_balancedness_before: float | None
+    mean_balancedness_after: float | None
+    slots_changed: list[int]
+    moves: list[int]
+    cross_node_moves: list[int]
+    bytes_sent_per_rank: list[int]  # over the wire, canaries included
+    bytes_received_per_rank: list[int]
+    bytes_sent_per_node: list[int]  # to another node
+    bytes_received_per_node: list[int]  # from another node
+    planning_seconds: float
+    transfer_seconds: float
+    error: str | None = None
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(self.bytes_received_per_rank)
+
+
+@dataclass(frozen=True)
+class StatusReply:
+    phase: Phase
+    enable_eplb: bool
+    recording: bool
+    algorithm: str
+    available_algorithms: list[str]
+    forward_pass_id: int
+    window_steps: int  # steps in the load window of now
+    mean_balancedness: float | None  # of the load window on the present placement
+    balancedness: list[float | None]
+    num_layers: int
+    num_logical_experts: int
+    num_physical_experts: int
+    num_ranks: int
+    num_nodes: int
+    num_rebalances: int  # committed since start
+    layers_pending: int
+    last_report: RebalanceReport | None
+    error: str | None  # why the phase is failed, or the last migration failed
+
+
+@dataclass(frozen=True)
+class ExpertLocationReply:
+    num_ranks: int
+    num_nodes: int
+    slots_per_rank: int
+    num_logical_experts: int
+    physical_to_logical_map: list[list[int]]  # (L, P)
+    dispatch_weights: list[list[float]]  # (L, P)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One forward pass as rank 0 saw it."""
+
+    forward_pass_id: int
+    seconds: float  # forward pass and everything balancing added to it
+    num_tokens: int
+    phase: Phase

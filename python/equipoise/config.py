@@ -1,0 +1,208 @@
+"""Every option once: its default, unit and validation. The command line and the docs are made from these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from equipoise.errors import ConfigError
+
+DispatchAlgorithm = Literal["static", "dynamic"]
+RecorderMode = Literal["stat", "per_pass"]
+Verification = Literal["off", "canary"]
+
+
+def _require(condition: bool, name: str, value: object, must: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {must}, got {value!r}", field=name)
+
+
+@dataclass(frozen=True)
+class EplbConfig:
+    """Balancing of experts over ranks."""
+
+    enable_eplb: bool = False
+    """Rebalance experts on its own every --eplb-rebalance-num-iterations steps. A rebalance over HTTP works without."""
+
+    eplb_algorithm: str = "auto"
+    """Placement algorithm; `auto` lets the load and the topology choose."""
+
+    eplb_rebalance_num_iterations: int = 1000
+    """Forward passes between two rebalances; also how many of them a plan looks back on, at most."""
+
+    eplb_rebalance_layers_per_chunk: int = 1
+    """Layers moved between two forward passes while migrating."""
+
+    eplb_min_rebalancing_utilization_threshold: float = 1.0
+    """Skip a periodic rebalance while mean balancedness over the window is above this, in (0, 1]."""
+
+    eplb_max_moves_per_layer: int | None = None
+    """Hard limit on the slots of a layer that may receive another expert in one rebalance."""
+
+    eplb_verification: Verification = "canary"
+    """`canary`: each expert's id travels with its weights and is checked before a layer commits."""
+
+    eplb_staging_bytes: int | None = None
+    """Most bytes a rank may hold in staging while it receives; None: one rank's slots of the largest layer."""
+
+    eplb_transfer_timeout: float = 60.0
+    """Seconds a layer's transfer may take before it is given up and the old layer serves on."""
+
+    ep_num_redundant_experts: int = 0
+    """Slots per layer beyond one for each logical expert; logical + redundant must divide evenly over the ranks."""
+
+    ep_dispatch_algorithm: DispatchAlgorithm = "dynamic"
+    """Choice among replicas. `static`: the nearest; `dynamic`: spread by dispatch weight."""
+
+    init_expert_location: str = "trivial"
+    """First placement: `trivial`, or a .json/.pt file with `physical_to_logical_map` or `logical_count`."""
+
+    expert_distribution_recorder_mode: RecorderMode = "stat"
+    """What a dump holds. `stat`: logical counts per step; `per_pass`: physical counts per step as well."""
+
+    expert_distribution_recorder_buffer_size: int = 1000
+    """Steps the recorder keeps; older ones are overwritten."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "eplb_rebalance_num_iterations",
+            "eplb_rebalance_layers_per_chunk",
+            "expert_distribution_recorder_buffer_size",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        threshold = self.eplb_min_rebalancing_utilization_threshold
+        _require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
+        _require(
+            self.eplb_transfer_timeout > 0,
+            "eplb_transfer_timeout",
+            self.eplb_transfer_timeout,
+            "above 0 seconds",
+        )
+        redundant = self.ep_num_redundant_experts
+        _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
+        for name in ("eplb_max_moves_per_layer", "eplb_staging_bytes"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= (0 if name == "eplb_max_moves_per_layer" else 1),
+                name,
+                value,
+                "positive",
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The embedded engine: one model over --ep-size worker processes."""
+
+    model_path: str
+    """Directory of a Hugging Face MoE model, or `demo` for the small model that comes with Equipoise."""
+
+    ep_size: int = 1
+    """Ranks over which the experts are spread; one process each."""
+
+    nnodes: int = 1
+    """Nodes the ranks form. On one machine they are simulated: planning and byte counts treat them as real."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto`: the checkpoint's on a GPU, float32 on a CPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: one GPU per rank (NCCL) if there are enough of them, else the CPU (gloo)."""
+
+    max_running_requests: int = 16
+    """Requests decoded together; further ones wait."""
+
+    max_model_len: int = 1024
+    """Most tokens of a request, prompt and answer together."""
+
+    chunked_prefill_size: int = 2048
+    """Most prompt tokens in one forward pass."""
+
+    random_seed: int = 0
+    """Seed of sampled decoding."""
+
+    def __post_init__(self) -> None:
+        for name in ("ep_size", "nnodes", "max_running_requests", "max_model_len", "chunked_prefill_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(
+            self.ep_size % self.nnodes == 0,
+            "nnodes",
+            self.nnodes,
+            f"a divisor of the rank count, ep_size={self.ep_size}",
+        )
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is loopback: nobody outside this machine can reach it."""
+
+    port: int = 30000
+    """TCP port to listen on."""
+
+    api_key: str | None = None
+    """When set, requests need the header `Authorization: Bearer KEY`."""
+
+    admin_api_key: str | None = None
+    """When set, /eplb/* and the record calls need this key instead, in the same header."""
+
+    served_model_name: str | None = None
+    """Name that /v1/completions answers with; the model path if None."""
+
+    dump_dir: str = "."
+    """Directory that /dump_expert_distribution_record writes into."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """`equipoise serve`."""
+
+    engine: EngineConfig
+    eplb: EplbConfig = field(default_factory=EplbConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """`equipoise replay`: recorded load played window by window against one or more algorithms."""
+
+    num_ranks: int = 8
+    """Ranks to place the experts on."""
+
+    num_nodes: int = 1
+    """Nodes the ranks form."""
+
+    num_redundant_experts: int = 0
+    """Slots per layer beyond one for each logical expert."""
+
+    num_groups: int | None = None
+    """Expert groups of group-limited routing, for the algorithms that honour them."""
+
+    window: int = 8
+    """Steps in a load window: a plan sees the windows before, its score comes from the windows after."""
+
+    history: int = 1
+    """Past windows a plan looks back on."""
+
+    rebalance_every: int = 1
+    """Windows between two plans."""
+
+    max_moves_per_layer: int | None = None
+    """Hard limit on slots changed per layer and plan."""
+
+    expert_bytes: int | None = None
+    """Bytes of one expert of one layer, to turn moves into bytes."""
+
+    tokens_per_step: int = 128
+    """For traces of single tokens: consecutive tokens that make one step."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_nodes", "window", "history", "rebalance_every", "tokens_per_step"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        redundant = self.num_redundant_experts
+        _require(redundant >= 0, "num_redundant_experts", redundant, "at least 0")

@@ -1,0 +1,75 @@
+"""Every exception that Equipoise raises on purpose.
+
+::
+
+    EquipoiseError
+    ├── InvalidInputError      what a user handed in cannot be used (also a ValueError; exit code 2, HTTP 400)
+    │   ├── ConfigError        an option or a request field
+    │   ├── PlacementError     an expert map: missing expert, wrong shape, id out of range
+    │   ├── LoadError          a load matrix: NaN, negative, wrong shape
+    │   ├── TraceError         a recorded load file: truncated, unknown format, hostile
+    │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
+    ├── PhaseError             the call is fine, but not now (HTTP 409)
+    └── TransferError          a migration did not happen; the old layer serves on
+        ├── PlanMismatchError  ranks hold different plans; nothing was moved
+        ├── VerificationError  what arrived is not what was sent
+        └── TransferTimeout    a peer did not answer in time
+
+An ``assert`` that fails is our mistake; one of these is news for the person who runs the system.
+"""
+
+
+class EquipoiseError(Exception):
+    """Root of the tree."""
+
+
+class InvalidInputError(EquipoiseError, ValueError):
+    """Something handed in by a user cannot be used.
+
+    ``field`` names it (``"num_ranks"``, ``"logical_count"``), so that a client can point at it; the message names it
+    too, with the value that was found and the one that would do.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(InvalidInputError):
+    """An option or a request field has a value that cannot work."""
+
+
+class PlacementError(InvalidInputError):
+    """A map of experts to slots breaks a rule."""
+
+
+class LoadError(InvalidInputError):
+    """A load matrix has the wrong shape or values that are not counts."""
+
+
+class TraceError(InvalidInputError):
+    """A file of recorded load cannot be read."""
+
+
+class ModelError(InvalidInputError):
+    """A model directory cannot be served."""
+
+
+class PhaseError(EquipoiseError):
+    """The call is valid, but not in the present phase."""
+
+
+class TransferError(EquipoiseError):
+    """A migration failed. No rank committed the layer: its old weights and maps serve on."""
+
+
+class PlanMismatchError(TransferError):
+    """Ranks computed different plans; found before the first byte moved."""
+
+
+class VerificationError(TransferError):
+    """A slot received something other than the expert that the plan names."""
+
+
+class TransferTimeout(TransferError):
+    """A peer did not answer within the timeout."""
