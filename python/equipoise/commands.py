@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["collecting", "planning", "migrating", "paused", "failed"]
+Phase = Literal["collecting", "planning", "migrating", "failed"]
 Action = Literal["skip", "reweight", "migrate"]
 Outcome = Literal["skipped", "dry_run", "committed", "failed"]
 
@@ -40,7 +40,9 @@ class Rebalance:
 
     algorithm: str | None = None  # None: the one the engine was started with
     dry_run: bool = False  # plan and report, change nothing
-    max_moves_per_layer: int | None = None
+    max_moves_per_layer: int | None = None  # None: the engine's
+    window_steps: int | None = None  # plan from the last so many steps; None: --eplb-rebalance-num-iterations
+    force: bool = False  # carry the plan out even if it gains nothing on the window it was made from
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class StatusReply:
     window_steps: int  # steps in the load window of now
     mean_balancedness: float | None  # of the load window on the present placement
     balancedness: list[float | None]
+    rank_load: list[list[float]]  # (L, G) tokens of the load window per rank; empty if nothing was recorded
     num_layers: int
     num_logical_experts: int
     num_physical_experts: int

@@ -82,7 +82,10 @@ def balancedness(load: LoadLike, metadata: ExpertLocationMetadata) -> torch.Tens
     Raises:
         LoadError: the load has another shape than the placement, or holds NaN or negative counts.
     """
-    return torch.from_numpy(balancedness_of_rank_load(rank_load(load, metadata)))
+    array = as_load_array(load)
+    # Scaled first: sums of counts near the largest float would overflow, and the ratio does not care.
+    scaled = array / np.maximum(array.max(-1, keepdims=True), 1.0)
+    return torch.from_numpy(balancedness_of_rank_load(rank_load(scaled, metadata)))
 
 
 def peak_to_average(load: LoadLike, metadata: ExpertLocationMetadata) -> torch.Tensor:

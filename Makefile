@@ -1,0 +1,43 @@
+# Every target sets itself up: it needs Python >= 3.11, git and make, and builds .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# One thread per process: ranks share the cores, and results do not depend on how many there are.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test check format soak clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(READY)  ## the virtual environment, with everything pinned
+
+demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it while it answers
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)  ## all tests (needs no GPU)
+	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: $(READY)  ## the long versions of the randomised tests
+	$(BIN)/pytest -m soak $(PYTEST_ARGS)
+
+clean:  ## remove the virtual environment and everything that was made
+	rm -rf $(VENV) out build .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,213 @@
+"""Who sends which expert to whom, for one step of one layer: integer kernels compiled by numba.
+
+Words: a **job** is one expert that one rank needs and does not hold. A rank of a node where the expert already lies is
+served from inside that node; of a node that lacks it, exactly one rank (the **relay**) is served from another node and
+passes the expert on to the others there. So an expert crosses to a node once.
+
+Sources start from chunks: the destinations of an expert, in rank order, split over its holders in contiguous chunks
+whose sizes differ by at most one. Then senders are balanced over all experts of the layer, by moving jobs along
+alternating paths from a busiest sender to one with at least two jobs fewer until no such path is left: for jobs of
+equal size that is the least possible load of the busiest sender (optimal semi-matchings, Harvey, Ladner, Lovász and
+Tamir, 2003), given the relays. Relays are chosen first, largest fan-out first, each the least loaded rank that
+needs the expert.
+
+Everything is integer arithmetic in a fixed order, so any machine computes the same result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# Columns of the job table.
+EXPERT, SOURCE_RANK, DESTINATION_RANK, RELAYED = 0, 1, 2, 3
+
+
+@njit(cache=True)
+def first_slots(row: np.ndarray, num_experts: int, num_ranks: int, slots_per_rank: int) -> np.ndarray:
+    """(E, G) int32: the first slot of each rank that holds each expert, -1 where none does."""
+    first = np.full((num_experts, num_ranks), -1, np.int32)
+    for slot in range(row.size - 1, -1, -1):
+        first[row[slot], slot // slots_per_rank] = slot
+    return first
+
+
+@njit(cache=True)
+def chunk_of(index: int, num_elements: int, num_chunks: int) -> int:
+    """The chunk that holds element ``index`` when elements are split contiguously, larger chunks first."""
+    size, num_larger = divmod(num_elements, num_chunks)
+    in_larger = num_larger * (size + 1)
+    if index < in_larger:
+        return index // (size + 1)
+    return num_larger + (index - in_larger) // size
+
+
+@njit(cache=True)
+def _holder_lists(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks that hold each expert, ascending, in one array with the start of each expert's part."""
+    num_experts, num_ranks = held.shape
+    start = np.zeros(num_experts + 1, np.int32)
+    for expert in range(num_experts):
+        count = 0
+        for rank in range(num_ranks):
+            count += held[expert, rank] >= 0
+        start[expert + 1] = start[expert] + count
+    ranks = np.empty(start[num_experts], np.int32)
+    at = 0
+    for expert in range(num_experts):
+        for rank in range(num_ranks):
+            if held[expert, rank] >= 0:
+                ranks[at] = rank
+                at += 1
+    return start, ranks
+
+
+@njit(cache=True)
+def assign_sources(
+    held: np.ndarray, wanted: np.ndarray, ranks_per_node: int
+) -> np.ndarray:
+    """The jobs of a step with their sources.
+
+    Args:
+        held: (E, G) int32 from :func:`first_slots` of the map before; every wanted expert is held somewhere.
+        wanted: the same of the map after.
+        ranks_per_node: ranks of a node.
+
+    Returns:
+        (jobs, 4) int32 with columns expert, source rank, destination rank, relayed (1: the source received the expert
+        in this same step), in ascending order of (expert, destination rank).
+    """
+    num_experts, num_ranks = held.shape
+    holder_start, holders = _holder_lists(held)
+    num_jobs = 0
+    for expert in range(num_experts):
+        for rank in range(num_ranks):
+            num_jobs += wanted[expert, rank] >= 0 and held[expert, rank] < 0
+    jobs = np.zeros((num_jobs, 4), np.int32)
+    choice = np.zeros((num_jobs, 2), np.int32)  # holders[begin:end] may serve the job
+    bundle = np.full(num_jobs, -1, np.int32)  # ranks of the node that wait for this expert, at the first of them
+    at = 0
+    for expert in range(num_experts):
+        begin, end = holder_start[expert], holder_start[expert + 1]
+        first_of_expert, num_cross = at, 0
+        for node_begin in range(0, num_ranks, ranks_per_node):
+            inside = begin
+            while inside < end and holders[inside] < node_begin:
+                inside += 1
+            inside_end = inside
+            while inside_end < end and holders[inside_end] < node_begin + ranks_per_node:
+                inside_end += 1
+            first_of_node = at
+            for rank in range(node_begin, node_begin + ranks_per_node):
+                if wanted[expert, rank] >= 0 and held[expert, rank] < 0:
+                    jobs[at, EXPERT] = expert
+                    jobs[at, DESTINATION_RANK] = rank
+                    at += 1
+            num_needy = at - first_of_node
+            if num_needy and inside_end > inside:
+                for i in range(num_needy):
+                    choice[first_of_node + i, 0] = inside
+                    choice[first_of_node + i, 1] = inside_end
+                    source = holders[inside + chunk_of(i, num_needy, inside_end - inside)]
+                    jobs[first_of_node + i, SOURCE_RANK] = source
+            elif num_needy:
+                bundle[first_of_node] = num_needy
+                num_cross += 1
+        nth_cross = 0
+        for job in range(first_of_expert, at):
+            if bundle[job] > 0:
+                choice[job, 0], choice[job, 1] = begin, end
+                jobs[job, SOURCE_RANK] = holders[begin + chunk_of(nth_cross, num_cross, end - begin)]
+                nth_cross += 1
+    load = np.zeros(num_ranks, np.int32)
+    for job in range(num_jobs):
+        if choice[job, 1] - choice[job, 0] == 1:  # no choice: known before the relays are picked
+            load[holders[choice[job, 0]]] += 1
+    _choose_relays(jobs, choice, bundle, load)
+    _balance_senders(jobs, choice, holders, load)
+    return jobs
+
+
+@njit(cache=True)
+def _choose_relays(jobs: np.ndarray, choice: np.ndarray, bundle: np.ndarray, load: np.ndarray) -> None:
+    """Gives the cross-node job of each bundle to one of its ranks and makes that rank the source of the others."""
+    largest = 1
+    for job in range(bundle.size):
+        largest = max(largest, bundle[job])
+    for size in range(largest, 1, -1):
+        for first in range(bundle.size):
+            if bundle[first] != size:
+                continue
+            relay = first
+            for job in range(first, first + size):
+                if load[jobs[job, DESTINATION_RANK]] < load[jobs[relay, DESTINATION_RANK]]:
+                    relay = job
+            relay_rank = jobs[relay, DESTINATION_RANK]
+            source = jobs[first, SOURCE_RANK]
+            begin, end = choice[first, 0], choice[first, 1]
+            for job in range(first, first + size):
+                jobs[job, SOURCE_RANK] = relay_rank
+                jobs[job, RELAYED] = 1
+                choice[job, 0] = choice[job, 1] = 0
+            jobs[relay, SOURCE_RANK] = source
+            jobs[relay, RELAYED] = 0
+            choice[relay, 0], choice[relay, 1] = begin, end
+            load[relay_rank] += size - 1
+
+
+@njit(cache=True)
+def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, load: np.ndarray) -> None:
+    """Moves jobs that have a choice of holders until the busiest sender cannot be relieved."""
+    num_jobs, num_ranks = jobs.shape[0], load.size
+    head = np.full(num_ranks, -1, np.int32)  # jobs with a choice, listed by their present source
+    after = np.full(num_jobs, -1, np.int32)
+    for job in range(num_jobs - 1, -1, -1):
+        if choice[job, 1] - choice[job, 0] > 1:
+            source = jobs[job, SOURCE_RANK]
+            load[source] += 1
+            after[job] = head[source]
+            head[source] = job
+    queue = np.empty(num_ranks, np.int32)
+    reached_by = np.empty(num_ranks, np.int32)  # the job whose move brings one more to this rank
+    while True:
+        top = load.max()
+        reached_by[:] = -2
+        queued = 0
+        for rank in range(num_ranks):
+            if load[rank] == top:
+                queue[queued] = rank
+                reached_by[rank] = -1
+                queued += 1
+        target, taken = -1, 0
+        while taken < queued and target < 0:
+            job = head[queue[taken]]
+            taken += 1
+            while job >= 0 and target < 0:
+                for at in range(choice[job, 0], choice[job, 1]):
+                    rank = holders[at]
+                    if reached_by[rank] == -2:
+                        reached_by[rank] = job
+                        queue[queued] = rank
+                        queued += 1
+                        if load[rank] <= top - 2:
+                            target = rank
+                            break
+                job = after[job]
+        if target < 0:
+            return
+        load[target] += 1
+        while reached_by[target] >= 0:
+            job = reached_by[target]
+            source = jobs[job, SOURCE_RANK]
+            if head[source] == job:
+                head[source] = after[job]
+            else:
+                before = head[source]
+                while after[before] != job:
+                    before = after[before]
+                after[before] = after[job]
+            after[job] = head[target]
+            head[target] = job
+            jobs[job, SOURCE_RANK] = target
+            target = source
+        load[target] -= 1

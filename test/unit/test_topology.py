@@ -1,0 +1,45 @@
+import pytest
+from equipoise import EpTopology
+from equipoise.errors import ConfigError
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_the_worked_number() -> None:
+    topology = EpTopology.for_experts(256, 32, num_ranks=32, num_nodes=4)
+    assert (topology.num_slots, topology.slots_per_rank, topology.ranks_per_node, topology.slots_per_node) == (
+        288,
+        9,
+        8,
+        72,
+    )
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+def test_slots_ranks_and_nodes_agree(nodes: int, ranks_per_node: int, slots: int) -> None:
+    topology = EpTopology(nodes * ranks_per_node, nodes, slots)
+    seen = []
+    for node in range(nodes):
+        for rank in topology.ranks_of_node(node):
+            assert topology.node_of_rank(rank) == node
+            for local, slot in enumerate(topology.slots_of_rank(rank)):
+                assert (topology.rank_of_slot(slot), topology.local_slot(slot)) == (rank, local)
+                assert topology.node_of_slot(slot) == node
+                seen.append(slot)
+    assert seen == list(range(topology.num_slots))
+
+
+@pytest.mark.parametrize(
+    ("args", "field"),
+    [((0, 1, 1), "num_ranks"), ((4, 3, 1), "num_nodes"), ((4, 2, -1), "slots_per_rank"), ((True, 1, 1), "num_ranks")],
+)
+def test_bad_numbers_are_named(args: tuple[int, int, int], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EpTopology(*args)
+    assert caught.value.field == field
+    assert field in str(caught.value)
+
+
+def test_slots_that_do_not_divide_name_the_nearest_count_that_does() -> None:
+    with pytest.raises(ConfigError, match=r"60 logical \+ 5 redundant = 65 slots on num_ranks=8.*redundant_experts=12"):
+        EpTopology.for_experts(60, 5, num_ranks=8)
