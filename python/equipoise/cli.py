@@ -58,7 +58,10 @@ class Serve:
 class Replay:
     """Play recorded load window by window and compare placement algorithms on it."""
 
-    traces: tyro.conf.Positional[tuple[Path, ...]]
+    traces: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="TRACE [TRACE ...]", help_behavior_hint="(at least one)"),
+    ]
     """Recorded load: Equipoise's or SGLang's dumps, or .npz token traces."""
 
     replay: ReplayConfig

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import equipoise
 import pytest
+
+import equipoise
 
 PACKAGE = Path(equipoise.__file__).parent
 

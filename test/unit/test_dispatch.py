@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from equipoise import EpTopology, ExpertLocationMetadata
-from equipoise.dispatch import ExpertDispatcher, nearest_replicas, weyl_uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.dispatch import ExpertDispatcher, nearest_replicas, weyl_uniform
 
 TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
 

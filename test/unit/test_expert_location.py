@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from equipoise import EpTopology, ExpertLocationMetadata
-from equipoise.errors import PlacementError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.errors import PlacementError
 
 TOPOLOGY = EpTopology(4, 2, 3)  # 12 slots
 

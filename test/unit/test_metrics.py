@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from equipoise import EpTopology, ExpertLocationMetadata, balancedness
 from equipoise.errors import LoadError
 from equipoise.metrics import mean_balancedness, peak_to_average, rank_load

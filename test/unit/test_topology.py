@@ -1,8 +1,9 @@
 import pytest
-from equipoise import EpTopology
-from equipoise.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from equipoise import EpTopology
+from equipoise.errors import ConfigError
 
 
 def test_the_worked_number() -> None:

@@ -1,0 +1,9 @@
+"""Placement algorithms: one solver per file, one registry, one conformance suite that all of them pass.
+
+A new algorithm is a function from :class:`~equipoise.algorithms.problem.PlacementProblem` to
+:class:`~equipoise.algorithms.problem.Placement` and a line in ``registry.py``.
+"""
+
+from equipoise.algorithms.registry import DEFAULT_MOVE_PRICE, available_algorithms, rebalance_experts
+
+__all__ = ["DEFAULT_MOVE_PRICE", "available_algorithms", "rebalance_experts"]

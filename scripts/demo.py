@@ -1,0 +1,207 @@
+"""The first five minutes of Equipoise: one small MoE on four ranks, its load shifts, it is rebalanced as it answers.
+
+Everything is real: `equipoise serve` with four worker processes, streaming HTTP clients, a rebalance over HTTP, and at
+the end every greedy answer compared with the plain transformers model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.progress import track
+
+import equipoise.demo_model
+from demo_server import Server, Traffic
+from demo_view import layer_table, scene, step_table
+
+WINDOW_STEPS = 80  # the load window of every picture and plan: a few seconds of traffic
+NUM_CLIENTS = 8
+MAX_NEW_TOKENS = 24
+
+
+class Demo:
+    """The story, act by act."""
+
+    def __init__(self, server: Server, console: Console, act_seconds: float) -> None:
+        self.console = console
+        prompts = json.loads((equipoise.demo_model.path() / "prompts.json").read_text())
+        self.traffic = Traffic(server.url, prompts, clients=NUM_CLIENTS, max_new_tokens=MAX_NEW_TOKENS)
+        self._http = httpx.AsyncClient(base_url=server.url, timeout=120.0)
+        self._act_seconds = act_seconds
+        self._live: Live | None = None
+
+    async def play(self) -> dict[str, Any]:
+        """Runs all acts; returns what the last screen needs."""
+        with Live(console=self.console, refresh_per_second=4, transient=False) as self._live:
+            await self._post("/start_expert_distribution_record")
+            self.traffic.start("prose")
+            await self._act(
+                "1  Prose",
+                "Four ranks hold the experts in plain order, and clients ask for prose. The topic's favourite experts "
+                "share ranks: those ranks are hot, the others wait for them.",
+            )
+            await self._post("/eplb/rebalance")
+            await self._act(
+                "2  Rebalanced for prose",
+                "POST /eplb/rebalance: hot experts got replicas, and experts that are hot together were set apart.",
+            )
+            self.traffic.start("code")
+            before = await self._act(
+                "3  The topic shifts to code",
+                "Other experts are hot now, and the placement no longer fits: imbalance rises.",
+            )
+            shifted_at = before["forward_pass_id"]
+            preview = await self._post("/eplb/rebalance", dry_run=True)
+            await self._act(
+                "4  Preview",
+                "A dry run says what a rebalance would do, and changes nothing: balancedness "
+                f"{preview['mean_balancedness_before']:.3f} -> {preview['mean_balancedness_after']:.3f} for "
+                f"{sum(preview['slots_changed'])} changed slots.",
+                seconds=2,
+            )
+            report = await self._post("/eplb/rebalance")
+            after = await self._act(
+                "5  Rebalanced for code, while requests stream",
+                f"{sum(report['slots_changed'])} slots changed, {report['bytes_moved'] / 1e6:.2f} MB crossed a wire, "
+                "no request waited or failed. The load is even again.",
+            )
+            await self.traffic.stop()
+        await self._post("/stop_expert_distribution_record")
+        dump = await self._post("/dump_expert_distribution_record")
+        steps = (await self._http.get("/eplb/steps", params={"since": 0})).raise_for_status().json()
+        return {
+            "before": before,
+            "after": after,
+            "report": report,
+            "dump": dump["path"],
+            "steps": _by_act(steps, shifted_at - WINDOW_STEPS, report["forward_pass_id"]),
+        }
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _act(self, title: str, words: str, seconds: float | None = None) -> dict[str, Any]:
+        """Shows the scene until its time is up and the window holds nothing older; returns the last status."""
+        assert self._live is not None
+        started, first_step = time.monotonic(), None
+        while True:
+            status = await self._get("/eplb/status")
+            first_step = status["forward_pass_id"] if first_step is None else first_step
+            self._live.update(scene(title, words, status, self.traffic.last_text, len(self.traffic.answers)))
+            waited = time.monotonic() - started
+            fresh = status["forward_pass_id"] - first_step >= WINDOW_STEPS
+            if waited >= (seconds or self._act_seconds) and (fresh or seconds is not None):
+                break
+            await asyncio.sleep(0.4)
+        if not self.console.is_terminal:  # a log keeps every act, not the last picture alone
+            self.console.print(scene(title, words, status, self.traffic.last_text, len(self.traffic.answers)))
+        return status
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        return (await self._http.get(path)).raise_for_status().json()
+
+    async def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        response = await self._http.post(path, json=body or None)
+        if response.is_error:
+            raise SystemExit(f"{path} answered {response.status_code}: {response.text}")
+        return response.json()
+
+
+def _by_act(steps: list[dict[str, Any]], begin: int, end: int) -> dict[str, list[float]]:
+    """Step times before, during and after the rebalance that ended at step ``end``."""
+    busy = [s["forward_pass_id"] for s in steps if s["phase"] != "collecting" and begin <= s["forward_pass_id"] <= end]
+    first_busy = min(busy, default=end)
+    acts: dict[str, list[float]] = {"before": [], "during": [], "after": []}
+    for step in steps:
+        number = step["forward_pass_id"]
+        if number < begin:
+            continue
+        act = "before" if number < first_busy else "during" if number <= end else "after"
+        if act != "before" or step["phase"] == "collecting":
+            acts[act].append(step["seconds"])
+    return acts
+
+
+def check_answers(answers: list[tuple[str, tuple[int, ...]]], console: Console) -> bool:
+    """Compares every answer with the plain model's; prints the verdict."""
+    from demo_reference import Reference  # brings torch and transformers, which nothing before this needs
+
+    reference = Reference(equipoise.demo_model.path())
+    expected = {
+        prompt: reference.answer(prompt, MAX_NEW_TOKENS)
+        for prompt in track(
+            sorted({p for p, _ in answers}), "plain transformers answers the same prompts", console=console
+        )
+    }
+    wrong = [(prompt, tokens) for prompt, tokens in answers if tokens != expected[prompt]]
+    for prompt, tokens in wrong[:3]:
+        console.print(
+            f"DIFFERS after {prompt!r}:\n  served {tokens}\n  plain  {expected[prompt]}", style="red", markup=False
+        )
+    console.print(
+        f"[bold]{len(answers) - len(wrong)} of {len(answers)} greedy answers equal the plain transformers model's[/] "
+        f"({len(expected)} different prompts, {MAX_NEW_TOKENS} tokens each, before, during and after the moves)"
+    )
+    return not wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--act-seconds", type=float, default=5.0, help="least time of an act (default: 5)")
+    parser.add_argument("--keep-running", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for dump and replay (default: out/demo)"
+    )
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    console = Console()
+    options = ["--model-path", "demo", "--ep-size", "4", "--nnodes", "2", "--ep-num-redundant-experts", "8"]
+    options += f"--eplb-rebalance-num-iterations {WINDOW_STEPS} --dump-dir {arguments.out}".split()
+    server = Server(options, on_line=lambda line: console.print(f"  {line}", style="dim", markup=False))
+    console.print(f"[bold]$ {' '.join(server.command)}[/]", soft_wrap=True)
+    with server:
+        demo = Demo(server, console, arguments.act_seconds)
+
+        async def play() -> dict[str, Any]:
+            try:
+                return await demo.play()
+            finally:
+                await demo.close()
+
+        result = asyncio.run(play())
+        console.print(layer_table(result["before"], result["after"], result["report"]))
+        console.print(step_table(result["steps"]))
+        right = check_answers(demo.traffic.answers, console)
+        replay = ["equipoise", "replay", result["dump"], "--num-ranks", "4", "--num-nodes", "2"]
+        replay += ["--num-redundant-experts", "8", "--window", "40", "--json", str(arguments.out / "replay.json")]
+        for algorithm in ("deepseek", "auto"):
+            replay += ["--algorithm", algorithm]
+        console.print("\n[bold]What other algorithms would have done with this very run:[/]")
+        console.print(f"[bold]$ {' '.join(replay)}[/]", soft_wrap=True)
+        subprocess.run([str(Path(sys.executable).parent / replay[0]), *replay[1:]], check=True)
+        console.print(
+            f"\nTook {time.monotonic() - started:.0f} s. Next: README.md, 'Serve your own model'; the examples/ folder."
+        )
+        if arguments.keep_running:
+            console.print(f"The server stays up on {server.url} (try {server.url}/eplb/status); Ctrl-C ends it.")
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                console.print("stopped")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
