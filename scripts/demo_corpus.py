@@ -1,7 +1,7 @@
 """The demo model's text: four topics from files that Debian and Python machines already have.
 
 A **topic** is code, prose, data or german; a **source** is a set of files of one topic with one reader; a **piece** is
-about 8 KiB of one file, cut at a line end. One piece in 16, chosen by a checksum of its name, is **held out**: training
+about 8 KiB of one file, cut at a line end. One piece in 16 of each source, in seeded order, is **held out**: training
 never sees it, and loss, skew and prompts come from it. File lists are sorted and shuffles seeded by name, so one
 machine builds the same text every time; another machine has other files, and so another digest.
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 import gettext
 import gzip
 import hashlib
+import itertools
 import random
 import re
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
     try:
-        yield "", raw.decode("utf-8")
+        yield "", raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:
         return  # a few old test files are not UTF-8: skipping is honest, replacement characters are not text
 
@@ -96,7 +96,17 @@ def read_pod(path: Path) -> Iterator[tuple[str, str]]:
         yield name, re.sub(r"^=\w+ ?", "", text, flags=re.M)
 
 
-ROFF_CHARS = {":a": "ä", ":o": "ö", ":u": "ü", ":A": "Ä", ":O": "Ö", ":U": "Ü", "ss": "ß", "lq": '"', "rq": '"'}
+ROFF_CHARS = {
+    ":a": "ä",
+    ":o": "ö",
+    ":u": "ü",
+    ":A": "Ä",
+    ":O": "Ö",
+    ":U": "Ü",
+    "ss": "ß",
+    "lq": '"',
+    "rq": '"',
+}
 ROFF_CHARS |= {"aq": "'", "cq": "'", "oq": "'", "dq": '"', "em": "-", "en": "-", "bu": "*", "co": "(c)"}
 
 
@@ -140,20 +150,22 @@ SOURCES = (
     Source("code", "Python standard library", STDLIB, ("**/*.py",), read_text, PSF, 4_000_000,
            r"site-packages|/?tests?/|pydoc_data|encodings/|lib2to3/pgen|__pycache__|config-", True),
     Source("prose", "Python help topics", STDLIB, ("pydoc_data/topics.py",), read_topics, PSF, prompts=True),
-    Source("prose", "common licences", "/usr/share/common-licenses", ("*",), read_text, "verbatim copies permitted"),
+    Source("prose", "common licences", "/usr/share/common-licenses", ("*",), read_text,
+           "verbatim copies permitted"),
     Source("prose", "Perl pods", "/usr/share/perl", ("**/*.pod",), read_pod, "Artistic or GPL-1+", 800_000),
     Source("prose", "Vim user manual", "/usr/share/vim", ("vim*/doc/usr_*.txt",), read_text, "OPL-1.0+"),
     Source("prose", "manual pages", "/usr/share/man", ("man[157]/*.gz",), read_man, "per package", 1_500_000,
            r"gcloud|man1/aws"),
     Source("data", "time zone tables", "/usr/share/zoneinfo", ("*.tab", "*.zi"), read_text, TZ, prompts=True),
-    Source("data", "ISO code lists", "/usr/share/iso-codes/json", ("iso_*.json",), read_text, "LGPL-2.1+", 900_000),
+    Source("data", "ISO code lists", "/usr/share/iso-codes/json", ("iso_*.json",), read_text, "LGPL-2.1+", 900_000,
+           prompts=True),
     Source("data", "number test tables", STDLIB, ("test/**/*.decTest", "test/*testcases.txt"), read_text,
            "distributed with CPython", 900_000, prompts=True),
     Source("data", "MIME database", "/usr/share/mime/packages", ("*.xml",), read_text, "GPL-2+", 300_000),
     Source("data", "locale definitions", "/usr/share/i18n/locales", ("*_*",), read_text, "LGPL-2.1+", 700_000,
            "iso14651|translit"),
     Source("data", "JSON, TOML and XML tests", STDLIB, ("test/**/*.json", "test/**/*.toml", "test/**/*.xml"),
-           read_text, PSF, 300_000, prompts=True),
+           read_text, PSF, 300_000),
     Source("german", "manual pages", "/usr/share/man/de", ("man*/*.gz",), read_man, "per package", 2_000_000),
     Source("german", "messages", "/usr/share/locale/de/LC_MESSAGES", ("*.mo",), read_messages, "per package",
            2_500_000, "iso_"),
@@ -204,13 +216,68 @@ def build_corpus(seed: int, sources: tuple[Source, ...] = SOURCES) -> Corpus:
         pieces = gather(source, seed)
         if not pieces:
             corpus.missing.append(f"{source.topic}: no {source.name} under {source.root}")
-        for piece in pieces:
-            held = zlib.crc32(piece.name.encode()) % HELD_OUT_ONE_IN == 0
+        for number, piece in enumerate(pieces):
+            held = number % HELD_OUT_ONE_IN == 0
             (corpus.held_out if held else corpus.train)[source.topic].append(piece)
     for topic in TOPICS:
         size = corpus.num_bytes(corpus.train, topic)
         if size < MIN_TOPIC_BYTES or not corpus.held_out[topic]:
             wanted = ", ".join(source.root for source in sources if source.topic == topic)
             raise CorpusError(f"topic {topic} has {size} bytes of text, needs {MIN_TOPIC_BYTES}; looked in {wanted}")
-        random.Random(f"{seed}/{topic}").shuffle(corpus.train[topic])
+        for split in (corpus.train, corpus.held_out):
+            random.Random(f"{seed}/{topic}").shuffle(split[topic])
     return corpus
+
+
+PROMPTS_PER_TOPIC = 12
+PROMPTS_PER_PIECE = 4
+PROMPT_BYTES = (60, 200)
+PROMPT_STARTS = {  # where a prompt may begin, so that it reads as a beginning
+    "code": r"^(?:    )?(?:def|class|async def) \w+",
+    "prose": r"(?<=\n\n)[A-Z][a-z]+,? [\"a-z][^:=]{50}",
+    "data": r"^[^\n]{16}",
+}
+GERMAN_PROMPTS = (  # written for this model: the German sources' licences differ from package to package
+    "Gibt eine kurze Zusammenfassung der Optionen aus und beendet das Programm. Wenn keine Datei angegeben",
+    "Die Datei konnte nicht geöffnet werden. Bitte prüfen Sie, ob Sie die notwendigen Rechte",
+    "BEZEICHNUNG\n\nsortiere - ordnet die Zeilen einer Textdatei\n\nBESCHREIBUNG\n\nDieses Programm liest",
+    "Mit dieser Option wird das Verzeichnis nicht angelegt, falls es bereits vorhanden ist. Die Voreinstellung",
+    "Der Befehl wird so lange wiederholt, bis der Benutzer ihn abbricht. Zwischen zwei Aufrufen wartet er",
+    "Warnung: Die Verbindung zum Server wurde unterbrochen. Der Vorgang wird in wenigen Sekunden",
+    "Standardmäßig werden alle Meldungen auf die Standardausgabe geschrieben; mit einem Argument kann",
+    "Diese Funktion ist veraltet und wird in einer der nächsten Versionen entfernt. Verwenden Sie stattdessen",
+    "Der Name des Benutzers darf höchstens zwölf Zeichen lang sein und muss mit einem Buchstaben",
+    "Wenn die Umgebungsvariable gesetzt ist, wird ihr Wert als Name der Konfigurationsdatei",
+    "Das Passwort ist abgelaufen. Bevor Sie sich wieder anmelden können, müssen Sie",
+    "Ein Paket kann von anderen Paketen abhängen. In diesem Fall werden zuerst die",
+)
+
+
+def pick_prompts(corpus: Corpus, seed: int) -> dict[str, list[str]]:
+    """PROMPTS_PER_TOPIC held-out beginnings per topic, each PROMPT_BYTES long in UTF-8.
+
+    Only sources marked `prompts` are quoted.
+    """
+    prompts = {topic: [] for topic in TOPICS} | {"german": list(GERMAN_PROMPTS)}
+    for topic, start in PROMPT_STARTS.items():
+        draw = random.Random(f"{seed}/{topic}/prompts")
+        by_piece: list[list[str]] = []
+        pieces = [piece for piece in corpus.held_out[topic] if piece.source.prompts]
+        for piece in sorted(pieces, key=lambda piece: piece.source.name):
+            places = list(re.finditer(start, piece.text, re.M))
+            places = draw.sample(places, min(PROMPTS_PER_PIECE, len(places)))
+            quotes = [shorten(piece.text[at.start() :], draw.randint(100, PROMPT_BYTES[1])) for at in places]
+            by_piece.append([quote for quote in quotes if len(quote.encode()) >= PROMPT_BYTES[0]])
+        draw.shuffle(by_piece)
+        turns = itertools.zip_longest(*by_piece)  # one quote of every piece before the second of any
+        prompts[topic] = [prompt for turn in turns for prompt in turn if prompt][:PROMPTS_PER_TOPIC]
+        if len(prompts[topic]) < PROMPTS_PER_TOPIC:
+            raise CorpusError(f"topic {topic} yields {len(prompts[topic])} prompts, needs {PROMPTS_PER_TOPIC}")
+    return prompts
+
+
+def shorten(text: str, limit: int) -> str:
+    """The longest beginning of at most `limit` bytes that ends before a white space, without trailing space."""
+    cut_at = len(text.encode()[:limit].decode("utf-8", "ignore"))
+    head = text[: cut_at + 1]
+    return (head[: max(head.rfind(" "), head.rfind("\n"))] if len(text) > cut_at else text).rstrip()

@@ -20,16 +20,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a thread that spins starves others on a shared core
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported: merges are counted by one thread
 
 import numpy as np
 import torch
-from demo_corpus import TOPICS, Corpus, CorpusError, build_corpus, pick_prompts
-from demo_report import LIMIT_MIB, folder_mib, measure, model_card
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from demo_corpus import TOPICS, Corpus, CorpusError, build_corpus, pick_prompts
+from demo_report import LIMIT_MIB, folder_mib, measure, model_card
 
 END = "<|end|>"  # separates documents; also the end-of-text token
 STATE = "training_state.pt"
@@ -46,19 +55,19 @@ class Recipe:
     vocab_size: int = 2048
     windows_per_topic: int = 4  # a step trains on this many windows of every topic
     window: int = 256  # tokens
-    learning_rate: float = 4e-3
+    muon_rate: float = 2e-2  # learning rates, at their peak
+    adam_rate: float = 8e-3
+    router_rate: float = 1.6e-2
     warmup_steps: int = 60
-    weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("steps", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a straight line to zero at the last step."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        return self.learning_rate * warm * (1 - step / self.steps)
+    def share_at(self, step: int) -> float:
+        """Share of the peak learning rate: linear warm-up, then a straight line to zero at the last step."""
+        return min(1.0, (step + 1) / self.warmup_steps) * (1 - step / self.steps)
 
 
 class UsageError(Exception):
@@ -80,7 +89,11 @@ def train_tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerFast:
     sample = [piece.text for topic in TOPICS for piece in corpus.train[topic][:100]]
     bpe.train_from_iterator(sample, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False, model_max_length=1024
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
     )
 
 
@@ -123,6 +136,52 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeFor
     return Qwen3MoeForCausalLM(config)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: here it needs half of AdamW's steps. Takes matrices or stacks of them.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. torch.optim.Muon takes 2-D weights
+    only, and the experts' are (experts, out, in).
+    """
+
+    def __init__(self, params, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                rows, columns = weight.shape[-2:]
+                update = self._orthogonal(update.mT).mT if rows > columns else self._orthogonal(update)
+                weight.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    @staticmethod
+    def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+        """Five Newton-Schulz steps towards the nearest orthogonal matrix; singular values land in about 0.7-1.2."""
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+        return x
+
+
+def new_optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for attention and experts; AdamW for embeddings, router and norms. `peak` is a group's highest rate."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"hidden": [], "embedding": [], "router": [], "norm": []}
+    for name, weight in model.named_parameters():
+        hidden = "router" if ".gate." in name else "embedding" if "embed" in name else "hidden"
+        kinds["norm" if weight.ndim == 1 else hidden].append(weight)
+    peaks = {"embedding": recipe.adam_rate, "router": recipe.router_rate, "norm": recipe.adam_rate}
+    groups = [{"params": kinds[kind], "peak": peak, "lr": 0.0} for kind, peak in peaks.items()]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+    return [Muon([{"params": kinds["hidden"], "peak": recipe.muon_rate}]), adam]
+
+
 def batch(streams: dict[str, torch.Tensor], recipe: Recipe, step: int) -> torch.Tensor:
     """The token ids of one step, int64, (len(TOPICS) * windows_per_topic, window); depends only on (seed, step)."""
     draw = np.random.default_rng((recipe.seed, step))
@@ -134,15 +193,17 @@ def batch(streams: dict[str, torch.Tensor], recipe: Recipe, step: int) -> torch.
     return torch.stack(rows)
 
 
-def save_state(path: Path, step: int, model, optimizer, identity: dict) -> None:
+def save_state(path: Path, step: int, model, optimizers, identity: dict) -> None:
     """Write beside and rename, so that an interruption leaves the old state or the new one, never half of one."""
     beside = path.with_suffix(".tmp")
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
+    state = {"step": step, "identity": identity, "model": model.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     torch.save(state, beside)
     os.replace(beside, path)
 
 
-def load_state(path: Path, model, optimizer, identity: dict) -> int:
+def load_state(path: Path, model, optimizers, identity: dict) -> int:
+    """Restores model and optimizers in place and returns the next step. Raises UsageError if another run left it."""
     if not path.exists():
         raise UsageError(f"--resume: there is no {STATE} in {path.parent}; start without --resume")
     state = torch.load(path, weights_only=True)
@@ -150,13 +211,19 @@ def load_state(path: Path, model, optimizer, identity: dict) -> int:
         if state["identity"][key] != value:
             raise UsageError(f"--resume: {key} was {state['identity'][key]} when the run began and is now {value}")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"]
 
 
-def train(model, optimizer, streams, recipe: Recipe, first: int, stop: int, save: Callable[[int], None], say) -> None:
+def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, save: Callable[[int], None], say) -> None:
     """Steps first..stop-1. Saves every 100 steps and when interrupted, then lets the interruption through."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
     columns += (TextColumn("{task.fields[rate]:.0f} tok/s"), TimeElapsedColumn(), TimeRemainingColumn())
     model.train()
     step, began, loss_now = first, time.monotonic(), float("nan")
@@ -165,13 +232,14 @@ def train(model, optimizer, streams, recipe: Recipe, first: int, stop: int, save
         try:
             for step in range(first, stop):
                 ids = batch(streams, recipe, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr_at(step)
                 loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak"] * recipe.share_at(step)
+                    optimizer.step()
+                    optimizer.zero_grad()
                 loss_now = 0.95 * loss_now + 0.05 * loss.item() if loss_now == loss_now else loss.item()
                 rate = (step + 1 - first) * ids.numel() / (time.monotonic() - began)
                 progress.update(bar, completed=step + 1, loss=loss_now, rate=rate)
@@ -198,17 +266,16 @@ def run(recipe: Recipe, output: Path, resume: bool, stop_after: int | None, say:
     tokenizer = train_tokenizer(corpus, recipe)
     streams = encode(tokenizer, corpus)
     model = new_model(recipe, tokenizer)
-    say.print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters; ready in {time.monotonic() - began:.0f} s")
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), foreach=True)
+    say.print(
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters; ready in {time.monotonic() - began:.0f} s"
+    )
+    optimizers = new_optimizers(model, recipe)
 
     identity = {**dataclasses.asdict(recipe), "text digest": corpus.digest(), "torch": torch.__version__}
-    first = load_state(output / STATE, model, optimizer, identity) if resume else 0
+    first = load_state(output / STATE, model, optimizers, identity) if resume else 0
     stop = min(recipe.steps, stop_after or recipe.steps)
-    train(model, optimizer, streams, recipe, first, stop,
-          lambda step: save_state(output / STATE, step, model, optimizer, identity), say)  # fmt: skip
+    train(model, optimizers, streams, recipe, first, stop,
+          lambda step: save_state(output / STATE, step, model, optimizers, identity), say)  # fmt: skip
     if stop < recipe.steps:
         say.print(f"stopped after step {stop} of {recipe.steps}; go on with --resume")
         return
@@ -227,11 +294,14 @@ def run(recipe: Recipe, output: Path, resume: bool, stop_after: int | None, say:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # type: ignore[union-attr]  # fmt: skip
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=defaults)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=recipe.steps, help="training steps; part of what is reproduced")
     parser.add_argument("--seed", type=int, default=recipe.seed, help="seed of text order, weights and batches")
-    parser.add_argument("--threads", type=int, default=recipe.threads, help="CPU threads; another number rounds otherwise")
+    parser.add_argument(
+        "--threads", type=int, default=recipe.threads, help="CPU threads; another number rounds otherwise"
+    )
     parser.add_argument("--resume", action="store_true", help=f"go on from {STATE} in --output")
     parser.add_argument("--stop-after", type=int, help="stop, resumably, after this step of --steps")
     return parser.parse_args(argv)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def parse(arguments: Sequence[str]) -> Subcommand:
     try:
         with contextlib.redirect_stderr(said):
             command: Subcommand = tyro.cli(
-                _Command,  # type: ignore[arg-type]
+                _Command,
                 prog="equipoise",
                 description=_DESCRIPTION,
                 args=list(arguments),
@@ -164,13 +163,16 @@ def _naming_the_flag(error: InvalidInputError) -> InvalidInputError:
 
 
 def _first_section(box: str) -> str:
-    """The words in a box up to its first rule, in one line; options listed one per line are joined by a comma."""
-    lines: list[str] = []
+    """The words of a box up to its first rule, in one line.
+
+    Where the terminal has no box characters, the title stands above a rule of its own.
+    """
+    sections: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = re.sub(r"^[│|]|[│|]$", "", line.strip()).strip()
-        if text.startswith(("╭", "╰")) or not text:
-            continue
-        if set(text) <= {"─", "-"}:
-            break
-        lines.append(text)
-    return " ".join(lines).rstrip(".") or "the arguments cannot be read"
+        text = line.strip().strip("│").strip()
+        if text and set(text) <= {"─", "-"}:
+            sections.append([])
+        elif text and not text.startswith(("╭", "╰")):
+            sections[-1].append(text)
+    body = sections[0] if "╭" in box or len(sections) == 1 else sections[1]
+    return " ".join(body).rstrip(".") or "the arguments cannot be read"

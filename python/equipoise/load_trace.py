@@ -1,8 +1,8 @@
 """LoadTrace: recorded expert load, with a file format of its own that also opens the neighbours' files.
 
 The file is an .npz (a zip of plain arrays: numpy.load reads it) whose member ``header`` is JSON as UTF-8 bytes:
-``{"format": "equipoise.load_trace", "version": 1, "metadata": {...}}``. The other members are the array fields below,
-in the smallest signed integers that hold them. Nothing in it is ever unpickled.
+``{"format": "equipoise.load_trace", "version": 1, "arrays": [...], "metadata": {...}}``. The other members are the
+array fields below that ``arrays`` lists, in the smallest signed integers that hold them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -128,19 +128,20 @@ class LoadTrace:
         """Writes the trace, whole or not at all.
 
         Raises:
-            TraceError: the file cannot be written, or the metadata is not JSON.
+            OSError: the file cannot be written.
+            TraceError: the metadata is not JSON.
         """
         arrays = {
             name: _narrowed(array)
             for name in ("logical_count", "forward_pass_ids", "physical_count", "physical_to_logical_map")
             if (array := getattr(self, name)) is not None
         }
-        header = {"format": FORMAT, "version": VERSION, "metadata": self.metadata}
+        header = {"format": FORMAT, "version": VERSION, "arrays": sorted(arrays), "metadata": self.metadata}
         try:
             with write_whole(path) as file:
                 write_archive(file, header, arrays)
-        except (OSError, TypeError, ValueError) as error:
-            raise TraceError(f"trace {Path(path)}: cannot be written: {error}", field="trace") from error
+        except (TypeError, ValueError) as error:
+            raise TraceError(f"trace {Path(path)}: metadata is not JSON: {error}", field="metadata") from error
 
 
 def _read(path: Path, tokens_per_step: int, num_logical_experts: int | None) -> RawTrace:
@@ -191,7 +192,9 @@ def _read_own(archive: zipfile.ZipFile) -> RawTrace:
     metadata = header.get("metadata")
     if not isinstance(metadata, dict):
         raise TraceError("metadata must be a JSON object")
-    names = array_names(archive)
+    names = array_names(archive) - {"header"}
+    if header.get("arrays") != sorted(names):  # a member whose name was damaged would be missed silently
+        raise TraceError(f"its header lists the arrays {header.get('arrays')}, it holds {sorted(names)}")
     return RawTrace(
         read_array(archive, "logical_count"),
         read_array(archive, "forward_pass_ids"),

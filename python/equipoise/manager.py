@@ -15,12 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from equipoise.algorithms import available_algorithms
+from equipoise.algorithms import available_algorithms, check_algorithm
 from equipoise.commands import (
     Command,
     DumpRecording,
@@ -47,9 +48,9 @@ from equipoise.manager_replies import (
     write_dump,
 )
 from equipoise.metrics import rank_load
-from equipoise.planning import MAX_WINDOWS, PlannedRebalance, plan_rebalance, require_known_algorithm
+from equipoise.planning import MAX_WINDOWS, PlannedRebalance, plan_rebalance
 from equipoise.recorder import ExpertDistributionRecorder
-from equipoise.transfer_plan import TransferPlan, plan_transfer
+from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep, plan_transfer
 from equipoise.updater import ExpertLocationUpdater
 
 _IDLE_WAIT_SECONDS = 0.005
@@ -104,7 +105,7 @@ class EplbManager:
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        require_known_algorithm(config.eplb_algorithm, field="eplb_algorithm")
+        check_algorithm(config.eplb_algorithm, field="eplb_algorithm")
         self.config = config
         self.metadata = metadata
         self.phase: Phase = "collecting"
@@ -138,7 +139,7 @@ class EplbManager:
         self._planned: PlannedRebalance | None = None
         self._target: ExpertLocationMetadata | None = None
         self._transfer: TransferPlan | None = None
-        self._pending: list[int] = []
+        self._pending: list[LayerTransferPlan] = []
         self._tally = TransferTally()
 
     # During a forward pass ------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class EplbManager:
         if self._request is not None or self.phase != "collecting":
             raise PhaseError(f"a rebalance is under way (phase {self.phase}, {len(self._pending)} layers to go)")
         if request.algorithm is not None:
-            require_known_algorithm(request.algorithm, field="algorithm")
+            check_algorithm(request.algorithm, field="algorithm")
         for name in ("max_moves_per_layer", "window_steps"):
             value, least = getattr(request, name), int(name == "window_steps")
             if value is not None and value < least:
@@ -335,7 +336,8 @@ class EplbManager:
         if transfer is None:
             self._finish(planned)
             return
-        self._planned, self._target, self._transfer, self._pending = planned, target, transfer, moving
+        self._planned, self._target, self._transfer = planned, target, transfer
+        self._pending = list(transfer.layers)
         self._tally = TransferTally()
         self.phase = "migrating"
         try:
@@ -345,23 +347,27 @@ class EplbManager:
 
     def _migrate_chunk(self) -> None:
         """Moves the next layers; each commits on all ranks or on none."""
-        assert self._transfer is not None
-        assert self._target is not None
         count = self.config.eplb_rebalance_layers_per_chunk
         chunk, self._pending = self._pending[:count], self._pending[count:]
         start = self._clock()
         for layer in chunk:
             try:
-                report = self._updater.migrate_layer(self._transfer.layers[layer])
+                report = self._updater.migrate_layer(layer, on_commit=partial(self._commit_step, layer.layer_id))
             except TransferError as error:
                 self._tally.add_seconds(self._clock() - start)
                 self._finish(self._planned, error=f"{type(error).__name__}: {error}")
                 return
             self._tally.add(report)
-            self._commit_maps(self._target, [layer])
         self._tally.add_seconds(self._clock() - start)
         if not self._pending:
             self._finish(self._planned)
+
+    def _commit_step(self, layer_id: int, step: TransferStep) -> None:
+        """The weights of a layer have just changed on all ranks: its maps follow before anything else runs."""
+        assert self._target is not None
+        row = self._target.physical_to_logical_map[layer_id]
+        assert np.array_equal(step.new_map, row.numpy()), "plans of several steps need maps of their own"
+        self._commit_maps(self._target, [layer_id])
 
     def _commit_maps(self, target: ExpertLocationMetadata, layers: list[int]) -> None:
         self.metadata.update_layers_(target, layers)
@@ -392,7 +398,7 @@ class EplbManager:
         self._steps_since_rebalance = 0
         self._request = self._ticket = self._planned = self._target = self._transfer = None
         self._pending, self._tally = [], TransferTally()
-        self.phase = "collecting"
+        self.phase = "failed" if self._updater.broken else "collecting"
 
     def _new_recorder(self, *, keep_physical: bool) -> ExpertDistributionRecorder:
         return ExpertDistributionRecorder(

@@ -18,7 +18,7 @@ from equipoise.load_trace import LoadTrace
 from equipoise.metrics import balancedness, mean_balancedness
 from equipoise.planning import PlannedRebalance, as_optional_floats
 from equipoise.recorder import LoadSnapshot
-from equipoise.updater import LayerTransferReport
+from equipoise.transfer_report import LayerTransferReport
 
 
 @dataclass
@@ -34,8 +34,8 @@ class TransferTally:
     def add(self, report: LayerTransferReport) -> None:
         self.bytes_sent += report.bytes_sent
         self.bytes_received += report.bytes_received
-        self.cross_node_bytes_sent += report.cross_node_bytes_sent
-        self.cross_node_bytes_received += report.cross_node_bytes_received
+        self.cross_node_bytes_sent += report.bytes_sent_to_other_nodes
+        self.cross_node_bytes_received += report.bytes_received_from_other_nodes
 
     def add_seconds(self, seconds: float) -> None:
         self.seconds += seconds

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.algorithms import available_algorithms, rebalance_experts
+from equipoise.algorithms import rebalance_experts
 from equipoise.commands import Rebalance
 from equipoise.config import EplbConfig
-from equipoise.errors import ConfigError, InvalidInputError
+from equipoise.errors import InvalidInputError
 from equipoise.expert_location import ExpertLocationMetadata, PlacementDiff
 from equipoise.metrics import balancedness, mean_balancedness
 from equipoise.trigger import Decision, decide_to_move, decide_to_plan
@@ -122,13 +122,6 @@ def plan_rebalance(
         diff=diff,
         seconds=seconds,
     )
-
-
-def require_known_algorithm(name: str, *, field: str) -> None:
-    """Raises ConfigError, with the names that would do, unless ``name`` can plan."""
-    known = ["auto", *available_algorithms()]
-    if name not in known:
-        raise ConfigError(f"{field} must be one of {', '.join(known)}, got {name!r}", field=field)
 
 
 def as_optional_floats(values: np.ndarray) -> list[float | None]:

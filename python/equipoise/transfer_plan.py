@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -228,9 +228,8 @@ def plan_transfer(
     if before.shape != after.shape:
         raise PlacementError(f"old has shape {before.shape}, new has {after.shape}", field="new")
     if num_logical_experts is None:
-        source = old if isinstance(old, ExpertLocationMetadata) else new
-        known = isinstance(source, ExpertLocationMetadata)
-        num_logical_experts = source.num_logical_experts if known else int(before.max()) + 1
+        known = [each.num_logical_experts for each in (old, new) if isinstance(each, ExpertLocationMetadata)]
+        num_logical_experts = known[0] if known else int(before.max()) + 1
     _require_complete(before, "old", num_logical_experts)
     _require_complete(after, "new", num_logical_experts)
     changed = np.flatnonzero((before != after).any(1))
@@ -293,7 +292,9 @@ def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
     if num_experts < 1:
         raise ConfigError(f"num_logical_experts must be at least 1, got {num_experts}", field="num_logical_experts")
     if array.size and (array.min() < 0 or array.max() >= num_experts):
-        raise PlacementError(f"{name} holds ids in [{array.min()}, {array.max()}], outside [0, {num_experts})", field=name)
+        raise PlacementError(
+            f"{name} holds ids in [{array.min()}, {array.max()}], outside [0, {num_experts})", field=name
+        )
     present = np.zeros((array.shape[0], num_experts), dtype=bool)
     np.put_along_axis(present, array, True, axis=1)
     if not present.all():
@@ -307,8 +308,3 @@ def _read_only(values: npt.ArrayLike, columns: int | None = None) -> np.ndarray:
         array = array.reshape(-1, columns)
     array.setflags(write=False)
     return array
-
-
-def total_rounds(layers: Sequence[LayerTransferPlan]) -> int:
-    """Rounds of several layers, one after the other."""
-    return sum(layer.num_rounds for layer in layers)

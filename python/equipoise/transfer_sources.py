@@ -63,9 +63,7 @@ def _holder_lists(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True)
-def assign_sources(
-    held: np.ndarray, wanted: np.ndarray, ranks_per_node: int
-) -> np.ndarray:
+def assign_sources(held: np.ndarray, wanted: np.ndarray, ranks_per_node: int) -> np.ndarray:
     """The jobs of a step with their sources.
 
     Args:

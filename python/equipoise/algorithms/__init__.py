@@ -4,6 +4,11 @@ A new algorithm is a function from :class:`~equipoise.algorithms.problem.Placeme
 :class:`~equipoise.algorithms.problem.Placement` and a line in ``registry.py``.
 """
 
-from equipoise.algorithms.registry import DEFAULT_MOVE_PRICE, available_algorithms, rebalance_experts
+from equipoise.algorithms.registry import (
+    DEFAULT_MOVE_PRICE,
+    available_algorithms,
+    check_algorithm,
+    rebalance_experts,
+)
 
-__all__ = ["DEFAULT_MOVE_PRICE", "available_algorithms", "rebalance_experts"]
+__all__ = ["DEFAULT_MOVE_PRICE", "available_algorithms", "check_algorithm", "rebalance_experts"]

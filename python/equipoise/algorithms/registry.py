@@ -33,6 +33,16 @@ def available_algorithms() -> list[str]:
     return sorted(_SOLVERS)
 
 
+def check_algorithm(name: str, *, field: str = "algorithm") -> None:
+    """
+    Raises:
+        ConfigError: ``name`` is neither ``auto`` nor one of :func:`available_algorithms`; the message lists them.
+    """
+    if name != "auto" and name not in _SOLVERS:
+        known = ", ".join(["auto", *available_algorithms()])
+        raise ConfigError(f"{field} must be one of {known}, got {name!r}", field=field)
+
+
 def rebalance_experts(
     load: LoadLike,
     topology: EpTopology,
@@ -90,9 +100,7 @@ def rebalance_experts(
 def _solver(algorithm: str, problem: PlacementProblem) -> Solver:
     if algorithm == "auto":
         return _SOLVERS["deepseek_hierarchical" if problem.grouped else "deepseek"]
-    if algorithm not in _SOLVERS:
-        known = ", ".join(["auto", *available_algorithms()])
-        raise ConfigError(f"algorithm must be one of {known}, got {algorithm!r}", field="algorithm")
+    check_algorithm(algorithm)
     return _SOLVERS[algorithm]
 
 

@@ -109,7 +109,7 @@ def save_expert_location(metadata: ExpertLocationMetadata, path: str | os.PathLi
     """Writes a placement as our own JSON, whole or not at all.
 
     Raises:
-        PlacementError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     content = {
         "format": FORMAT,
@@ -119,11 +119,8 @@ def save_expert_location(metadata: ExpertLocationMetadata, path: str | os.PathLi
         "physical_to_logical_map": metadata.physical_to_logical_map.tolist(),
         "dispatch_weights": metadata.dispatch_weights.tolist(),
     }
-    try:
-        with write_whole(path) as file:
-            file.write(json.dumps(content).encode())
-    except OSError as error:
-        raise PlacementError(f"placement {path}: cannot be written: {error}", field="path") from error
+    with write_whole(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def load_expert_location(path: str | os.PathLike[str]) -> ExpertLocationMetadata:

@@ -28,9 +28,14 @@ def load_torch_file(path: Path) -> Any:
     Raises:
         TraceError: too large, damaged, or asks for something other than tensors and plain values.
     """
-    open_archive(path).close()  # checks the unpacked size, which torch.load does not
     try:
+        with open_archive(path) as archive:  # checks the unpacked size, which torch.load does not
+            damaged = archive.testzip()  # nor does it compare checksums
+        if damaged is not None:
+            raise TraceError(f"the archive is damaged: member {damaged!r} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except TraceError:
+        raise
     except Exception as error:  # a hostile pickle can raise anything
         reason = "it holds objects other than tensors and plain values" if "nsupported" in str(error) else "damaged"
         raise TraceError(f"torch.load refuses the file: {reason} ({type(error).__name__})") from None

@@ -36,10 +36,10 @@ def run_replay(
     """
     _check_arguments(traces, algorithms, json_path)
     recorded = open_traces(traces, config.tokens_per_step)
-    windows = cut_windows(recorded, config.window)
     topology = EpTopology.for_experts(
         recorded[0].num_logical_experts, config.num_redundant_experts, config.num_ranks, config.num_nodes
     )
+    windows = cut_windows(recorded, config.window)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         num_scored = len(windows) - 1
         task = progress.add_task("oracle", total=num_scored * (1 + len(algorithms)))

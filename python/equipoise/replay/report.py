@@ -72,9 +72,10 @@ def legend(result: ReplayResult) -> str:
     windows, topology = result.windows, result.topology
     _, num_layers, num_experts = windows.load.shape
     lines = [
-        f"{num_layers} layers of {num_experts} experts in {topology.num_slots} slots on {topology.num_ranks} ranks "
-        f"({topology.num_nodes} nodes); {len(windows)} windows of {windows.steps_per_window} steps, "
-        f"{len(windows) - 1} scored, {len(result.plans)} plans from at most {result.history} past windows.",
+        f"{_count(num_layers, 'layer')} of {_count(num_experts, 'expert')} in {topology.num_slots} slots on "
+        f"{_count(topology.num_ranks, 'rank')} in {_count(topology.num_nodes, 'node')}; {len(windows)} windows of "
+        f"{_count(windows.steps_per_window, 'step')}, {len(windows) - 1} scored; "
+        f"{_count(len(result.plans), 'plan')}, each from {_count(result.history, 'past window')} at most.",
         "balancedness: mean rank load / max rank load, mean over windows and layers with tokens; worst: of the worst "
         "window; PAR: the inverse, averaged likewise.",
         "slots changed, moves (the new expert was not on that rank), cross-node moves: sums over plans and layers.",
@@ -83,9 +84,9 @@ def legend(result: ReplayResult) -> str:
         "from that very window.",
     ]
     if windows.steps_left_out:
-        lines.append(f"{windows.steps_left_out} steps behind the last full windows were left out.")
+        lines.append(f"{_count(windows.steps_left_out, 'step')} behind the last full windows left out.")
     if windows.empty_windows:
-        lines.append(f"{windows.empty_windows} windows without a token were skipped.")
+        lines.append(f"{_count(windows.empty_windows, 'window')} without a token skipped.")
     return "\n".join(lines)
 
 
@@ -138,6 +139,10 @@ def human_bytes(count: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _result(result: ReplayResult) -> dict[str, Any]:

@@ -72,4 +72,6 @@ def cut_windows(traces: Sequence[LoadTrace], steps_per_window: int) -> Windows:
             f"window={steps_per_window} steps gives {len(load)} from traces of {steps} steps",
             field="window",
         )
-    return Windows(np.stack(load), tuple(trace_index), tuple(first_step), steps_per_window, left_out, empty)
+    stacked = np.stack(load)
+    stacked.flags.writeable = False  # a policy gets views of it
+    return Windows(stacked, tuple(trace_index), tuple(first_step), steps_per_window, left_out, empty)

@@ -1,0 +1,69 @@
+"""Host the core in your own engine: everything an engine must do for Equipoise, on 4 gloo ranks of one machine.
+
+    python examples/host_the_core.py
+
+The "engine" below has one weight matrix per expert and random, skewed routing in place of a router. What matters is
+the four calls: the adapter, route(), end_forward_pass() and tick().
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.commands import Rebalance
+from equipoise.communicator import TorchCommunicator
+from equipoise.config import EplbConfig
+from equipoise.manager import EplbManager
+
+LAYERS, EXPERTS, REDUNDANT, HIDDEN = 4, 16, 4, 32
+
+
+class MyEngine:
+    """An EngineAdapter: it shows the manager its live expert weights."""
+
+    def __init__(self, rank: int, topology: EpTopology, placement: ExpertLocationMetadata) -> None:
+        experts = [torch.Generator().manual_seed(expert) for expert in range(EXPERTS)]
+        every = torch.stack([torch.randn(HIDDEN, HIDDEN, generator=generator) for generator in experts])
+        mine = placement.physical_to_logical_map[:, list(topology.slots_of_rank(rank))]
+        self.weights = [[every[row].clone()] for row in mine]  # per layer: tensors of shape (slots_per_rank, ...)
+
+    def expert_weights(self) -> list[list[torch.Tensor]]:
+        return self.weights
+
+
+def run(rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    topology = EpTopology.for_experts(EXPERTS, REDUNDANT, world_size, num_nodes=2)
+    # max_replicas: room for any placement, so that the maps never need another allocation
+    placement = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, topology, max_replicas=REDUNDANT + 1)
+    engine = MyEngine(rank, topology, placement)
+    config = EplbConfig(ep_num_redundant_experts=REDUNDANT)
+    manager = EplbManager(config, engine, placement, TorchCommunicator(dist.group.WORLD))
+
+    ticket, popularity = None, torch.arange(EXPERTS, 0, -1).float() ** 2
+    for step in range(200):
+        for layer in range(LAYERS):
+            topk_ids = torch.multinomial(popularity.expand(64, -1), 2)  # your router's choice: (tokens, k)
+            slots = manager.route(layer, topk_ids)  # where these tokens go; counted on the way
+            assert torch.equal(placement.physical_to_logical_map[layer][slots], topk_ids)
+        manager.end_forward_pass(counted=True, num_tokens=64)
+        if step == 20:
+            ticket = manager.submit(Rebalance())  # an operator's wish; the same on every rank
+        manager.tick()  # plans and moves a little, between two steps
+        if ticket is not None and ticket.done:
+            break
+    if rank == 0:
+        assert ticket is not None
+        report = ticket.reply
+        print(f"step {step}: {report.outcome}: {report.reason}")
+        print(f"{report.bytes_moved:,} bytes moved; received per rank: {report.bytes_received_per_rank}")
+    manager.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", OMP_NUM_THREADS="1")
+    mp.spawn(run, args=(4,), nprocs=4)

@@ -1,0 +1,126 @@
+"""Rank 0's side of the engine: takes requests and commands, makes the plans, samples, tells the clients."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+from equipoise.commands import Command, GetSteps, Phase, StepRecord
+from equipoise.config import EngineConfig
+from equipoise.engine.blueprint import ModelBlueprint
+from equipoise.engine.layout import StepBatch
+from equipoise.engine.messages import Abort, Control, FromEngine, Ready, Reply, Stop, Submit, ToEngine, Tokens
+from equipoise.engine.model_files import load_tokenizer
+from equipoise.engine.plan_channel import StepPlan
+from equipoise.engine.requests import TokenEvent
+from equipoise.engine.sampler import Sampler
+from equipoise.engine.scheduler import Scheduler
+from equipoise.manager import Ticket
+
+_STEPS_KEPT = 10_000
+
+
+class Frontend:
+    """Between the launcher's pipe and the ranks."""
+
+    def __init__(
+        self, config: EngineConfig, blueprint: ModelBlueprint, pipe: Connection, weight_bytes: tuple[int, ...]
+    ) -> None:
+        tokenizer = load_tokenizer(blueprint.directory)
+        self._pipe = pipe
+        self._scheduler = Scheduler(
+            num_rows=config.max_running_requests,
+            max_model_len=blueprint.max_model_len,
+            step_tokens=config.chunked_prefill_size,
+            eos_token_ids=blueprint.eos_token_ids,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        self._seed = config.random_seed
+        self._num_requests = 0
+        self._samplers: dict[str, Sampler] = {}
+        self._commands: list[Control] = []
+        self._called: list[int] = []  # call ids of the commands of the last plan
+        self._open: list[tuple[int, Ticket]] = []
+        self._steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
+        self._step_began = 0.0
+        self._stop = False
+        self._send(Ready(blueprint.max_model_len, blueprint.vocab_size, blueprint.eos_token_ids, weight_bytes))
+
+    def next_plan(self, *, idle: bool) -> StepPlan:
+        """The next turn of all ranks. ``idle``: without requests and commands there is nothing to do: sleep."""
+        while True:
+            nothing_to_do = not (self._scheduler.has_work or self._commands or self._stop)
+            if self._pipe.poll(None if nothing_to_do and idle else 0):
+                self._take(self._receive())
+                continue
+            break
+        self._step_began = time.perf_counter()
+        commands, self._commands = self._commands, []
+        self._called = [control.call_id for control in commands]
+        batch = None if self._stop else self._scheduler.next_batch()
+        return StepPlan(batch, tuple(control.command for control in commands), self._stop)
+
+    def settle(self, tickets: Sequence[Ticket]) -> None:
+        """Answers the commands whose work is done; ``tickets`` are those of the last plan's commands."""
+        self._open += zip(self._called, tickets, strict=True)
+        for call_id, ticket in self._open:
+            if ticket.done:
+                self._send(Reply(call_id, ticket.reply))
+        self._open = [(call_id, ticket) for call_id, ticket in self._open if not ticket.done]
+
+    def complete(self, batch: StepBatch, logits: torch.Tensor, forward_pass_id: int, phase: Phase) -> None:
+        """Draws the next tokens from (num sampled, V) logits, tells the clients, and notes the step."""
+        requests = self._scheduler.sampled_requests(batch)
+        greedy = logits.argmax(dim=-1).tolist()
+        tokens = []
+        for request, row, likeliest in zip(requests, logits, greedy, strict=True):
+            sampler = self._samplers[request.rid]
+            tokens.append(likeliest if sampler.is_greedy else sampler.draw(row))
+        self._tell(self._scheduler.complete(batch, tokens))
+        seconds = time.perf_counter() - self._step_began
+        self._steps.append(StepRecord(forward_pass_id, seconds, batch.num_tokens, phase))
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            request = message.request
+            self._samplers[request.rid] = Sampler(request.sampling, self._seed + self._num_requests)
+            self._num_requests += 1
+            self._scheduler.add(request)
+        elif isinstance(message, Abort):
+            self._tell(self._scheduler.abort(message.rid))
+        elif isinstance(message, Control):
+            self._take_command(message)
+        elif isinstance(message, Stop):
+            self._stop = True
+
+    def _take_command(self, control: Control) -> None:
+        command: Command = control.command
+        if isinstance(command, GetSteps):
+            steps = [step for step in self._steps if step.forward_pass_id >= command.since]
+            self._send(Reply(control.call_id, steps))
+        else:
+            self._commands.append(control)
+
+    def _tell(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is not None:
+                self._samplers.pop(event.rid, None)
+        if events:
+            self._send(Tokens(events))
+
+    def _receive(self) -> ToEngine:
+        try:
+            message: ToEngine = self._pipe.recv()
+        except (EOFError, OSError):
+            return Stop()  # the launcher is gone
+        return message
+
+    def _send(self, message: FromEngine) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            self._stop = True  # the launcher is gone

@@ -1,0 +1,89 @@
+"""What crosses the pipe between the launcher and rank 0, and between the supervisor and the launcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from equipoise.commands import Command
+from equipoise.engine.requests import GenerateRequest, TokenEvent
+from equipoise.errors import EquipoiseError
+
+
+class EngineDeadError(EquipoiseError):
+    """The engine has ended, or one of its workers died: nothing is answered any more."""
+
+
+# Launcher to rank 0 -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Submit:
+    request: GenerateRequest
+
+
+@dataclass(frozen=True)
+class Abort:
+    rid: str
+
+
+@dataclass(frozen=True)
+class Control:
+    call_id: int
+    command: Command
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Finish: every rank leaves its loop and exits."""
+
+
+ToEngine = Submit | Abort | Control | Stop
+
+
+# Rank 0 to launcher -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All ranks can serve."""
+
+    max_model_len: int  # tokens: the smaller of the option and what the model was made for
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: tuple[int, ...]  # bytes of weights each rank read
+
+
+@dataclass(frozen=True)
+class Tokens:
+    events: list[TokenEvent]
+
+
+@dataclass(frozen=True)
+class Reply:
+    call_id: int
+    value: object  # an EquipoiseError if the command failed
+
+
+# Supervisor to launcher ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    pids: tuple[int, ...]  # by rank
+
+
+@dataclass(frozen=True)
+class Died:
+    """A rank ended when it should not have, or could not start. All others were ended too."""
+
+    rank: int | None  # None: before the ranks were forked
+    reason: str  # one line
+    error: EquipoiseError | None = None  # what the rank raised, if it was one of ours
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Every rank left as it was told to."""
+
+
+FromEngine = Ready | Tokens | Reply | Started | Died | Ended

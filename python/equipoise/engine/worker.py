@@ -1,0 +1,160 @@
+"""One rank: sets itself up, then steps in lockstep with the others until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from equipoise.communicator import TorchCommunicator
+from equipoise.config import ServeConfig
+from equipoise.engine.blueprint import ModelBlueprint
+from equipoise.engine.experts import EpContext, shares
+from equipoise.engine.frontend import Frontend
+from equipoise.engine.layout import Segment, StepBatch
+from equipoise.engine.plan_channel import PlanChannel, StepPlan
+from equipoise.engine.runner import ModelRunner
+from equipoise.errors import EquipoiseError, ModelError
+from equipoise.manager import EplbManager
+
+_FOREVER = timedelta(days=365)  # idle ranks wait in a broadcast; a dead peer ends it at once, not a timeout
+_LOOPBACK = {"Linux": "lo", "Darwin": "lo0"}
+
+
+class RankWorker:
+    """A rank of the engine.
+
+    Args:
+        rendezvous: a directory that is empty at first, shared by the ranks.
+        requests: rank 0's pipe to the launcher; None on the other ranks.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        blueprint: ModelBlueprint,
+        rank: int,
+        rendezvous: Path,
+        requests: Connection | None,
+    ) -> None:
+        num_ranks = config.engine.ep_size
+        self._rank, self._num_ranks = rank, num_ranks
+        device = torch.device("cuda", rank) if blueprint.device_type == "cuda" else torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        control, experts_group, transfer_group = _process_groups(rank, num_ranks, rendezvous, device)
+        self._runner = ModelRunner(blueprint, rank, device, config.engine.max_running_requests)
+        bulk = "nccl" if device.type == "cuda" else "gloo"
+        communicator = TorchCommunicator(
+            transfer_group, device, control_group=control, new_group=lambda: dist.new_group(backend=bulk)
+        )
+        self._manager = EplbManager(
+            config.eplb,
+            self._runner,
+            blueprint.metadata.clone(device),
+            communicator,
+            num_groups=blueprint.num_groups,
+        )
+        group = experts_group if num_ranks > 1 else None
+        self._runner.connect(EpContext(blueprint.topology, rank, group, self._manager.route))
+        self._channel = PlanChannel(control if num_ranks > 1 else None, rank)
+        self._warm_up(blueprint)
+        weight_bytes: list[int] = [0] * num_ranks
+        dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=control)
+        self._frontend = (
+            Frontend(config.engine, blueprint, requests, tuple(weight_bytes)) if requests is not None else None
+        )
+
+    def run(self) -> None:
+        """The loop. Returns once a plan says stop."""
+        while True:
+            plan = self._next_plan()
+            tickets = [self._manager.submit(command) for command in plan.commands]
+            phase, forward_pass_id = self._manager.phase, self._manager.forward_pass_id
+            logits = None
+            if plan.batch is not None:
+                logits = self._runner.forward(plan.batch)
+                self._manager.end_forward_pass(counted=True, num_tokens=self._my_tokens(plan.batch))
+            if plan.batch is not None or self._manager.wants_tick:
+                self._manager.tick()
+            if self._frontend is not None:
+                self._frontend.settle(tickets)
+                if plan.batch is not None:
+                    assert logits is not None
+                    phase = self._manager.phase if phase == "collecting" else phase
+                    self._frontend.complete(plan.batch, logits, forward_pass_id, phase)
+            if plan.stop:
+                break
+        self._manager.close()
+
+    def _next_plan(self) -> StepPlan:
+        if self._frontend is None:
+            return self._channel.receive()
+        plan = self._frontend.next_plan(idle=not self._manager.wants_tick)
+        self._channel.send(plan)
+        return plan
+
+    def _my_tokens(self, batch: StepBatch) -> int:
+        bounds = shares(batch.num_tokens, self._num_ranks)
+        return bounds[self._rank + 1] - bounds[self._rank]
+
+    def _warm_up(self, blueprint: ModelBlueprint) -> None:
+        """One step that leaves no trace: pays for first-time allocations and finds out whether the model can run."""
+        length = min(2 * blueprint.topology.num_ranks, blueprint.max_model_len)
+        if length < 2:
+            return
+        try:
+            for segment, tokens in (
+                (Segment(0, 0, length - 1), (0,) * (length - 1)),
+                (Segment(0, length - 1, 1), (0,)),
+            ):
+                batch = StepBatch((segment,), tokens, (0,))
+                self._runner.forward(batch)
+                self._manager.end_forward_pass(counted=False, num_tokens=self._my_tokens(batch))
+        except EquipoiseError:
+            raise
+        except (NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
+            family = type(blueprint.model).__name__
+            raise ModelError(
+                f"{family} cannot be served: {type(error).__name__}: {error}", field="model_path"
+            ) from error
+
+
+def serve_rank(
+    config: ServeConfig, blueprint: ModelBlueprint, rank: int, rendezvous: Path, requests: Connection | None
+) -> None:
+    """A rank's whole life. ``requests``: rank 0's end of the pipe to the launcher."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        RankWorker(config, blueprint, rank, rendezvous, requests).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _process_groups(
+    rank: int, num_ranks: int, rendezvous: Path, device: torch.device
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    """Groups for plans and small talk (gloo), for the tokens of the experts, and for moving experts."""
+    loopback = _LOOPBACK.get(os.uname().sysname)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(rendezvous / "store"), num_ranks),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=_FOREVER,
+    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    control = dist.new_group(backend="gloo", timeout=_FOREVER)
+    experts = dist.new_group(backend=backend, timeout=_FOREVER)
+    transfer = dist.new_group(backend=backend)
+    return control, experts, transfer

@@ -1,0 +1,107 @@
+"""Ranks as threads of one process: the communicator of tests, and of a host with one process and several devices."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from equipoise.communicator import PeerTensor
+from equipoise.errors import TransferError, TransferTimeout
+
+
+class InMemoryHub:
+    """What the ranks share: mail boxes between pairs and the values of the collective under way."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.condition = threading.Condition()
+        self.boxes: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
+        self.gathering: dict[int, dict[int, Any]] = defaultdict(dict)  # number of the collective -> rank -> value
+        self.taken: dict[int, int] = defaultdict(int)
+
+    def communicator(self, rank: int) -> InMemoryCommunicator:
+        return InMemoryCommunicator(self, rank)
+
+    def communicators(self) -> list[InMemoryCommunicator]:
+        return [self.communicator(rank) for rank in range(self.world_size)]
+
+
+class InMemoryCommunicator:
+    """One rank of an :class:`InMemoryHub`; see :class:`~equipoise.communicator.Communicator`."""
+
+    def __init__(self, hub: InMemoryHub, rank: int) -> None:
+        self._hub = hub
+        self._rank = rank
+        self._num_collectives = 0
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._hub.world_size
+
+    def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
+        hub, deadline = self._hub, time.monotonic() + timeout
+        with hub.condition:
+            for peer, tensor in sends:
+                hub.boxes[self._rank, peer].append(_bytes_of(tensor).clone())
+            hub.condition.notify_all()
+        for peer, tensor in recvs:
+            box = hub.boxes[peer, self._rank]
+            with hub.condition:
+                if not hub.condition.wait_for(lambda box=box: len(box) > 0, deadline - time.monotonic()):  # type: ignore[misc]
+                    raise TransferTimeout(f"rank {self._rank} received nothing from rank {peer} within {timeout:g} s")
+                message = box.popleft()
+            target = _bytes_of(tensor)
+            if message.numel() != target.numel():
+                raise TransferError(
+                    f"rank {self._rank} expected {target.numel()} bytes from rank {peer}, got {message.numel()}"
+                )
+            target.copy_(message)
+
+    def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
+        tensor.copy_(torch.stack(self._gather(tensor.clone(), timeout)).sum(0))
+
+    def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
+        return [copy.deepcopy(each) for each in self._gather(value, timeout)]
+
+    def broadcast_object(self, value: Any, src: int, timeout: float = 60.0) -> Any:
+        sent = self._gather(value if self._rank == src else None, timeout)[src]
+        return value if self._rank == src else copy.deepcopy(sent)
+
+    def barrier(self, timeout: float = 60.0) -> None:
+        self._gather(None, timeout)
+
+    def rebuild(self) -> None:
+        self.barrier()
+        with self._hub.condition:
+            for peer in range(self.world_size):
+                self._hub.boxes[peer, self._rank].clear()
+        self.barrier()
+
+    def _gather(self, value: Any, timeout: float) -> list[Any]:
+        hub, number = self._hub, self._num_collectives
+        self._num_collectives += 1
+        with hub.condition:
+            values = hub.gathering[number]
+            values[self._rank] = value
+            hub.condition.notify_all()
+            if not hub.condition.wait_for(lambda: len(values) == hub.world_size, timeout):
+                missing = sorted(set(range(hub.world_size)) - values.keys())
+                raise TransferTimeout(f"ranks {missing} did not join a collective within {timeout:g} s")
+            hub.taken[number] += 1
+            if hub.taken[number] == hub.world_size:
+                del hub.gathering[number], hub.taken[number]
+            return [values[rank] for rank in range(hub.world_size)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

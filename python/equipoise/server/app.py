@@ -1,0 +1,42 @@
+"""create_app: routes, keys, error answers and metrics around one engine."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+import equipoise
+from equipoise.config import ServeConfig
+from equipoise.server import admin, inference, info
+from equipoise.server.body_limit import BodyLimit
+from equipoise.server.engine_protocol import ServingEngine
+from equipoise.server.errors import install_error_handlers
+from equipoise.server.generation import Generator
+from equipoise.server.prometheus import ServerMetrics
+
+
+def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRegistry | None = None) -> FastAPI:
+    """The application that :func:`equipoise.server.launch.serve` runs.
+
+    Args:
+        engine: generates and takes commands; it is the caller's to close.
+        config: names, keys and the dump directory come from it.
+        registry: where the metrics live; a fresh one if None.
+    """
+    # No page of interactive documentation: it would load its scripts from the internet. /openapi.json stays.
+    app = FastAPI(title="Equipoise", version=equipoise.__version__, docs_url=None, redoc_url=None)
+    metrics = ServerMetrics(registry if registry is not None else CollectorRegistry())
+    app.state.engine = engine
+    app.state.config = config
+    app.state.metrics = metrics
+    app.state.generator = Generator(engine, metrics)
+    app.state.model_name = config.http.served_model_name or config.engine.model_path
+    app.state.eos_ids = frozenset(engine.eos_token_ids)
+    app.state.started = int(time.time())
+    install_error_handlers(app, engine)
+    app.add_middleware(BodyLimit)
+    for router in (info.public, info.router, inference.router, admin.router):
+        app.include_router(router)
+    return app

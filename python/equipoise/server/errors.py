@@ -1,0 +1,118 @@
+"""Exceptions to HTTP answers: ``{"error": {"message", "type", "field"}}`` and a status that says whose fault it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from equipoise.engine.messages import EngineDeadError
+from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError, PhaseError
+from equipoise.server.engine_protocol import ServingEngine
+
+_SHOWN_CHARACTERS = 80
+
+UNION_TAGS = frozenset({"(one)", "(batch)"})
+"""Names that pydantic puts into the path of a field of more than one shape; no client ever wrote them."""
+
+
+class HttpError(EquipoiseError):
+    """An answer that is known before the engine is asked: a missing key, an unknown model."""
+
+    def __init__(self, status: int, message: str, *, kind: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.field = field
+
+
+class ClientLeft(EquipoiseError):
+    """The client closed its connection; the answer reaches nobody."""
+
+
+def shown(value: object) -> str:
+    """``value`` as an error message shows it: printable and short."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def error_body(message: str, kind: str, field: str | None = None) -> dict[str, Any]:
+    """The one shape in which every error leaves the server, in an answer or inside a stream."""
+    return {
+        "error": {"message": _printable(message), "type": kind, "field": None if field is None else _printable(field)}
+    }
+
+
+def body_and_status(error: EquipoiseError, engine: ServingEngine) -> tuple[dict[str, Any], int]:
+    """What a client is told about ``error``, and the status it comes with."""
+    kind = type(error).__name__
+    if isinstance(error, HttpError):
+        return error_body(str(error), error.kind, error.field), error.status
+    if isinstance(error, InvalidInputError):
+        return error_body(str(error), kind, error.field), 400
+    if isinstance(error, PhaseError):
+        return error_body(str(error), kind), 409
+    if isinstance(error, ClientLeft):
+        return error_body(str(error), kind), 499  # nginx's "client closed request"; nobody reads it
+    if isinstance(error, EngineDeadError) or engine.error is not None:
+        return error_body(f"the engine is dead: {engine.error or error}", "EngineDeadError"), 503
+    return error_body(str(error), kind), 500
+
+
+def install_error_handlers(app: FastAPI, engine: ServingEngine) -> None:
+    """Every exception of the tree in equipoise.errors, and of FastAPI, answers in the shape of :func:`error_body`."""
+
+    async def on_equipoise_error(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, EquipoiseError)
+        body, status = body_and_status(error, engine)
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        return JSONResponse(body, status_code=status, headers=headers)
+
+    async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        failure = validation_failure(error.errors(), request.headers.get("content-type"))
+        return JSONResponse(error_body(str(failure), "ConfigError", failure.field), status_code=400)
+
+    async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        body = error_body(str(error.detail), "HttpError")
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    async def on_mistake_of_ours(_request: Request, _error: Exception) -> JSONResponse:
+        body = error_body("an error inside Equipoise; the server's log has its traceback", "InternalError")
+        return JSONResponse(body, status_code=500)
+
+    app.add_exception_handler(Exception, on_mistake_of_ours)
+    app.add_exception_handler(EquipoiseError, on_equipoise_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def validation_failure(errors: Sequence[Any], content_type: str | None = None) -> ConfigError:
+    """The first of pydantic's complaints as one sentence with the field's path and the value found there."""
+    first = errors[0]
+    place, *path = first["loc"] or ("body",)
+    steps = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if part not in UNION_TAGS]
+    field = _printable("".join(steps).lstrip("."))[:_SHOWN_CHARACTERS] or str(place)
+    found = first.get("input")
+    if first["type"] == "json_invalid":
+        return ConfigError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", field="body")
+    if first["type"] == "missing":
+        what = "the request needs a JSON body" if field == "body" else f"{field} is missing"
+        return ConfigError(what, field=field)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown field '{field}' with value {shown(found)}", field=field)
+    if field == "body" and "json" not in (content_type or ""):
+        return ConfigError("the body must be JSON, sent with the header Content-Type: application/json", field="body")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ConfigError(f"{field}: {message}, got {shown(found)}", field=field)
+
+
+def _printable(text: str) -> str:
+    """``text`` without what UTF-8 cannot carry (half of a surrogate pair in a client's field name)."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,145 @@
+"""Where experts land before they are committed, and how an expert's tensors lie in a message.
+
+An expert of a layer is one row of each of the layer's tensors (weights, scales, biases, ... of any dtype). Rows of at
+least ``PACK_BELOW_BYTES`` travel as messages of their own, straight from the live tensor. Smaller ones would cost more
+in latency than in bytes, so they are packed into one message together with the checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from equipoise.errors import ConfigError
+
+PACK_BELOW_BYTES = 16 * 1024
+ALIGNMENT = 64  # bytes; every dtype's view starts on a multiple of its size
+CHECKSUM_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor's row within a staged expert."""
+
+    offset: int  # bytes from the start of the staging slot
+    num_bytes: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How one expert of a layer lies in a staging slot: checksum, packed rows, then the large rows."""
+
+    fields: tuple[Field, ...]  # in the order of the layer's tensors
+    packed_bytes: int  # length of the packed message: checksum, small rows and padding; 0: there is none
+    slot_bytes: int  # bytes of a staging slot
+    row_bytes: int  # bytes of the rows alone
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], *, with_checksum: bool = False) -> ExpertLayout:
+        """The layout for a layer's live tensors, each (slots_per_rank, ...)."""
+        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
+        offsets: dict[int, int] = {}
+        at = _aligned(CHECKSUM_BYTES) if with_checksum else 0
+        for packed in (True, False):
+            for index, size in enumerate(sizes):
+                if (size < PACK_BELOW_BYTES) == packed:
+                    offsets[index] = at
+                    at += _aligned(size)
+            if packed:
+                packed_bytes = at
+        fields = tuple(Field(offsets[i], size, size < PACK_BELOW_BYTES) for i, size in enumerate(sizes))
+        return cls(fields, packed_bytes, at, sum(sizes))
+
+
+class StagingArea:
+    """A bounded number of staging slots and one outbox for the packed part of what is being sent.
+
+    Args:
+        layouts: one per layer.
+        budget: most bytes it may ever allocate; None: ``default_slots`` slots of the largest layout.
+        default_slots: see ``budget``.
+        device: where it lives.
+
+    Raises:
+        ConfigError: the budget does not hold a single expert; the message names the least that would do.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        budget: int | None,
+        default_slots: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._outbox_bytes = max((layout.packed_bytes for layout in layouts), default=0)
+        self._stride = max((layout.slot_bytes for layout in layouts), default=0)
+        least = self._outbox_bytes + self._stride
+        if budget is not None and budget < least:
+            raise ConfigError(
+                f"eplb_staging_bytes={budget} does not hold one expert of the largest layer: at least {least} needed",
+                field="eplb_staging_bytes",
+            )
+        fitting = (budget - self._outbox_bytes) // self._stride if budget is not None and self._stride else None
+        self.capacity = default_slots if fitting is None else min(fitting, default_slots)
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._memory.numel()
+
+    def reserve(self, num_slots: int) -> None:
+        """Makes room for ``num_slots`` staging slots, at most ``capacity``; what was staged before is lost."""
+        assert num_slots <= self.capacity, f"{num_slots=} {self.capacity=}"
+        needed = self._outbox_bytes + num_slots * self._stride
+        if needed > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first: never both at once
+            self._memory = torch.empty(needed, dtype=torch.uint8, device=self._device)
+
+    def release(self) -> None:
+        """Gives the memory back; the next :meth:`reserve` allocates it again."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def outbox(self, layout: ExpertLayout) -> torch.Tensor:
+        """(packed_bytes,) uint8."""
+        return self._memory[: layout.packed_bytes]
+
+    def slot(self, index: int, layout: ExpertLayout) -> torch.Tensor:
+        """(slot_bytes,) uint8."""
+        start = self._outbox_bytes + index * self._stride
+        return self._memory[start : start + layout.slot_bytes]
+
+
+def row_bytes_of(tensor: torch.Tensor, slot: int) -> torch.Tensor:
+    """The bytes of one live row as a (bytes,) uint8 view: writing to it writes the tensor."""
+    return tensor[slot : slot + 1].view(-1).view(torch.uint8)
+
+
+def require_usable(expert_weights: Sequence[Sequence[torch.Tensor]], slots_per_rank: int) -> None:
+    """Checks the tensors that a host hands in.
+
+    Raises:
+        ConfigError: a layer without tensors, a tensor without ``slots_per_rank`` rows, rows that are not contiguous,
+            or tensors on several devices; the message names layer and tensor.
+    """
+    devices = {tensor.device for tensors in expert_weights for tensor in tensors}
+    if len(devices) > 1:
+        raise ConfigError(f"expert_weights lie on several devices: {sorted(map(str, devices))}", field="expert_weights")
+    for layer, tensors in enumerate(expert_weights):
+        if not tensors:
+            raise ConfigError(f"expert_weights[{layer}] holds no tensor", field="expert_weights")
+        for index, tensor in enumerate(tensors):
+            where = f"expert_weights[{layer}][{index}] of shape {tuple(tensor.shape)}"
+            if tensor.dim() < 1 or tensor.shape[0] != slots_per_rank:
+                raise ConfigError(f"{where} must have slots_per_rank={slots_per_rank} rows", field="expert_weights")
+            if not tensor[0].is_contiguous():
+                raise ConfigError(
+                    f"{where} and strides {tensor.stride()} must have contiguous rows", field="expert_weights"
+                )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

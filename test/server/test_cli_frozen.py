@@ -1,0 +1,89 @@
+"""The command line is an interface: a flag or default that changes must be changed here too, on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ReplayConfig
+
+REQUIRED = "required"
+
+SERVE = {
+    "--model-path": REQUIRED,
+    "--ep-size": 1,
+    "--nnodes": 1,
+    "--dtype": "auto",
+    "--device": "auto",
+    "--max-running-requests": 16,
+    "--max-model-len": 1024,
+    "--chunked-prefill-size": 2048,
+    "--random-seed": 0,
+    "--enable-eplb": False,
+    "--eplb-algorithm": "auto",
+    "--eplb-rebalance-num-iterations": 1000,
+    "--eplb-rebalance-layers-per-chunk": 1,
+    "--eplb-min-rebalancing-utilization-threshold": 1.0,
+    "--eplb-max-moves-per-layer": None,
+    "--eplb-verification": "canary",
+    "--eplb-staging-bytes": None,
+    "--eplb-transfer-timeout": 60.0,
+    "--ep-num-redundant-experts": 0,
+    "--ep-dispatch-algorithm": "dynamic",
+    "--init-expert-location": "trivial",
+    "--expert-distribution-recorder-mode": "stat",
+    "--expert-distribution-recorder-buffer-size": 1000,
+    "--host": "127.0.0.1",
+    "--port": 30000,
+    "--api-key": None,
+    "--admin-api-key": None,
+    "--served-model-name": None,
+    "--dump-dir": ".",
+}
+
+REPLAY = {
+    "--num-ranks": 8,
+    "--num-nodes": 1,
+    "--num-redundant-experts": 0,
+    "--num-groups": None,
+    "--window": 8,
+    "--history": 1,
+    "--rebalance-every": 1,
+    "--max-moves-per-layer": None,
+    "--expert-bytes": None,
+    "--tokens-per-step": 128,
+}
+REPLAY_ONLY_ON_THE_COMMAND_LINE = {"--algorithm", "--json"}
+
+
+def flags_of(*groups: type) -> dict[str, object]:
+    return {
+        "--" + field.name.replace("_", "-"): REQUIRED if field.default is dataclasses.MISSING else field.default
+        for group in groups
+        for field in dataclasses.fields(group)
+    }
+
+
+def flags_in_help(command: str) -> set[str]:
+    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    text = subprocess.run(
+        [sys.executable, "-m", "equipoise", command, "--help"], capture_output=True, text=True, env=environment
+    ).stdout
+    return set(re.findall(r"^│ (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)) - {"--help"}
+
+
+def test_options_are_frozen() -> None:
+    assert flags_of(EngineConfig, EplbConfig, HttpConfig) == SERVE
+    assert flags_of(ReplayConfig) == REPLAY
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [("serve", set(SERVE)), ("replay", set(REPLAY) | REPLAY_ONLY_ON_THE_COMMAND_LINE)]
+)
+def test_help_lists_every_flag_and_no_other(command: str, flags: set[str]) -> None:
+    assert flags_in_help(command) == flags

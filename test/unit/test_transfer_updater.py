@@ -1,0 +1,223 @@
+"""The updater on ranks that are threads: every slot's bytes against the oracle, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise.errors import ConfigError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
+from equipoise.in_memory_communicator import InMemoryHub
+from equipoise.topology import EpTopology
+from equipoise.transfer_plan import plan_transfer
+from equipoise.transfer_program import rank_program
+from equipoise.updater import ExpertLocationUpdater
+from placements import WEIGHT_SPECS, expert_row, perturbed, random_map, random_topology, rank_weights, same_bytes
+from run_threads import results_of, run_threads
+
+
+def migrate(communicator, topology, old, new, weights, **options):
+    updater = ExpertLocationUpdater(communicator, topology, weights, **options)
+    plan = plan_transfer(old, new, topology)
+    updater.agree_on(plan)
+    return [updater.migrate_layer(layer) for layer in plan.layers]
+
+
+def assert_weights(weights, p2l, rank, topology):
+    expected = rank_weights(p2l, rank, topology)
+    for layer, tensors in enumerate(weights):
+        for index, tensor in enumerate(tensors):
+            assert same_bytes(tensor, expected[layer][index]), f"{layer=} {rank=} {index=} {p2l[layer].tolist()=}"
+
+
+@pytest.mark.parametrize("verification", ["off", "canary"])
+@pytest.mark.parametrize("seed", range(20))
+def test_random_placements_end_as_the_oracle_says(seed, verification):
+    rng = np.random.default_rng(seed)
+    topology = random_topology(rng, int(rng.integers(1, 7)))
+    num_experts = int(rng.integers(1, topology.num_slots + 1))
+    old = random_map(rng, num_experts, topology, 2)
+    new = perturbed(rng, old, num_experts) if seed % 2 else random_map(rng, num_experts, topology, 2)
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        migrate(communicator, topology, old, new, weights, verification=verification)
+        assert_weights(weights, new, communicator.rank, topology)
+
+    results_of(body, topology.num_ranks)
+
+
+def test_large_rows_travel_apart_from_small_ones():
+    topology = EpTopology(2, 1, 2)
+    old, new = np.array([[0, 1, 2, 3]]), np.array([[2, 1, 0, 3]])
+    specs = ((torch.float32, (80, 80)), (torch.bfloat16, (4,)), (torch.float16, (128, 100)))
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology, specs)
+        report = migrate(communicator, topology, old, new, weights)[0]
+        expected = rank_weights(new, communicator.rank, topology, specs)
+        assert all(same_bytes(a, b) for a, b in zip(weights[0], expected[0], strict=True))
+        return report
+
+    reports = results_of(body, 2)
+    rows = 80 * 80 * 4 + 128 * 100 * 2
+    assert all(rows < report.bytes_sent < rows + 1024 for report in reports)
+
+
+def test_bytes_are_counted_per_rank_and_per_node():
+    topology = EpTopology(4, 2, 2)
+    before, after = np.array([[0, 1, 2, 3, 4, 5, 6, 5]]), np.array([[2, 1, 0, 3, 4, 6, 1, 5]])
+
+    def body(communicator):
+        weights = rank_weights(before, communicator.rank, topology)
+        return migrate(communicator, topology, before, after, weights)[0]
+
+    reports = results_of(body, 4)
+    one = reports[2].bytes_received  # rank 2 takes expert 6 from rank 3 and nothing else
+    assert one > 0
+    assert reports[0].sent_to_rank.tolist() == [0, one, 0, one]  # expert 0 to rank 1, expert 1 across to rank 3
+    assert reports[0].sent_to_node.tolist() == [one, one]
+    assert reports[0].bytes_sent_to_other_nodes == one
+    assert reports[3].bytes_received_from_other_nodes == one
+    assert reports[3].received_from_rank.tolist() == [one, 0, 0, 0]
+    assert sum(r.bytes_sent for r in reports) == sum(r.bytes_received for r in reports)
+
+
+def test_ranks_with_different_plans_move_nothing():
+    topology = EpTopology(2, 1, 2)
+    old = np.array([[0, 1, 2, 3]])
+    news = [np.array([[2, 1, 0, 3]]), np.array([[3, 1, 2, 0]])]
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        try:
+            migrate(communicator, topology, old, news[communicator.rank], weights)
+        finally:
+            assert_weights(weights, old, communicator.rank, topology)
+
+    outcomes = run_threads(body, 2)
+    assert all(isinstance(outcome, PlanMismatchError) for outcome in outcomes)
+    assert "ranks [1] hold another transfer plan" in str(outcomes[0])
+
+
+class Meddling:
+    """A communicator that does something to one rank's outgoing messages."""
+
+    def __init__(self, communicator, meddle):
+        self._inner, self._meddle = communicator, meddle
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def exchange(self, sends, recvs, timeout):
+        self._inner.exchange(self._meddle(list(sends)), recvs, timeout)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 2])
+def test_a_wrong_expert_on_the_wire_is_caught_on_every_rank_before_anything_changes(bad_rank):
+    topology = EpTopology(3, 1, 2)
+    old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[2, 1, 4, 3, 0, 5]])
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        wrong = torch.full((4096,), 7, dtype=torch.uint8)
+
+        def other_expert(sends):
+            return [(peer, wrong[: tensor.numel()]) for peer, tensor in sends]
+
+        wire = Meddling(communicator, other_expert) if communicator.rank == bad_rank else communicator
+        try:
+            migrate(wire, topology, old, new, weights)
+        finally:
+            assert_weights(weights, old, communicator.rank, topology)
+
+    outcomes = run_threads(body, 3)
+    assert all(isinstance(outcome, VerificationError) for outcome in outcomes), outcomes
+    assert f"rank {bad_rank} was to send" in str(outcomes[1])
+
+
+def test_a_lost_message_times_out_on_every_rank_and_a_later_attempt_succeeds():
+    topology = EpTopology(3, 1, 2)
+    old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[2, 1, 4, 3, 0, 5]])
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        lost = [communicator.rank == 1]
+
+        def drop_once(sends):
+            return [] if lost and lost.pop() else sends
+
+        updater = ExpertLocationUpdater(Meddling(communicator, drop_once), topology, weights, timeout=0.5)
+        plan = plan_transfer(old, new, topology)
+        with pytest.raises(TransferTimeout, match="layer 0 was not migrated"):
+            updater.migrate_layer(plan.layers[0])
+        assert_weights(weights, old, communicator.rank, topology)
+        assert updater.broken is None
+        updater.migrate_layer(plan.layers[0])
+        assert_weights(weights, new, communicator.rank, topology)
+
+    results_of(body, 3)
+
+
+def test_an_exception_on_one_rank_reaches_all_with_its_words():
+    topology = EpTopology(2, 1, 2)
+    old, new = np.array([[0, 1, 2, 3]]), np.array([[2, 1, 0, 3]])
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+
+        def fail(_sends):
+            raise OSError("disk on fire")
+
+        wire = Meddling(communicator, fail) if communicator.rank == 1 else communicator
+        try:
+            migrate(wire, topology, old, new, weights, timeout=0.5)
+        finally:
+            assert_weights(weights, old, communicator.rank, topology)
+
+    outcomes = run_threads(body, 2)
+    assert all(isinstance(outcome, TransferError) for outcome in outcomes), outcomes
+
+
+def test_weights_that_are_not_where_the_plan_thinks_are_found_before_they_spread():
+    topology = EpTopology(2, 1, 2)
+    first, second, third = np.array([[0, 1, 2, 3]]), np.array([[2, 1, 0, 3]]), np.array([[0, 1, 2, 3]])
+
+    def body(communicator):
+        weights = rank_weights(first, communicator.rank, topology)
+        updater = ExpertLocationUpdater(communicator, topology, weights)
+        updater.migrate_layer(plan_transfer(first, second, topology).layers[0])
+        stale = plan_transfer(np.array([[1, 2, 0, 3]]), third, topology).layers[0]
+        with pytest.raises(VerificationError, match="the plan starts from"):
+            updater.migrate_layer(stale)
+        assert_weights(weights, second, communicator.rank, topology)
+
+    results_of(body, 2)
+
+
+def test_a_cycle_inside_a_rank_needs_one_spare_slot():
+    topology = EpTopology(1, 1, 6)
+    old, new = [[0, 1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 0]]
+    program = rank_program(plan_transfer(old, new, topology).layers[0].steps[0], 0, topology)
+    assert program.num_staging_slots == 1
+    assert len(program.copies) == 7
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "words"),
+    [
+        ([[torch.zeros(3, 4)]], {}, "must have slots_per_rank=2 rows"),
+        ([[]], {}, "holds no tensor"),
+        ([[torch.zeros(2, 4, 3).transpose(1, 2)]], {}, "must have contiguous rows"),
+        ([[torch.zeros(2, 400, 3)]], {"staging_bytes": 100}, "does not hold one expert"),
+    ],
+)
+def test_unusable_weights_are_refused(weights, options, words):
+    communicator = InMemoryHub(1).communicator(0)
+    with pytest.raises(ConfigError, match=words):
+        ExpertLocationUpdater(communicator, EpTopology(1, 1, 2), weights, **options)
+
+
+def test_the_oracle_tells_experts_apart():
+    rows = [expert_row(layer, expert, *WEIGHT_SPECS[0]) for layer in range(2) for expert in range(4)]
+    assert len({row.numpy().tobytes() for row in rows}) == 8
