@@ -1,0 +1,178 @@
+"""`equipoise serve` from its first line to its end: ready line, signals, a rank that is killed, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+
+from equipoise.config import HttpConfig
+from equipoise.server.launch import is_loopback, print_ready
+
+MARK = "EQUIPOISE_TEST_MARK"
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes through /proc")
+
+
+class Serving:
+    """A server process with its output, and every process that it started."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "equipoise", "serve", "--port", "0", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark},
+        )
+
+    def wait_for_line(self, start: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(start):
+                return line.strip()
+        raise AssertionError(f"no line {start!r}; stderr: {self.process.stderr and self.process.stderr.read()}")
+
+    def url(self) -> str:
+        found = re.fullmatch(r"ready: .* on (http://127\.0\.0\.1:\d+)", self.wait_for_line("ready: "))
+        assert found
+        return found[1]
+
+    def finish(self, with_signal: signal.Signals, within: float = 40) -> tuple[int, str]:
+        """Exit code and stderr after the signal."""
+        self.process.send_signal(with_signal)
+        _, stderr = self.process.communicate(timeout=within)
+        return self.process.returncode, stderr
+
+    def pids(self) -> list[int]:
+        """Every living process that inherited the mark: the server, its supervisor, the ranks."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def assert_nothing_is_left(self) -> None:
+        deadline = time.monotonic() + 15
+        while self.pids():
+            assert time.monotonic() < deadline, f"left behind: {self.pids()}"
+            time.sleep(0.1)
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[Serving]:
+    server = Serving(*arguments)
+    try:
+        yield server
+    finally:
+        for pid in server.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        server.process.communicate()
+
+
+@needs_proc
+def test_sigterm_ends_streams_and_leaves_nothing(tiny_model: Path) -> None:
+    with serving("--model-path", tiny_model, "--ep-size", 2, "--max-model-len", 512) as server:
+        url = server.url()
+        assert server.wait_for_line("try: curl ").startswith(f"try: curl {url}/generate")
+        assert len(server.pids()) >= 4  # the server, the supervisor, two ranks
+        lines: list[str] = []
+        first = threading.Event()
+
+        def stream() -> None:
+            # As many long answers as make them outlast the time that running requests are given.
+            params = {"max_new_tokens": 500, "ignore_eos": True}
+            body = {"text": ["a"] * 16, "stream": True, "sampling_params": params}
+            with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as response:
+                for line in response.iter_lines():
+                    first.set()
+                    lines.append(line)
+
+        thread = threading.Thread(target=stream)
+        thread.start()
+        assert first.wait(30)
+        code, stderr = server.finish(signal.SIGTERM)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert (code, stderr) == (0, "")
+        events = [line for line in lines if line]
+        assert events[-1] == "data: [DONE]"
+        last = json.loads(events[-2].removeprefix("data: "))
+        assert last["meta_info"]["finish_reason"]["type"] in ("abort", "length")
+        server.assert_nothing_is_left()
+
+
+@needs_proc
+def test_a_killed_rank_shows_in_health_and_ctrl_c_is_130(tiny_model: Path) -> None:
+    with serving("--model-path", tiny_model, "--ep-size", 2) as server:
+        url = server.url()
+        os.kill(server.pids()[-1], signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while (response := httpx.get(f"{url}/health", timeout=10)).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert response.status_code == 503
+        assert "rank" in response.json()["error"]["message"]
+        assert httpx.post(f"{url}/generate", json={"text": "a"}, timeout=10).status_code == 503
+        code, stderr = server.finish(signal.SIGINT)
+        assert code == 130
+        assert "Traceback" not in stderr
+        assert stderr.splitlines()[-1] == "equipoise: interrupted"
+        server.assert_nothing_is_left()
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("with_signal", "code", "stderr"),
+    [(signal.SIGINT, 130, "equipoise: interrupted\n"), (signal.SIGTERM, 0, "")],
+)
+def test_signal_while_loading(tiny_model: Path, with_signal: signal.Signals, code: int, stderr: str) -> None:
+    with serving("--model-path", tiny_model, "--ep-size", 2) as server:
+        server.wait_for_line("starting 2 ranks")
+        assert server.finish(with_signal) == (code, stderr)
+        server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+
+
+@pytest.mark.parametrize(
+    ("http", "warns"),
+    [
+        (HttpConfig(), False),
+        (HttpConfig(host="0.0.0.0"), True),
+        (HttpConfig(host="0.0.0.0", api_key="secret"), True),
+        (HttpConfig(host="0.0.0.0", admin_api_key="secret"), False),
+    ],
+)
+def test_warning_where_strangers_can_rebalance(
+    capsys: pytest.CaptureFixture[str], http: HttpConfig, warns: bool
+) -> None:
+    print_ready(http, "m", Console(soft_wrap=True))
+    captured = capsys.readouterr()
+    assert ("without --admin-api-key" in captured.err) == warns
+    assert "secret" not in captured.out + captured.err
+    assert "ready: m on http://127.0.0.1:30000" in captured.out
