@@ -118,6 +118,8 @@ class LoadTrace:
             )
         except TraceError as error:
             raise TraceError(f"trace {target}: {error}", field="trace") from None
+        except OSError as error:
+            raise TraceError(f"trace {target}: cannot be read: {error.strerror or error}", field="trace") from None
         except Exception as error:  # the parsers below us raise many types for damaged bytes
             reason = " ".join(str(error).split())[:200]
             raise TraceError(

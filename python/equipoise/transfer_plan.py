@@ -32,13 +32,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 
 from equipoise.errors import ConfigError, PlacementError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
-from equipoise.transfer_rounds import assign_rounds
-from equipoise.transfer_sources import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK, assign_sources, first_slots
+from equipoise.transfer_schedule import schedule_layer
 
 Placement = ExpertLocationMetadata | torch.Tensor | npt.ArrayLike
 
@@ -212,6 +210,7 @@ def plan_transfer(
     topology: EpTopology,
     *,
     num_logical_experts: int | None = None,
+    max_staged_experts: int | None = None,
 ) -> TransferPlan:
     """Plans the way from one placement to another.
 
@@ -220,8 +219,11 @@ def plan_transfer(
         new: the placement to reach, of the same shape.
         topology: where slots lie.
         num_logical_experts: ``E``; taken from the metadata, else from the largest id in ``old``.
+        max_staged_experts: most experts that a rank may hold in staging, at least 1; layers of which a rank receives
+            more move in several steps. None: every layer in one step.
 
     Raises:
+        ConfigError: ``max_staged_experts`` below 1.
         PlacementError: shapes that do not fit, an id outside [0, E), or an expert without a slot in either placement.
     """
     before, after = _as_map(old, "old", topology), _as_map(new, "new", topology)
@@ -232,44 +234,17 @@ def plan_transfer(
         num_logical_experts = known[0] if known else int(before.max()) + 1
     _require_complete(before, "old", num_logical_experts)
     _require_complete(after, "new", num_logical_experts)
-    changed = np.flatnonzero((before != after).any(1))
-    tables, ends = _plan_layers(
-        before[changed], after[changed], num_logical_experts, topology.num_ranks, topology.ranks_per_node
-    )
-    tables.setflags(write=False)
-    layers, begin = [], 0
-    for layer, end in zip(changed.tolist(), ends.tolist(), strict=True):
-        step = TransferStep(before[layer], after[layer], tables[begin:end])
-        layers.append(LayerTransferPlan(layer, (step,)))
-        begin = end
+    if max_staged_experts is not None and max_staged_experts < 1:
+        raise ConfigError(f"max_staged_experts must be at least 1, got {max_staged_experts}", field="staging_bytes")
+    capacity = min(max_staged_experts or topology.slots_per_rank, topology.slots_per_rank)
+    layers = []
+    for layer_id in np.flatnonzero((before != after).any(1)).tolist():
+        at, steps = before[layer_id], []
+        for new_map, table in schedule_layer(at, after[layer_id], num_logical_experts, topology, capacity):
+            steps.append(TransferStep(at, new_map, table))
+            at = new_map
+        layers.append(LayerTransferPlan(layer_id, tuple(steps)))
     return TransferPlan(topology, before.shape[0], num_logical_experts, tuple(layers))
-
-
-@njit(cache=True)
-def _plan_layers(
-    old: np.ndarray, new: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Transfer tables of all layers, one after the other, and where each ends."""
-    num_layers, num_slots = old.shape
-    slots_per_rank = num_slots // num_ranks
-    table = np.empty((num_layers * num_slots, 5), np.int32)
-    ends = np.empty(num_layers, np.int32)
-    at = 0
-    for layer in range(num_layers):
-        held = first_slots(old[layer], num_experts, num_ranks, slots_per_rank)
-        wanted = first_slots(new[layer], num_experts, num_ranks, slots_per_rank)
-        jobs = assign_sources(held, wanted, ranks_per_node)
-        rounds = assign_rounds(jobs, num_ranks)
-        for job in np.argsort(rounds, kind="mergesort"):
-            expert, source = jobs[job, EXPERT], jobs[job, SOURCE_RANK]
-            table[at, 0] = rounds[job]
-            table[at, 1] = expert
-            table[at, 2] = wanted[expert, source] if jobs[job, RELAYED] else held[expert, source]
-            table[at, 3] = wanted[expert, jobs[job, DESTINATION_RANK]]
-            table[at, 4] = jobs[job, RELAYED]
-            at += 1
-        ends[layer] = at
-    return table[:at].copy(), ends
 
 
 def _as_map(placement: Placement, name: str, topology: EpTopology) -> np.ndarray:

@@ -17,12 +17,13 @@ from equipoise.transfer_sources import DESTINATION_RANK, RELAYED, SOURCE_RANK
 @njit(cache=True)
 def max_degree(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -> int:
     """Most transfers that one rank sends, or receives: the least number of rounds."""
-    sent = np.zeros(num_ranks, np.int32)
-    received = np.zeros(num_ranks, np.int32)
+    count = np.zeros((2, num_ranks), np.int32)
+    most = 0
     for edge in range(sources.size):
-        sent[sources[edge]] += 1
-        received[destinations[edge]] += 1
-    return max(sent.max(), received.max())
+        count[0, sources[edge]] += 1
+        count[1, destinations[edge]] += 1
+        most = max(most, count[0, sources[edge]], count[1, destinations[edge]])
+    return most
 
 
 @njit(cache=True)
@@ -90,14 +91,23 @@ def _swap_path(
 @njit(cache=True)
 def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
     """(jobs,) int32: transfers from holders in rounds 0 .. A-1, transfers from relays in A .. A+B-1."""
-    rounds = np.empty(jobs.shape[0], np.int32)
+    num_jobs = jobs.shape[0]
+    rounds = np.empty(num_jobs, np.int32)
+    edges = np.empty(num_jobs, np.int32)
+    sources = np.empty(num_jobs, np.int32)
+    destinations = np.empty(num_jobs, np.int32)
     base = 0
     for relayed in range(2):
-        edges = np.flatnonzero(jobs[:, RELAYED] == relayed)
-        if edges.size == 0:
-            continue
-        sources = jobs[edges, SOURCE_RANK]
-        destinations = jobs[edges, DESTINATION_RANK]
-        rounds[edges] = color_edges(sources, destinations, num_ranks) + base
-        base += max_degree(sources, destinations, num_ranks)
+        size = 0
+        for job in range(num_jobs):
+            if jobs[job, RELAYED] == relayed:
+                edges[size] = job
+                sources[size] = jobs[job, SOURCE_RANK]
+                destinations[size] = jobs[job, DESTINATION_RANK]
+                size += 1
+        if size > 0:
+            colors = color_edges(sources[:size], destinations[:size], num_ranks)
+            for i in range(size):
+                rounds[edges[i]] = colors[i] + base
+            base += max_degree(sources[:size], destinations[:size], num_ranks)
     return rounds

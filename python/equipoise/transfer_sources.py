@@ -24,8 +24,9 @@ EXPERT, SOURCE_RANK, DESTINATION_RANK, RELAYED = 0, 1, 2, 3
 
 
 @njit(cache=True)
-def first_slots(row: np.ndarray, num_experts: int, num_ranks: int, slots_per_rank: int) -> np.ndarray:
-    """(E, G) int32: the first slot of each rank that holds each expert, -1 where none does."""
+def first_slots(row: np.ndarray, num_experts: int, num_ranks: int) -> np.ndarray:
+    """(E, G) int32: the first slot of each rank that holds each expert, -1 where none does; ``row`` is (P,) int32."""
+    slots_per_rank = row.size // num_ranks
     first = np.full((num_experts, num_ranks), -1, np.int32)
     for slot in range(row.size - 1, -1, -1):
         first[row[slot], slot // slots_per_rank] = slot
@@ -209,3 +210,35 @@ def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, 
             jobs[job, SOURCE_RANK] = target
             target = source
         load[target] -= 1
+
+
+@njit(cache=True)
+def transfer_table(jobs: np.ndarray, rounds: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(jobs, 5) int32: round, expert, source slot, destination slot, relayed; by round, within it in job order.
+
+    Args:
+        jobs: from :func:`assign_sources`.
+        rounds: (jobs,) int32.
+        before: (E, G) int32 first slots of the map before.
+        after: the same of the map after.
+    """
+    num_jobs = jobs.shape[0]
+    num_rounds = 0
+    for job in range(num_jobs):
+        num_rounds = max(num_rounds, rounds[job] + 1)
+    at = np.zeros(num_rounds + 1, np.int32)
+    for job in range(num_jobs):
+        at[rounds[job] + 1] += 1
+    for i in range(num_rounds):
+        at[i + 1] += at[i]
+    table = np.empty((num_jobs, 5), np.int32)
+    for job in range(num_jobs):
+        row = at[rounds[job]]
+        at[rounds[job]] += 1
+        expert, source = jobs[job, EXPERT], jobs[job, SOURCE_RANK]
+        table[row, 0] = rounds[job]
+        table[row, 1] = expert
+        table[row, 2] = after[expert, source] if jobs[job, RELAYED] else before[expert, source]
+        table[row, 3] = after[expert, jobs[job, DESTINATION_RANK]]
+        table[row, 4] = jobs[job, RELAYED]
+    return table

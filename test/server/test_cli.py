@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,22 +33,34 @@ def run_cli(*arguments: object, timeout: float = 120) -> subprocess.CompletedPro
     )
 
 
+def the_line(code: int, stdout: str, stderr: str) -> str:
+    """What was complained of: exit code 2, one line on stderr, no traceback anywhere."""
+    assert code == 2, (code, stdout, stderr)
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.startswith("equipoise: error: "), stderr
+    assert "Traceback" not in stdout + stderr
+    return stderr.strip()
+
+
 def complaint(*arguments: object) -> str:
-    """What ``equipoise ARGUMENTS`` complains of: exit code 2, one line on stderr, no traceback anywhere."""
+    """What ``equipoise ARGUMENTS`` complains of in a process of its own."""
     done = run_cli(*arguments)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("equipoise: error: "), lines
-    assert "Traceback" not in done.stdout + done.stderr
-    return lines[0]
+    return the_line(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture(scope="module")
-def shape(tiny_model: Path) -> tuple[int, int]:
-    """(MoE layers, logical experts) of ``tiny_model``."""
-    config = json.loads((tiny_model / "config.json").read_text())
-    return config["num_hidden_layers"], config["num_experts"]
+@pytest.fixture
+def complain(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """:func:`complaint` in this process, which has torch already; what child processes say counts too."""
+
+    def run(*arguments: object) -> str:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return the_line(code, *capfd.readouterr())
+
+    return run
+
+
+LAYERS, EXPERTS = 3, 8  # of the tiny model
 
 
 class TestHelp:
@@ -126,14 +139,14 @@ class TestServe:
     def test_missing_model_directory(self, tmp_path: Path) -> None:
         assert str(tmp_path / "nowhere") in complaint("serve", "--port", 0, "--model-path", tmp_path / "nowhere")
 
-    def test_directory_without_a_model(self, tmp_path: Path) -> None:
-        assert str(tmp_path) in complaint("serve", "--port", 0, "--model-path", tmp_path)
+    def test_directory_without_a_model(self, complain: Callable[..., str], tmp_path: Path) -> None:
+        assert str(tmp_path) in complain("serve", "--port", 0, "--model-path", tmp_path)
 
-    def test_slots_that_do_not_divide_over_the_ranks(self, tiny_model: Path, shape: tuple[int, int]) -> None:
-        said = complaint(
+    def test_slots_that_do_not_divide_over_the_ranks(self, complain: Callable[..., str], tiny_model: Path) -> None:
+        said = complain(
             "serve", "--port", 0, "--model-path", tiny_model, "--ep-size", 2, "--ep-num-redundant-experts", 1
         )
-        assert f"{shape[1]} logical + 1 redundant" in said
+        assert f"{EXPERTS} logical + 1 redundant" in said
 
     def test_port_in_use(self, tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -142,35 +155,36 @@ class TestServe:
             said = complaint("serve", "--port", port, "--model-path", tmp_path / "nowhere")
         assert f"port {port} is in use" in said
 
-    def test_unknown_host(self) -> None:
-        assert "no.such.host.invalid" in complaint("serve", "--model-path", "m", "--host", "no.such.host.invalid")
+    def test_unknown_host(self, complain: Callable[..., str]) -> None:
+        assert "no.such.host.invalid" in complain("serve", "--model-path", "m", "--host", "no.such.host.invalid")
 
-    def test_unknown_algorithm_lists_the_known(self, tiny_model: Path) -> None:
-        said = complaint("serve", "--port", 0, "--model-path", tiny_model, "--eplb-algorithm", "best")
+    def test_unknown_algorithm_lists_the_known(self, complain: Callable[..., str], tiny_model: Path) -> None:
+        said = complain("serve", "--port", 0, "--model-path", tiny_model, "--eplb-algorithm", "best")
         assert "'best'" in said
         assert "deepseek_hierarchical" in said
 
-    def test_missing_dump_directory(self, tiny_model: Path, tmp_path: Path) -> None:
-        said = complaint("serve", "--port", 0, "--model-path", tiny_model, "--dump-dir", tmp_path / "nowhere")
+    def test_missing_dump_directory(self, complain: Callable[..., str], tiny_model: Path, tmp_path: Path) -> None:
+        said = complain("serve", "--port", 0, "--model-path", tiny_model, "--dump-dir", tmp_path / "nowhere")
         assert "dump_dir" in said
 
     @pytest.mark.parametrize("kind", ["missing", "truncated", "no json", "missing expert", "zeros", "nan", "negative"])
-    def test_init_expert_location(self, tiny_model: Path, shape: tuple[int, int], tmp_path: Path, kind: str) -> None:
-        layers, experts = shape
+    def test_init_expert_location(
+        self, complain: Callable[..., str], tiny_model: Path, tmp_path: Path, kind: str
+    ) -> None:
         path = tmp_path / "location.json"
         if kind == "truncated":
             path = tmp_path / "location.pt"
-            torch.save({"logical_count": torch.ones(layers, experts)}, path)
+            torch.save({"logical_count": torch.ones(LAYERS, EXPERTS)}, path)
             path.write_bytes(path.read_bytes()[:100])
         elif kind == "no json":
             path.write_text("[1, 2")
         elif kind == "missing expert":
-            path.write_text(json.dumps({"physical_to_logical_map": [[1, *range(1, experts)]] * layers}))
+            path.write_text(json.dumps({"physical_to_logical_map": [[1, *range(1, EXPERTS)]] * LAYERS}))
         elif kind != "missing":
             value = {"zeros": 0, "nan": float("nan"), "negative": -1}[kind]
-            path.write_text(json.dumps({"logical_count": [[value] * experts] * layers}))
+            path.write_text(json.dumps({"logical_count": [[value] * EXPERTS] * LAYERS}))
         arguments = ("serve", "--port", 0, "--model-path", tiny_model, "--ep-size", 2, "--init-expert-location", path)
-        said = complaint(*arguments)
+        said = complain(*arguments)
         assert {"missing expert": "experts [0]", "nan": "nan", "negative": "-1"}.get(kind, str(path)) in said
 
     def test_hostile_init_expert_location(self, tiny_model: Path, tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ class TestServe:
 
 class TestReplay:
     @pytest.mark.parametrize("kind", ["missing", "truncated", "text", "empty"])
-    def test_unreadable_trace(self, tmp_path: Path, kind: str) -> None:
+    def test_unreadable_trace(self, complain: Callable[..., str], tmp_path: Path, kind: str) -> None:
         path = tmp_path / "dump.pt"
         if kind == "truncated":
             torch.save({"rank": 0, "logical_count": torch.ones(8, 2, 8, dtype=torch.int32)}, path)
@@ -190,7 +204,7 @@ class TestReplay:
             path.write_text("hello")
         elif kind == "empty":
             path.write_bytes(b"")
-        assert "dump.pt" in complaint("replay", path, "--num-ranks", 2, "--algorithm", "deepseek")
+        assert "dump.pt" in complain("replay", path, "--num-ranks", 2, "--algorithm", "deepseek")
 
     def test_hostile_trace(self, tmp_path: Path) -> None:
         path, touched = hostile_file(tmp_path)
@@ -198,17 +212,17 @@ class TestReplay:
         assert not touched.exists(), "code from the file was run"
 
     @pytest.mark.parametrize("value", [0, -1, float("nan")])
-    def test_counts_that_are_none(self, tmp_path: Path, value: float) -> None:
+    def test_counts_that_are_none(self, complain: Callable[..., str], tmp_path: Path, value: float) -> None:
         path = tmp_path / "dump.pt"
         counts = torch.full((64, 2, 8), value, dtype=torch.float32 if value != value else torch.int32)
         save_stat_dump(path, counts)
-        complaint("replay", path, "--num-ranks", 2, "--algorithm", "deepseek")
+        complain("replay", path, "--num-ranks", 2, "--algorithm", "deepseek")
 
-    def test_unknown_algorithm_and_slots_that_do_not_divide(self, tmp_path: Path) -> None:
+    def test_unknown_algorithm_and_slots_that_do_not_divide(self, complain: Callable[..., str], tmp_path: Path) -> None:
         path = tmp_path / "dump.pt"
         save_stat_dump(path, torch.randint(1, 9, (64, 2, 8), dtype=torch.int32))
-        assert "'best'" in complaint("replay", path, "--num-ranks", 2, "--algorithm", "best")
-        assert "divide evenly" in complaint("replay", path, "--num-ranks", 3, "--algorithm", "deepseek")
+        assert "'best'" in complain("replay", path, "--num-ranks", 2, "--algorithm", "best")
+        assert "divide evenly" in complain("replay", path, "--num-ranks", 3, "--algorithm", "deepseek")
 
     def test_table_and_json(self, tmp_path: Path) -> None:
         path, out = tmp_path / "dump.pt", tmp_path / "out.json"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from equipoise.algorithms import available_algorithms, rebalance_experts
 from equipoise.errors import ConfigError, LoadError, PlacementError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.metrics import balancedness
 from equipoise.topology import EpTopology
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ALGORITHMS = ["auto", *available_algorithms()]
 # Baselines stay as published: they plan from nothing, and may put two replicas of an expert on one rank.

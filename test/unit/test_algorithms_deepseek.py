@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from equipoise.algorithms import rebalance_experts
-from equipoise.topology import EpTopology
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from equipoise.algorithms import rebalance_experts
+from equipoise.topology import EpTopology
 
 README_LOAD = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

@@ -13,8 +13,9 @@ PACKAGE = Path(equipoise.__file__).parent
 LAYERS = [
     {"__init__", "errors", "topology", "config", "atomic_file"},
     {"expert_location", "load_trace", "formats", "metrics", "commands"},
-    {"algorithms", "transfer_plan", "transfer_rounds", "transfer_table", "dispatch", "trigger"},
-    {"communicator", "recorder", "updater"},
+    {"algorithms", "dispatch", "trigger"}
+    | {f"transfer_{part}" for part in ("plan", "sources", "rounds", "steps", "program", "report", "table")},
+    {"communicator", "in_memory_communicator", "recorder", "staging", "updater"},
     {"planning", "manager_replies", "manager"},
     {"engine", "server", "replay", "integrations", "demo_model"},
     {"cli", "__main__"},

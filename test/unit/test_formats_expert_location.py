@@ -154,6 +154,15 @@ def test_files_that_cannot_be_parsed(tmp_path, data, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors are a prototype
+def test_a_tensor_that_is_no_array(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for content in (nested, [nested, nested], [[torch.ones(1, requires_grad=True)]]):
+        path = write(tmp_path / "nested.pt", {"physical_to_logical_map": content})
+        with pytest.raises(InvalidInputError, match="nested.pt"):
+            read_init_expert_location(path)
+
+
 def test_a_missing_file_says_what_would_do(tmp_path):
     with pytest.raises(ConfigError, match=r"`trivial` or a \.json/\.pt file; .*tirvial: no such file"):
         read_init_expert_location("tirvial")

@@ -232,6 +232,7 @@ def test_a_plan_for_another_topology_is_an_error():
         ({"window": 0}, "window"),
         ({"history": 0}, "history"),
         ({"rebalance_every": -1}, "rebalance_every"),
+        ({"expert_bytes": 0}, "expert_bytes"),
         ({"policy": "nonsense"}, "algorithm"),
         ({"oracle_algorithms": ["nonsense"]}, "algorithm"),
         ({"topology": EpTopology(7, 1, 1)}, "slots_per_rank"),

@@ -16,6 +16,7 @@ from equipoise.engine.attention import ATTENTION_NAME, register_attention
 from equipoise.engine.checkpoint import Checkpoint
 from equipoise.engine.experts import find_experts, num_experts_of
 from equipoise.engine.model_files import model_directory
+from equipoise.engine.placement import first_placement
 from equipoise.errors import ConfigError, ModelError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
@@ -62,7 +63,8 @@ class ModelBlueprint:
         _refuse_unsupported(model, model_config)
         experts = tuple(find_experts(model))
         text_config = model_config.get_text_config()
-        num_groups = getattr(text_config, "n_group", None)
+        groups = getattr(text_config, "n_group", None)
+        num_groups = groups if isinstance(groups, int) and groups > 1 else None
         positions = getattr(text_config, "max_position_embeddings", None)
         length = config.engine.max_model_len
         Checkpoint(directory).close()  # a missing or truncated file is found before the ranks start
@@ -71,8 +73,8 @@ class ModelBlueprint:
             config=model_config,
             model=model,
             experts=experts,
-            metadata=_first_placement(config, len(experts), num_experts_of(experts[0][1])),
-            num_groups=num_groups if isinstance(num_groups, int) and num_groups > 1 else None,
+            metadata=first_placement(config, len(experts), num_experts_of(experts[0][1]), num_groups),
+            num_groups=num_groups,
             device_type=device_type,
             dtype=dtype,
             vocab_size=text_config.vocab_size,
@@ -140,26 +142,10 @@ def _refuse_unsupported(model: Any, config: Any) -> None:
     if getattr(text_config, "zero_expert_num", None):
         raise ModelError(f"{family} has experts without weights, which are not served", field="model_path")
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if any(name in _LENGTH_DEPENDENT_ROPE for name in ([kind] if isinstance(kind, str) else kind or [])):
-            raise ModelError(f"{family}: rotary embeddings of type {kind} are not served", field="model_path")
-
-
-def _first_placement(config: ServeConfig, num_layers: int, num_experts: int) -> ExpertLocationMetadata:
-    redundant = config.eplb.ep_num_redundant_experts
-    try:
-        topology = EpTopology.for_experts(num_experts, redundant, config.engine.ep_size, config.engine.nnodes)
-    except ConfigError as error:
-        field = "ep_num_redundant_experts" if error.field == "num_redundant_experts" else error.field
-        message = str(error).replace("num_redundant_experts=", "ep_num_redundant_experts=")
-        raise ConfigError(message.replace("num_ranks=", "ep_size="), field=field) from None
-    if config.eplb.init_expert_location == "trivial":
-        return ExpertLocationMetadata.trivial(num_layers, num_experts, topology, max_replicas=redundant + 1)
-    from equipoise.formats.expert_location import load_expert_location
-
-    return load_expert_location(
-        config.eplb.init_expert_location, num_layers, num_experts, topology, max_replicas=redundant + 1
-    )
+        rope = getattr(module, "rope_type", None)  # a name, or one per kind of layer
+        names = [rope] if isinstance(rope, str) else list(rope.values()) if isinstance(rope, dict) else []
+        if any(name in _LENGTH_DEPENDENT_ROPE for name in names):
+            raise ModelError(f"{family}: rotary embeddings of type {rope} are not served", field="model_path")
 
 
 def _eos_token_ids(directory: Path, text_config: Any) -> tuple[int, ...]:

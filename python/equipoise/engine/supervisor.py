@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import NoReturn
 
 from equipoise.config import ServeConfig
 from equipoise.engine.messages import Died, Ended, FromEngine, Started
@@ -34,6 +38,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="equipoise-") as rendezvous:
         supervise(config, requests, control, Path(rendezvous))
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do; taking torch down in order would take seconds
 
 
 def supervise(config: ServeConfig, requests: Connection, control: Connection, rendezvous: Path) -> None:
@@ -60,12 +66,8 @@ def supervise(config: ServeConfig, requests: Connection, control: Connection, re
             if rank != 0:
                 requests.close()
             _end_with(lifeline_read)
-            _leave(
-                report_write,
-                lambda rank=rank: serve_rank(  # type: ignore[misc]
-                    config, blueprint, rank, rendezvous, requests if rank == 0 else None
-                ),
-            )
+            serve = partial(serve_rank, config, blueprint, rank, rendezvous, requests if rank == 0 else None)
+            _leave(report_write, serve)
         report_write.close()
         pids.append(pid)
         reports.append(report_read)
@@ -75,44 +77,63 @@ def supervise(config: ServeConfig, requests: Connection, control: Connection, re
     _watch(pids, reports, control)
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """How a rank ended that should not have."""
+
+    reason: str  # one line
+    error: EquipoiseError | None = None  # what it raised, if it was one of ours
+    traceback: str = ""
+    silent: bool = False  # it was killed, or left without a word
+
+    @property
+    def weight(self) -> int:
+        """Errors of ours and sudden deaths are causes; anything else may be what happens to the ranks left behind."""
+        return 0 if self.error is not None else 1 if self.silent else 2
+
+
 def _watch(pids: list[int], reports: list[Connection], control: Connection) -> None:
     """Until all ranks have left, one has died, or the launcher is gone."""
     open_reports = dict(zip(reports, range(len(pids)), strict=True))
-    failures: dict[int, BaseException | str] = {}
+    failures: dict[int, _Failure] = {}
+    deadline: float | None = None
     try:
-        while open_reports and not failures:
-            for ready in wait([control, *open_reports]):
+        while open_reports and (deadline is None or time.monotonic() < deadline):
+            timeout = None if deadline is None else deadline - time.monotonic()
+            for ready in wait([control, *open_reports], timeout=timeout):
                 if ready is control:
                     return
                 assert isinstance(ready, Connection)
-                _take_report(ready, open_reports.pop(ready), pids, failures)
+                rank = open_reports.pop(ready)
+                failure = _last_word(ready, pids[rank])
+                if failure is not None:
+                    failures[rank] = failure
+                    deadline = deadline or time.monotonic() + _GATHER_SECONDS
         if not failures:
             _tell(control, Ended())
             return
-        for late in wait(list(open_reports), timeout=_GATHER_SECONDS):
-            assert isinstance(late, Connection)
-            _take_report(late, open_reports.pop(late), pids, failures)
-        ours = {rank: error for rank, error in failures.items() if isinstance(error, EquipoiseError)}
-        rank, error = next(iter((ours or failures).items()))
-        reason = error if isinstance(error, str) else _line(error)
-        _tell(control, Died(rank, reason, error if isinstance(error, EquipoiseError) else None))
+        rank, failure = min(failures.items(), key=lambda item: item[1].weight)
+        if failure.error is None and failure.traceback:
+            print(f"rank {rank}:\n{failure.traceback}", file=sys.stderr, flush=True)
+        _tell(control, Died(rank, failure.reason, failure.error))
     finally:
         _end(pids, set(open_reports.values()))
 
 
-def _take_report(report: Connection, rank: int, pids: list[int], failures: dict[int, BaseException | str]) -> None:
-    """What a rank said last; a rank that broke off without a word died."""
+def _last_word(report: Connection, pid: int) -> _Failure | None:
+    """What a rank that ends says of itself; None if it left as it was told to."""
     try:
-        outcome = report.recv()
+        failure: _Failure | None = report.recv()
+        said = True
     except (EOFError, OSError):
-        outcome = None
+        failure, said = None, False
     report.close()
-    _, status = os.waitpid(pids[rank], 0)
-    if outcome is None:
-        code = os.waitstatus_to_exitcode(status)
-        failures[rank] = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    elif outcome != "":
-        failures[rank] = outcome
+    _, status = os.waitpid(pid, 0)
+    if said:
+        return failure
+    code = os.waitstatus_to_exitcode(status)
+    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return _Failure(reason, silent=True)
 
 
 def _end(pids: list[int], ranks: set[int]) -> None:
@@ -124,31 +145,18 @@ def _end(pids: list[int], ranks: set[int]) -> None:
             os.waitpid(pids[rank], 0)
 
 
-def _leave(report: Connection, serve: object) -> None:
+def _leave(report: Connection, serve: Callable[[], None]) -> NoReturn:
     """Runs a rank in the forked process and ends it without coming back into the supervisor's code."""
-    outcome: BaseException | str = ""
+    failure: _Failure | None = None
     try:
-        serve()  # type: ignore[operator]
-    except EquipoiseError as error:
-        outcome = error
+        serve()
     except BaseException as error:
-        traceback.print_exc()
-        outcome = _line(error)
-    code = 0 if outcome == "" else 1
-    try:
-        report.send_bytes(_pickled(outcome))
-    except OSError:
-        code = 1
+        failure = _Failure(_line(error), error if isinstance(error, EquipoiseError) else None, traceback.format_exc())
+    with contextlib.suppress(OSError):
+        report.send(failure)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
-
-
-def _pickled(outcome: BaseException | str) -> bytes:
-    try:
-        return pickle.dumps(outcome)
-    except Exception:
-        return pickle.dumps(str(outcome))
+    os._exit(0 if failure is None else 1)
 
 
 def _end_with(lifeline: int) -> None:

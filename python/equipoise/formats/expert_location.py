@@ -103,6 +103,11 @@ def read_init_expert_location(value: str) -> InitialLocation:
         return _interpret(content)
     except InvalidInputError as error:
         raise PlacementError(f"init_expert_location {path}: {error}", field="init_expert_location") from None
+    except Exception as error:  # a tensor of a kind that numpy cannot read, say
+        raise PlacementError(
+            f"init_expert_location {path}: holds no numbers that can be read ({type(error).__name__})",
+            field="init_expert_location",
+        ) from error
 
 
 def save_expert_location(metadata: ExpertLocationMetadata, path: str | os.PathLike[str]) -> None:

@@ -80,8 +80,9 @@ def replay(
         EquipoiseError: the policy failed, or its plan is for another model or topology; the message says on which
             window.
     """
-    for name, value in (("window", window), ("history", history), ("rebalance_every", rebalance_every)):
-        if value < 1:
+    numbers = {"window": window, "history": history, "rebalance_every": rebalance_every, "expert_bytes": expert_bytes}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
     windows = trace if isinstance(trace, Windows) else cut_windows(_as_list(trace), window)
     start = _initial_placement(windows, topology) if initial is None else initial
