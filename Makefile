@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY)  ## the virtual environment, with everything pinned
 
 demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it while it answers
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(READY)  ## all tests (needs no GPU)
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,23 @@ from rich.progress import track
 
 import equipoise.demo_model
 from demo_server import Server, Traffic
-from demo_view import layer_table, scene, step_table
+from demo_view import last_screen, layer_table, scene, step_table
 
 WINDOW_STEPS = 80  # the load window of every picture and plan: a few seconds of traffic
 NUM_CLIENTS = 8
 MAX_NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the acts left behind; statuses are answers of GET /eplb/status."""
+
+    fitted: dict[str, Any]  # after the rebalance for the first topic
+    before: dict[str, Any]  # after the topic has shifted
+    after: dict[str, Any]  # after the rebalance for the second topic
+    report: dict[str, Any]  # that rebalance's
+    dump: str  # path of the recorded load
+    steps: dict[str, list[float]]  # seconds, by act
 
 
 class Demo:
@@ -34,15 +46,15 @@ class Demo:
 
     def __init__(self, server: Server, console: Console, act_seconds: float) -> None:
         self.console = console
-        prompts = json.loads((equipoise.demo_model.path() / "prompts.json").read_text())
+        prompts = equipoise.demo_model.prompts()
         self.traffic = Traffic(server.url, prompts, clients=NUM_CLIENTS, max_new_tokens=MAX_NEW_TOKENS)
         self._http = httpx.AsyncClient(base_url=server.url, timeout=120.0)
         self._act_seconds = act_seconds
         self._live: Live | None = None
 
-    async def play(self) -> dict[str, Any]:
-        """Runs all acts; returns what the last screen needs."""
-        with Live(console=self.console, refresh_per_second=4, transient=False) as self._live:
+    async def play(self) -> Story:
+        """Runs all acts."""
+        with Live(console=self.console, refresh_per_second=4, transient=True) as self._live:
             await self._post("/start_expert_distribution_record")
             self.traffic.start("prose")
             await self._act(
@@ -51,7 +63,7 @@ class Demo:
                 "share ranks: those ranks are hot, the others wait for them.",
             )
             await self._post("/eplb/rebalance")
-            await self._act(
+            fitted = await self._act(
                 "2  Rebalanced for prose",
                 "POST /eplb/rebalance: hot experts got replicas, and experts that are hot together were set apart.",
             )
@@ -60,9 +72,8 @@ class Demo:
                 "3  The topic shifts to code",
                 "Other experts are hot now, and the placement no longer fits: imbalance rises.",
             )
-            shifted_at = before["forward_pass_id"]
             preview = await self._post("/eplb/rebalance", dry_run=True)
-            await self._act(
+            previewed = await self._act(
                 "4  Preview",
                 "A dry run says what a rebalance would do, and changes nothing: balancedness "
                 f"{preview['mean_balancedness_before']:.3f} -> {preview['mean_balancedness_after']:.3f} for "
@@ -79,13 +90,8 @@ class Demo:
         await self._post("/stop_expert_distribution_record")
         dump = await self._post("/dump_expert_distribution_record")
         steps = (await self._http.get("/eplb/steps", params={"since": 0})).raise_for_status().json()
-        return {
-            "before": before,
-            "after": after,
-            "report": report,
-            "dump": dump["path"],
-            "steps": _by_act(steps, shifted_at - WINDOW_STEPS, report["forward_pass_id"]),
-        }
+        begin, end = previewed["forward_pass_id"], report["forward_pass_id"]
+        return Story(fitted, before, after, report, dump["path"], steps_by_act(steps, begin, end))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -117,42 +123,42 @@ class Demo:
         return response.json()
 
 
-def _by_act(steps: list[dict[str, Any]], begin: int, end: int) -> dict[str, list[float]]:
-    """Step times before, during and after the rebalance that ended at step ``end``."""
-    busy = [s["forward_pass_id"] for s in steps if s["phase"] != "collecting" and begin <= s["forward_pass_id"] <= end]
-    first_busy = min(busy, default=end)
+def steps_by_act(steps: list[dict[str, Any]], begin: int, end: int) -> dict[str, list[float]]:
+    """Step times before, during and after the rebalance that was asked for at step ``begin`` and ended at ``end``."""
     acts: dict[str, list[float]] = {"before": [], "during": [], "after": []}
     for step in steps:
         number = step["forward_pass_id"]
-        if number < begin:
-            continue
-        act = "before" if number < first_busy else "during" if number <= end else "after"
-        if act != "before" or step["phase"] == "collecting":
-            acts[act].append(step["seconds"])
+        if number > end:
+            acts["after"].append(step["seconds"])
+        elif number > begin:
+            acts["during"].append(step["seconds"])
+        elif number > begin - 2 * WINDOW_STEPS and step["phase"] == "collecting":
+            acts["before"].append(step["seconds"])
     return acts
 
 
-def check_answers(answers: list[tuple[str, tuple[int, ...]]], console: Console) -> bool:
-    """Compares every answer with the plain model's; prints the verdict."""
+def check_answers(answers: list[tuple[str, tuple[int, ...]]], console: Console) -> int:
+    """How many answers equal the plain model's; prints those that do not."""
     from demo_reference import Reference  # brings torch and transformers, which nothing before this needs
 
     reference = Reference(equipoise.demo_model.path())
-    expected = {
-        prompt: reference.answer(prompt, MAX_NEW_TOKENS)
-        for prompt in track(
-            sorted({p for p, _ in answers}), "plain transformers answers the same prompts", console=console
-        )
-    }
+    prompts = sorted({prompt for prompt, _ in answers})
+    label = f"plain transformers answers the same {len(prompts)} prompts"
+    expected = {p: reference.answer(p, MAX_NEW_TOKENS) for p in track(prompts, label, console=console)}
     wrong = [(prompt, tokens) for prompt, tokens in answers if tokens != expected[prompt]]
     for prompt, tokens in wrong[:3]:
-        console.print(
-            f"DIFFERS after {prompt!r}:\n  served {tokens}\n  plain  {expected[prompt]}", style="red", markup=False
-        )
-    console.print(
-        f"[bold]{len(answers) - len(wrong)} of {len(answers)} greedy answers equal the plain transformers model's[/] "
-        f"({len(expected)} different prompts, {MAX_NEW_TOKENS} tokens each, before, during and after the moves)"
-    )
-    return not wrong
+        text = f"DIFFERS after {prompt!r}:\n  served {tokens}\n  plain  {expected[prompt]}"
+        console.print(text, style="red", markup=False)
+    return len(answers) - len(wrong)
+
+
+def replay_dump(dump: str, json_path: Path, console: Console) -> None:
+    """Plays the run's own recorded load against other algorithms."""
+    command = ["equipoise", "replay", dump, "--num-ranks", "4", "--num-nodes", "2", "--num-redundant-experts", "8"]
+    command += ["--window", "40", "--algorithm", "deepseek", "--algorithm", "auto", "--json", str(json_path)]
+    console.print("\n[bold]What rebalancing every 40 steps would have done with this very run:[/]")
+    console.print(f"[bold]$ {' '.join(command)}[/]", soft_wrap=True)
+    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
 
 
 def main() -> int:
@@ -179,20 +185,13 @@ def main() -> int:
             finally:
                 await demo.close()
 
-        result = asyncio.run(play())
-        console.print(layer_table(result["before"], result["after"], result["report"]))
-        console.print(step_table(result["steps"]))
-        right = check_answers(demo.traffic.answers, console)
-        replay = ["equipoise", "replay", result["dump"], "--num-ranks", "4", "--num-nodes", "2"]
-        replay += ["--num-redundant-experts", "8", "--window", "40", "--json", str(arguments.out / "replay.json")]
-        for algorithm in ("deepseek", "auto"):
-            replay += ["--algorithm", algorithm]
-        console.print("\n[bold]What other algorithms would have done with this very run:[/]")
-        console.print(f"[bold]$ {' '.join(replay)}[/]", soft_wrap=True)
-        subprocess.run([str(Path(sys.executable).parent / replay[0]), *replay[1:]], check=True)
-        console.print(
-            f"\nTook {time.monotonic() - started:.0f} s. Next: README.md, 'Serve your own model'; the examples/ folder."
-        )
+        story = asyncio.run(play())
+        console.print(layer_table(story.before, story.after, story.report))
+        console.print(step_table(story.steps))
+        num_right = check_answers(demo.traffic.answers, console)
+        replay_dump(story.dump, arguments.out / "replay.json", console)
+        num_answers = len(demo.traffic.answers)
+        console.print(last_screen(story, num_right, num_answers, time.monotonic() - started))
         if arguments.keep_running:
             console.print(f"The server stays up on {server.url} (try {server.url}/eplb/status); Ctrl-C ends it.")
             try:
@@ -200,7 +199,7 @@ def main() -> int:
                     time.sleep(3600)
             except KeyboardInterrupt:
                 console.print("stopped")
-    return 0 if right else 1
+    return 0 if num_right == num_answers > 0 else 1
 
 
 if __name__ == "__main__":

@@ -78,3 +78,23 @@ def step_table(steps: dict[str, list[float]]) -> Table:
         values = [f"{1e3 * np.percentile(seconds, q):.1f}" for q in (50, 99, 100)] if seconds else ["-"] * 3
         table.add_row(name, str(len(seconds)), *values)
     return table
+
+
+def last_screen(story: Any, num_right: int, num_answers: int, seconds: float) -> Panel:
+    """The story in numbers, and where to look next."""
+    report, steps = story.report, story.steps
+    balance = [status["mean_balancedness"] for status in (story.fitted, story.before, story.after)]
+    p50, p99 = ({act: 1e3 * np.percentile(s, q) for act, s in steps.items() if s} for q in (50, 99))
+    table = Table.grid(padding=(0, 2))
+    table.add_row("balancedness", f"{balance[0]:.3f} on prose -> {balance[1]:.3f} after the shift to code")
+    table.add_row("", f"-> [bold]{balance[2]:.3f}[/] after one rebalance while requests streamed")
+    moved = f"{sum(report['slots_changed'])} slots changed, {report['bytes_moved'] / 1e6:.2f} MB over a wire"
+    table.add_row("price", f"{moved}, {1e3 * report['planning_seconds']:.1f} ms of planning beside the steps")
+    times = ", ".join(f"{p50[act]:.0f} ({p99[act]:.0f}) ms {act}" for act in steps if act in p50)
+    table.add_row("step time", f"p50 (p99): {times}")
+    style = "bold green" if num_right == num_answers else "bold red"
+    table.add_row("proof", f"[{style}]{num_right} of {num_answers}[/] greedy answers equal plain transformers'")
+    table.add_row("", "")
+    table.add_row("next", "make demo ARGS=--keep-running leaves the server up: GET /eplb/status, POST /eplb/rebalance")
+    table.add_row("", "README.md: serve your own model, replay your own load; examples/: three scripts to copy")
+    return Panel(table, title=f"Equipoise in {seconds:.0f} s", title_align="left")

@@ -30,7 +30,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
+    ProgressColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -147,7 +147,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.0, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
@@ -218,13 +218,12 @@ def load_state(path: Path, model, optimizers, identity: dict) -> int:
 
 def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, save: Callable[[int], None], say) -> None:
     """Steps first..stop-1. Saves every 100 steps and when interrupted, then lets the interruption through."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+    columns: tuple[ProgressColumn | str, ...] = ("training", BarColumn(), MofNCompleteColumn())
+    columns += (
+        "loss {task.fields[loss]:.3f}, {task.fields[rate]:.0f} tok/s",
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    columns += (TextColumn("{task.fields[rate]:.0f} tok/s"), TimeElapsedColumn(), TimeRemainingColumn())
     model.train()
     step, began, loss_now = first, time.monotonic(), float("nan")
     with Progress(*columns, console=say) as progress:
@@ -245,7 +244,7 @@ def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, sav
                 progress.update(bar, completed=step + 1, loss=loss_now, rate=rate)
                 if (step + 1) % 100 == 0 or step + 1 == stop:
                     save(step + 1)
-                if (step + 1) % 100 == 0 and not say.is_terminal:
+                if (step + 1) % 50 == 0 and not say.is_terminal:
                     say.print(f"step {step + 1}/{recipe.steps}: loss {loss_now:.3f} nats/token, {rate:.0f} tok/s")
         except KeyboardInterrupt:
             say.print("interrupted: run again with --resume to go on from the last saved step")
@@ -281,7 +280,7 @@ def run(recipe: Recipe, output: Path, resume: bool, stop_after: int | None, say:
         return
     minutes = (time.monotonic() - began) / 60
 
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
     prompts = pick_prompts(corpus, recipe.seed)
     (output / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -310,8 +309,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        if args.stop_after is not None and args.stop_after < 1:
+            raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}")
         recipe = Recipe(seed=args.seed, steps=args.steps, threads=args.threads)
-        run(recipe, args.output, args.resume, args.stop_after, Console())
+        run(recipe, args.output, args.resume, args.stop_after, Console(soft_wrap=True))
     except (UsageError, CorpusError, ValueError, OSError) as error:
         print(f"train_demo_model: {error}", file=sys.stderr)
         return 2

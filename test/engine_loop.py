@@ -18,8 +18,8 @@ from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.runner import ModelRunner
 from equipoise.engine.scheduler import Scheduler
 
-# Of different lengths: one token, some, and more than the cache's first rows and gpt-oss's window hold.
-PROMPTS = [[7], list(range(40, 52)), [5, 9, 200, 13] * 35, [30, 31, 32]]
+# Of different lengths: one token, some, and more than the window of the tiny gpt-oss.
+PROMPTS = [[7], list(range(40, 52)), [5, 9, 200, 13] * 15, [30, 31, 32]]
 
 
 def serve_config(model: Path, *, ep_size: int = 1, redundant: int = 0, **engine: object) -> ServeConfig:

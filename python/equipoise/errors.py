@@ -10,6 +10,7 @@
     │   ├── TraceError         a recorded load file: truncated, unknown format, hostile
     │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
     ├── PhaseError             the call is fine, but not now (HTTP 409)
+    ├── InDoubtError           this rank cannot know whether the others committed: it must stop serving
     └── TransferError          a migration did not happen; the old layer serves on
         ├── PlanMismatchError  ranks hold different plans; nothing was moved
         ├── VerificationError  what arrived is not what was sent
@@ -57,6 +58,13 @@ class ModelError(InvalidInputError):
 
 class PhaseError(EquipoiseError):
     """The call is valid, but not in the present phase."""
+
+
+class InDoubtError(EquipoiseError):
+    """The vote on a layer broke off: some ranks may have committed it, others not. Serving on could answer wrongly.
+
+    Not a :class:`TransferError`: nothing serves on. It comes when a rank has died or hung, so the group is lost anyway.
+    """
 
 
 class TransferError(EquipoiseError):

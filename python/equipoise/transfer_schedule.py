@@ -36,12 +36,12 @@ def schedule_layer(
         maps = new[None]
     else:
         maps = split_into_steps(old, new, num_experts, num_ranks, ranks_per_node, capacity)
+    maps.setflags(write=False)  # before the kernels see it: numba compiles read-only arrays apart
     before = first_slots(old, num_experts, num_ranks)
     for row in maps:
         after = first_slots(row, num_experts, num_ranks)
         jobs = assign_sources(before, after, ranks_per_node)
         table = transfer_table(jobs, assign_rounds(jobs, num_ranks), before, after)
-        row.setflags(write=False)
         table.setflags(write=False)
         yield row, table
         before = after

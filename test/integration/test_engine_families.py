@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+
 from engine_loop import PROMPTS, engine_greedy, plain_greedy, serve_config
 from run_ranks import run_ranks
 from tiny_models import FAMILIES, make_tiny_model
 
-NUM_TOKENS = 10
-PREFILL = 48  # the longest prompt takes several steps, others decode meanwhile
+NUM_TOKENS = 8
+PREFILL = 24  # the longest prompt takes several steps, others decode meanwhile
 REDUNDANT = {2: 2, 4: 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to gain from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,11 @@ def _answers_on_ranks(rank: int, world_size: int, models: dict[str, Path]) -> di
             continue
         for family, path in models.items():
             config = serve_config(
-                path, ep_size=ep_size, redundant=REDUNDANT[ep_size], chunked_prefill_size=PREFILL, max_running_requests=3
+                path,
+                ep_size=ep_size,
+                redundant=REDUNDANT[ep_size],
+                chunked_prefill_size=PREFILL,
+                max_running_requests=3,
             )
             answers[family, ep_size] = engine_greedy(config, PROMPTS, NUM_TOKENS, rank=rank, group=group)
     return answers

@@ -117,15 +117,14 @@ def _dtype(config: EngineConfig, device_type: str, model_config: Any) -> torch.d
 
 def _build_on_meta(config: Any, dtype: torch.dtype, device_type: str) -> Any:
     register_attention()
-    # On CUDA, grouped matrix products exist for bfloat16 only.
-    experts = "grouped_mm" if device_type == "cpu" or dtype == torch.bfloat16 else "eager"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION_NAME, experts_implementation=experts
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except Exception as error:  # an unknown architecture, a field it cannot work with
         raise ModelError(f"{config.model_type} cannot be built: {_one_line(error)}", field="model_path") from None
+    if device_type == "cuda" and dtype != torch.bfloat16 and find_experts(model):
+        # Grouped matrix products, the default, exist on CUDA for bfloat16 only.
+        model.set_experts_implementation("eager")
     model.eval()
     return model
 

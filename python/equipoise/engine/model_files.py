@@ -29,6 +29,10 @@ def model_directory(model_path: str) -> Path:
     return directory
 
 
+# transformers makes an empty tokenizer where there is none.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory.
 
@@ -37,6 +41,8 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any(path.is_file() for pattern in _VOCABULARIES for path in directory.glob(pattern)):
+        raise ModelError(f"no tokenizer in {directory}", field="model_path")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises what the file in question happens to raise
