@@ -50,7 +50,7 @@ class Recipe:
     """Everything that decides the checkpoint, besides the text."""
 
     seed: int = 0
-    steps: int = 1200
+    steps: int = 600
     threads: int = 2  # part of the recipe: sums split over another number of threads round differently
     vocab_size: int = 2048
     windows_per_topic: int = 4  # a step trains on this many windows of every topic
@@ -59,6 +59,7 @@ class Recipe:
     adam_rate: float = 8e-3
     router_rate: float = 1.6e-2
     warmup_steps: int = 60
+    balance: float = 0.003  # weight of balance_loss
 
     def __post_init__(self) -> None:
         for name in ("steps", "threads"):
@@ -77,7 +78,7 @@ class UsageError(Exception):
 def train_tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text round-trips; digits stay single, so numbers cost the same everywhere."""
     bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r" ?[^\W\d_]+|\d| ?[^\s\w]+|_|\s+(?!\S)|\s"), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(r" ?_*[^\W\d_]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s"), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -124,7 +125,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeFor
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.0,  # no balance loss: it would train away the skew that the demo is about
+        router_aux_loss_coef=0.0,  # transformers' own mixes the layers; balance_loss below does not
         initializer_range=0.04,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
@@ -193,6 +194,22 @@ def batch(streams: dict[str, torch.Tensor], recipe: Recipe, step: int) -> torch.
     return torch.stack(rows)
 
 
+def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
+    """Mean over layers of E * sum(share of tokens * mean probability): 1.0 when even. Logits are (tokens, E) each.
+
+    Taken over a batch of all topics, weakly: it keeps one expert from being everybody's favourite, so that each topic
+    finds its own, and leaves the skew within a topic alone. Qiu et al., "Demons in the detail", 2025, on why batches
+    that mix topics let experts specialise.
+    """
+    losses = []
+    for logits in router_logits:
+        num_experts = logits.shape[-1]
+        chosen = logits.topk(top_k, dim=-1).indices.flatten()
+        share = torch.bincount(chosen, minlength=num_experts) / len(chosen)
+        losses.append(num_experts * (share * logits.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
 def save_state(path: Path, step: int, model, optimizers, identity: dict) -> None:
     """Write beside and rename, so that an interruption leaves the old state or the new one, never half of one."""
     beside = path.with_suffix(".tmp")
@@ -217,7 +234,7 @@ def load_state(path: Path, model, optimizers, identity: dict) -> int:
 
 
 def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, save: Callable[[int], None], say) -> None:
-    """Steps first..stop-1. Saves every 100 steps and when interrupted, then lets the interruption through."""
+    """Steps first..stop-1, saving every 50: an interrupted step is lost with those since, and computed again."""
     columns: tuple[ProgressColumn | str, ...] = ("training", BarColumn(), MofNCompleteColumn())
     columns += (
         "loss {task.fields[loss]:.3f}, {task.fields[rate]:.0f} tok/s",
@@ -231,8 +248,9 @@ def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, sav
         try:
             for step in range(first, stop):
                 ids = batch(streams, recipe, step)
-                loss = model(input_ids=ids, labels=ids).loss
-                loss.backward()
+                out = model(input_ids=ids, labels=ids, output_router_logits=True)
+                loss = out.loss
+                (loss + recipe.balance * balance_loss(out.router_logits, model.config.num_experts_per_tok)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
@@ -242,7 +260,7 @@ def train(model, optimizers, streams, recipe: Recipe, first: int, stop: int, sav
                 loss_now = 0.95 * loss_now + 0.05 * loss.item() if loss_now == loss_now else loss.item()
                 rate = (step + 1 - first) * ids.numel() / (time.monotonic() - began)
                 progress.update(bar, completed=step + 1, loss=loss_now, rate=rate)
-                if (step + 1) % 100 == 0 or step + 1 == stop:
+                if (step + 1) % 50 == 0 or step + 1 == stop:
                     save(step + 1)
                 if (step + 1) % 50 == 0 and not say.is_terminal:
                     say.print(f"step {step + 1}/{recipe.steps}: loss {loss_now:.3f} nats/token, {rate:.0f} tok/s")

@@ -158,15 +158,33 @@ class ExpertLocationMetadata:
                 f"an expert has {most} replicas in the new placement, room is for max_replicas={self.max_replicas}",
                 field="num_replicas",
             )
-        width = min(new.max_replicas, self.max_replicas)
         for layer in layers:
-            self.physical_to_logical_map[layer].copy_(new.physical_to_logical_map[layer])
-            self.num_replicas[layer].copy_(new.num_replicas[layer])
-            self.dispatch_weights[layer].copy_(new.dispatch_weights[layer])
-            self.logical_to_physical_map[layer, :, :width].copy_(new.logical_to_physical_map[layer, :, :width])
-            self.logical_to_physical_map[layer, :, width:].fill_(-1)
-            self.dispatch_cdf[layer, :, :width].copy_(new.dispatch_cdf[layer, :, :width])
-            self.dispatch_cdf[layer, :, width:].fill_(1.0)
+            self._copy_layer(layer, new, layer)
+
+    def update_layer_(self, layer_id: int, physical_to_logical: IntMap) -> None:
+        """Sets one layer to a map of its own, in place, with uniform dispatch weights.
+
+        Args:
+            physical_to_logical: (P,) ints.
+
+        Raises:
+            PlacementError: not a valid map, or more replicas of an expert than fit here; nothing was changed.
+        """
+        row = torch.as_tensor(physical_to_logical)[None, :]
+        new = self.from_physical_to_logical(
+            row, self.num_logical_experts, self.topology, max_replicas=self.max_replicas
+        )
+        self._copy_layer(layer_id, new, 0)
+
+    def _copy_layer(self, layer: int, new: ExpertLocationMetadata, new_layer: int) -> None:
+        width = min(new.max_replicas, self.max_replicas)
+        self.physical_to_logical_map[layer].copy_(new.physical_to_logical_map[new_layer])
+        self.num_replicas[layer].copy_(new.num_replicas[new_layer])
+        self.dispatch_weights[layer].copy_(new.dispatch_weights[new_layer])
+        self.logical_to_physical_map[layer, :, :width].copy_(new.logical_to_physical_map[new_layer, :, :width])
+        self.logical_to_physical_map[layer, :, width:].fill_(-1)
+        self.dispatch_cdf[layer, :, :width].copy_(new.dispatch_cdf[new_layer, :, :width])
+        self.dispatch_cdf[layer, :, width:].fill_(1.0)
 
     def clone(self, device: torch.device | str | None = None) -> ExpertLocationMetadata:
         """A copy that shares no memory with this one."""

@@ -43,7 +43,9 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.phase not in get_args(TransferPhase):
-            raise ConfigError(f"fault phase must be one of {get_args(TransferPhase)}, got {self.phase!r}", field="phase")
+            raise ConfigError(
+                f"fault phase must be one of {get_args(TransferPhase)}, got {self.phase!r}", field="phase"
+            )
         if self.kind not in _POSSIBLE[self.phase]:
             raise ConfigError(
                 f"fault kind in phase {self.phase} must be one of {_POSSIBLE[self.phase]}, got {self.kind!r}",

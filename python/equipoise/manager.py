@@ -365,9 +365,11 @@ class EplbManager:
     def _commit_step(self, layer_id: int, step: TransferStep) -> None:
         """The weights of a layer have just changed on all ranks: its maps follow before anything else runs."""
         assert self._target is not None
-        row = self._target.physical_to_logical_map[layer_id]
-        assert np.array_equal(step.new_map, row.numpy()), "plans of several steps need maps of their own"
-        self._commit_maps(self._target, [layer_id])
+        if np.array_equal(step.new_map, self._target.physical_to_logical_map[layer_id].numpy()):
+            self._commit_maps(self._target, [layer_id])
+        else:  # on the way there: a complete placement too, but not one that weights were solved for
+            self.metadata.update_layer_(layer_id, step.new_map.copy())
+            self._dispatcher.refresh([layer_id])
 
     def _commit_maps(self, target: ExpertLocationMetadata, layers: list[int]) -> None:
         self.metadata.update_layers_(target, layers)

@@ -322,6 +322,4 @@ def _take_cycle(
             if row[slot] == experts[i]:
                 places[(i + 1) % ranks.size] = slot
     for i in range(ranks.size):
-        _arrive(
-            experts[i], ranks[i], places[i], row, new, copies, on_node, total, pending, budget, ranks_per_node
-        )
+        _arrive(experts[i], ranks[i], places[i], row, new, copies, on_node, total, pending, budget, ranks_per_node)

@@ -5,30 +5,29 @@ live slot. Then the ranks vote. Only if all of them hold what the plan names doe
 copy it into the live slots, which is local and short. If any rank failed, every rank raises the same kind of
 :class:`~equipoise.errors.TransferError` and no live byte has changed on any of them.
 
-Verification ``canary``: next to the weights of each layer lies one int64 per slot, the id of the expert that the slot
-holds. It is set once, from the map of the first plan, and then moves only by the same messages and copies as the
-weights; it is compared with the plan before anything is sent and again where it lands.
+Verification ``canary``: next to the weights of each layer lies one int64 per slot that names layer and expert. It is
+set once, from the map of the first plan, and then moves only by the same messages and copies as the weights; it is
+compared with the plan before anything is sent and again where it lands. ``checksum`` compares the content as well.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from equipoise.communicator import Communicator, PeerTensor
-from equipoise.errors import PlanMismatchError, TransferError, TransferTimeout, VerificationError
-from equipoise.staging import ExpertLayout, StagingArea, require_usable, row_bytes_of
+from equipoise.errors import InDoubtError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
+from equipoise.expert_store import ExpertStore
+from equipoise.fault_injection import FaultInjector, NoFaults
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
-from equipoise.transfer_program import RankProgram, Receive, Send, rank_program
+from equipoise.transfer_program import RankProgram, rank_program
 from equipoise.transfer_report import LayerTransferReport
-
-Verification = Literal["off", "canary"]
+from equipoise.verification import Verification
 
 # A rank that failed at once votes at once, and waits for those that find out by their timeout. A vote that is given up
 # too early would leave ranks in doubt whether the others committed; a rank that died is noticed without waiting.
@@ -39,7 +38,7 @@ _FINE, _FAILED, _TIMED_OUT, _NOT_WHAT_WAS_SENT = range(4)
 _ERRORS = {_FAILED: TransferError, _TIMED_OUT: TransferTimeout, _NOT_WHAT_WAS_SENT: VerificationError}
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class StagedStep:
     """A step that all ranks hold and have verified; ready for :meth:`ExpertLocationUpdater.commit`."""
 
@@ -53,14 +52,19 @@ class ExpertLocationUpdater:
     """Executes transfer plans on one rank.
 
     Args:
-        communicator: reaches the other ranks; the group must be no one else's while a transfer runs.
+        communicator: reaches the other ranks; nobody else uses its groups while a transfer runs.
         topology: where slots lie.
         expert_weights: ``[layer][i]``, the live tensors of this rank, each (slots_per_rank, ...) with contiguous rows,
             of any dtype. They are written by commits only.
         verification: see the module.
         staging_bytes: most bytes to allocate for staging; None: the rank's slots of the largest layer.
         timeout: seconds that staging one step may take.
+        duty: share of the time, in (0, 1], that may go to transfers; the rest of it the updater sleeps between rounds,
+            so that forward passes beside it keep the processor and the links.
+        vote_grace: seconds beyond ``timeout`` after which a vote is given up.
+        faults: what goes wrong on purpose.
         clock: seconds, monotonic.
+        sleep: for ``duty``.
 
     Raises:
         ConfigError: unusable weights, or a budget below one expert.
@@ -75,32 +79,45 @@ class ExpertLocationUpdater:
         verification: Verification = "canary",
         staging_bytes: int | None = None,
         timeout: float = 60.0,
+        duty: float = 1.0,
+        vote_grace: float = VOTE_GRACE_SECONDS,
+        faults: FaultInjector | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        require_usable(expert_weights, topology.slots_per_rank)
+        assert 0 < duty <= 1, f"{duty=}"
         self._communicator = communicator
         self._topology = topology
         self._timeout = timeout
+        self._rest_per_second = 1.0 / duty - 1.0
+        self._vote_grace = vote_grace
+        self._faults = faults if faults is not None else NoFaults()
         self._clock = clock
-        self._verification = verification
-        device = expert_weights[0][0].device if expert_weights else torch.device("cpu")
-        self._weights = [list(tensors) for tensors in expert_weights]
-        self._canaries: list[torch.Tensor] = []
-        if verification != "off":
-            self._canaries = [
-                torch.full((topology.slots_per_rank,), -1, dtype=torch.int64, device=device) for _ in expert_weights
-            ]
-            for tensors, canary in zip(self._weights, self._canaries, strict=True):
-                tensors.append(canary)
-        self._layouts = [ExpertLayout.of(tensors) for tensors in self._weights]
-        self._staging = StagingArea(self._layouts, staging_bytes, topology.slots_per_rank, device)
+        self._sleep = sleep
+        self._store = ExpertStore(communicator.rank, topology, expert_weights, verification, staging_bytes)
+        self._streams = _Streams(self._store.device)
         self.broken: str | None = None
         """Why no further transfer can run; None while one can."""
 
     @property
     def max_staged_experts(self) -> int:
-        """Experts that fit into staging at once; a plan must not ask for more on any rank."""
-        return self._staging.capacity
+        """Experts that fit into staging at once: what :func:`~equipoise.transfer_plan.plan_transfer` must be told."""
+        return self._store.staging.capacity
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes allocated for staging now."""
+        return self._store.staging.allocated_bytes
+
+    def warm_up(self) -> None:
+        """Collective. Sends a byte between every pair of ranks, so that no connection is set up mid-serving."""
+        world_size, rank = self._communicator.world_size, self._communicator.rank
+        sent = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
+        landed = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
+        for distance in range(1, world_size):
+            to, frm = (rank + distance) % world_size, (rank - distance) % world_size
+            self._communicator.exchange([(to, sent)], [(frm, landed)], self._timeout)
+        self._communicator.barrier()
 
     def agree_on(self, plan: TransferPlan) -> None:
         """Collective, before the first byte moves.
@@ -121,16 +138,16 @@ class ExpertLocationUpdater:
         Args:
             layer_plan: the same on every rank.
             on_commit: called after each step's commit: the maps must follow the weights now. Needed where a plan has
-                several steps for a layer, since a failure in a later one leaves the layer at ``step.new_map``.
+                several steps for a layer, since a failure in a later one leaves the layer at an earlier ``new_map``.
 
         Raises:
             TransferError: on every rank; the step that failed changed nothing anywhere.
+            InDoubtError: the vote broke off; this rank must stop.
         """
         assert on_commit is not None or len(layer_plan.steps) == 1
         report: LayerTransferReport | None = None
         for step in layer_plan.steps:
-            staged = self.stage(layer_plan.layer_id, step)
-            cost = self.commit(staged)
+            cost = self.commit(self.stage(layer_plan.layer_id, step))
             if on_commit is not None:
                 on_commit(step)
             report = cost if report is None else report + cost
@@ -143,28 +160,30 @@ class ExpertLocationUpdater:
         Raises:
             TransferError: on every rank, if any of them failed; VerificationError if what arrived is not what was
                 sent, TransferTimeout if a peer did not answer in time. Live weights are as they were.
+            InDoubtError: the vote broke off; this rank must stop.
         """
         start = self._clock()
         program = rank_program(step, self._communicator.rank, self._topology)
         sent = np.zeros(self._topology.num_ranks, np.int64)
         received = np.zeros(self._topology.num_ranks, np.int64)
-        # A rank whose live slots are not what the plan says still takes part: its peers would wait for it in vain.
-        failure = self._check_live_canaries(layer_id, step)
-        try:
-            self._staging.reserve(program.num_staging_slots)
-            for each in program.rounds:
-                left = self._timeout - (self._clock() - start)
-                sends = self._outgoing(layer_id, each.send) if each.send else []
-                recvs = self._incoming(layer_id, each.receive) if each.receive else []
-                self._communicator.exchange(sends, recvs, max(left, 0.001))
-                _count(sends, sent)
-                _count(recvs, received)
-            transferred = self._clock()
-            self._check_staged(layer_id, program)
-        except Exception as error:
-            transferred = self._clock()
-            failure = failure or error
-        self._vote(layer_id, failure)
+        failure: Exception | None = None
+        transferred: float | None = None
+        with self._streams.beside_the_forward_pass():
+            try:
+                # A rank whose live slots are not what the plan says still takes part: its peers wait for it.
+                failure = self._store.check_live(layer_id, step)
+                self._store.staging.reserve(program.num_staging_slots)
+                self._transfer(layer_id, program, start + self._timeout, sent, received)
+                self._streams.finish()
+                transferred = self._clock()
+                self._verify(layer_id, program)
+            except Exception as error:
+                failure = failure or error
+            failure = self._vote(layer_id, failure)
+        ended = self._clock()
+        transferred = ended if transferred is None else transferred
+        if failure is not None:
+            raise failure
         report = LayerTransferReport(
             layer_id=layer_id,
             rank=self._communicator.rank,
@@ -174,107 +193,87 @@ class ExpertLocationUpdater:
             num_rounds=len(program.rounds),
             num_steps=1,
             transfer_seconds=transferred - start,
-            verify_seconds=self._clock() - transferred,
+            verify_seconds=ended - transferred,
             commit_seconds=0.0,
-            peak_staging_bytes=self._staging.allocated_bytes,
+            peak_staging_bytes=self._store.staging.allocated_bytes,
         )
         return StagedStep(layer_id, step, program, report)
 
     def commit(self, staged: StagedStep) -> LayerTransferReport:
-        """Copies a staged step into the live slots of this rank. Local, no communication; cannot fail by halves.
+        """Copies a staged step into the live slots of this rank. Local: no communication, no wait.
 
-        The caller makes sure that no forward pass reads the layer meanwhile and that the maps change with it.
+        The caller makes sure that no forward pass reads the layer meanwhile and that the maps change with it. An
+        exception from here is not a TransferError: the others have committed, so this rank must stop.
         """
         start = self._clock()
-        layout, tensors = self._layouts[staged.layer_id], self._weights[staged.layer_id]
-        for source, destination in staged.program.copies:
-            for index, tensor in enumerate(tensors):
-                self._place(tensor, index, layout, destination).copy_(self._place(tensor, index, layout, source))
-        report = staged.report
-        return LayerTransferReport(
-            **{**vars(report), "commit_seconds": report.commit_seconds + self._clock() - start},
-        )
+        self._faults.at("commit", staged.layer_id)
+        for copy in staged.program.copies:
+            self._store.copy(staged.layer_id, copy)
+        self._streams.committed()
+        return replace(staged.report, commit_seconds=self._clock() - start)
 
     def forget_canaries(self, layer_ids: Sequence[int]) -> None:
         """Takes the canaries of these layers from the next plan again: their weights were loaded anew by the host."""
-        for layer_id in layer_ids:
-            if self._canaries:
-                self._canaries[layer_id].fill_(-1)
+        self._store.forget(layer_ids)
 
     def release_staging(self) -> None:
         """Gives staging memory back between two rebalances."""
-        self._staging.release()
+        self._store.staging.release()
 
-    def _place(self, tensor: torch.Tensor, index: int, layout: ExpertLayout, place: int) -> torch.Tensor:
-        """The bytes of one tensor's row in a live slot (``place >= 0``) or in a staging slot."""
-        if place >= 0:
-            return row_bytes_of(tensor, place)
-        field = layout.fields[index]
-        return self._staging.slot(~place, layout)[field.offset : field.offset + field.num_bytes]
-
-    def _outgoing(self, layer_id: int, send: Send) -> list[PeerTensor]:
-        layout, tensors = self._layouts[layer_id], self._weights[layer_id]
-        packed = self._staging.outbox(layout)
-        messages = [(send.peer, packed)] if layout.packed_bytes else []
-        for index, (tensor, field) in enumerate(zip(tensors, layout.fields, strict=True)):
-            row = self._place(tensor, index, layout, send.place)
-            if field.packed:
-                packed[field.offset : field.offset + field.num_bytes].copy_(row)
-            else:
-                messages.append((send.peer, row))
-        return messages
-
-    def _incoming(self, layer_id: int, receive: Receive) -> list[PeerTensor]:
-        layout = self._layouts[layer_id]
-        slot = self._staging.slot(receive.staging_index, layout)
-        messages = [(receive.peer, slot[: layout.packed_bytes])] if layout.packed_bytes else []
-        for field in layout.fields:
-            if not field.packed:
-                messages.append((receive.peer, slot[field.offset : field.offset + field.num_bytes]))
-        return messages
-
-    def _check_live_canaries(self, layer_id: int, step: TransferStep) -> Exception | None:
-        """What lies in the live slots must be what the plan starts from."""
-        if not self._canaries:
-            return None
-        slots = self._topology.slots_of_rank(self._communicator.rank)
-        planned = step.old_map[slots.start : slots.stop].tolist()
-        canary = self._canaries[layer_id]
-        held = canary.tolist()
-        if held == [-1] * len(held):
-            canary.copy_(torch.tensor(planned))
-        elif held != planned:
-            return VerificationError(f"live slots hold experts {held}, the plan starts from {planned}")
-        return None
-
-    def _check_staged(self, layer_id: int, program: RankProgram) -> None:
-        if not self._canaries:
-            return
-        layout = self._layouts[layer_id]
-        field = layout.fields[-1]  # the canary is the last tensor of its layer
+    def _transfer(
+        self, layer_id: int, program: RankProgram, deadline: float, sent: np.ndarray, received: np.ndarray
+    ) -> None:
+        fault = self._faults.at("transfer", layer_id)
         for each in program.rounds:
-            if each.receive is None:
-                continue
-            slot = self._staging.slot(each.receive.staging_index, layout)
-            found = int(slot[field.offset : field.offset + field.num_bytes].view(torch.int64))
-            if found != each.receive.expert:
-                raise VerificationError(
-                    f"rank {each.receive.peer} was to send expert {each.receive.expert}, what arrived is {found}"
-                )
+            began = self._clock()
+            sends = self._store.outgoing(layer_id, each.send) if each.send else []
+            recvs = self._store.incoming(layer_id, each.receive) if each.receive else []
+            if fault is not None and sends:
+                sends = [] if fault == "drop" else [(peer, tensor.bitwise_xor(0x55)) for peer, tensor in sends]
+                fault = None
+            self._streams.finish()  # what was packed must be there before a transport that knows no streams reads it
+            self._communicator.exchange(sends, recvs, max(deadline - began, 0.001))
+            _count(sends, sent)
+            _count(recvs, received)
+            if self._rest_per_second:
+                self._sleep((self._clock() - began) * self._rest_per_second)
 
-    def _vote(self, layer_id: int, failure: Exception | None) -> None:
-        """Returns if no rank failed; else raises the same kind of error on all of them."""
+    def _verify(self, layer_id: int, program: RankProgram) -> None:
+        fault = self._faults.at("verify", layer_id)
+        if fault == "drop":
+            self._store.wipe_staged(layer_id, program)
+        elif fault == "corrupt":
+            self._store.damage_staged(layer_id, program)
+        self._store.check_staged(layer_id, program)
+
+    def _vote(self, layer_id: int, failure: Exception | None) -> TransferError | None:
+        """None if no rank failed, else the same kind of error on all of them."""
+        try:
+            if self._faults.at("vote", layer_id) == "drop":
+                self.broken = f"the vote on layer {layer_id} was not cast"
+                raise InDoubtError(self.broken)
+        except RuntimeError as error:
+            failure = failure or error
         votes = torch.zeros(self._communicator.world_size, dtype=torch.int64)
         votes[self._communicator.rank] = _ballot(failure)
-        self._communicator.all_reduce_sum_(votes, self._timeout + VOTE_GRACE_SECONDS)
+        words: list[str] = []
+        try:
+            self._communicator.all_reduce_sum_(votes, self._timeout + self._vote_grace)
+            if votes.any():
+                words = self._communicator.all_gather_object(_words(failure), self._timeout + self._vote_grace)
+        except TransferError as error:
+            reason = "" if failure is None else f"; this rank had failed before: {_words(failure)}"
+            self.broken = f"the vote on layer {layer_id} broke off: {error}{reason}"
+            raise InDoubtError(self.broken) from error
+        if not words:
+            return None
         worst = int(votes.max())
-        if worst == _FINE:
-            return
-        words = self._communicator.all_gather_object("" if failure is None else str(failure))
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(words) if votes[rank] == worst)
-        if worst == _TIMED_OUT or (votes == _FAILED).any():
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(words) if text)
+        if ((votes == _FAILED) | (votes == _TIMED_OUT)).any():
             self._rebuild(told)
-        raise _ERRORS[worst](f"layer {layer_id} was not migrated: {told}") from failure
+        result = _ERRORS[worst](f"layer {layer_id} was not migrated: {told}")
+        result.__cause__ = failure
+        return result
 
     def _rebuild(self, told: str) -> None:
         """Replaces the bulk transport, which a failed exchange may have left with half a message."""
@@ -282,6 +281,32 @@ class ExpertLocationUpdater:
             self._communicator.rebuild()
         except TransferError as error:
             self.broken = f"{error} (after: {told})"
+
+
+class _Streams:
+    """Keeps staging and commits in order on a GPU; does nothing on a CPU.
+
+    Staging runs on a stream of its own, beside the forward pass, and waits for the last commit, which read the staging
+    slots and wrote the live ones. A commit runs on the caller's stream after staging has finished.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last_commit: torch.cuda.Event | None = None
+
+    def beside_the_forward_pass(self) -> torch.cuda.StreamContext:
+        if self._stream is not None and self._last_commit is not None:
+            self._stream.wait_event(self._last_commit)
+        return torch.cuda.stream(self._stream)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def committed(self) -> None:
+        if self._stream is not None:
+            self._last_commit = torch.cuda.Event()
+            self._last_commit.record()
 
 
 def _ballot(failure: Exception | None) -> int:
@@ -294,6 +319,12 @@ def _ballot(failure: Exception | None) -> int:
             return _TIMED_OUT
         case _:
             return _FAILED
+
+
+def _words(failure: Exception | None) -> str:
+    if failure is None:
+        return ""
+    return str(failure) if isinstance(failure, TransferError) else f"{type(failure).__name__}: {failure}"
 
 
 def _count(messages: Sequence[PeerTensor], per_rank: np.ndarray) -> None:

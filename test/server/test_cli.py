@@ -135,6 +135,7 @@ class TestArguments:
         assert caught.value.field == "ep_size"
 
 
+@pytest.mark.timeout(90)  # what is not refused would be served for ever
 class TestServe:
     def test_missing_model_directory(self, tmp_path: Path) -> None:
         assert str(tmp_path / "nowhere") in complaint("serve", "--port", 0, "--model-path", tmp_path / "nowhere")

@@ -14,8 +14,9 @@ LAYERS = [
     {"__init__", "errors", "topology", "config", "atomic_file"},
     {"expert_location", "load_trace", "formats", "metrics", "commands"},
     {"algorithms", "dispatch", "trigger"}
-    | {f"transfer_{part}" for part in ("plan", "sources", "rounds", "steps", "program", "report", "table")},
-    {"communicator", "in_memory_communicator", "recorder", "staging", "updater"},
+    | {f"transfer_{part}" for part in ("plan", "sources", "rounds", "schedule", "steps", "program", "report", "table")}
+    | {"placement_alignment"},
+    {"communicator", "in_memory_communicator", "fault_injection", "recorder", "staging", "verification", "updater"},
     {"planning", "manager_replies", "manager"},
     {"engine", "server", "replay", "integrations", "demo_model"},
     {"cli", "__main__"},

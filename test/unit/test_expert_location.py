@@ -60,6 +60,18 @@ def test_update_in_place_equals_a_fresh_build_and_keeps_addresses(
         assert live.physical_to_logical_map[layer].tolist() == expected
 
 
+@given(placements())
+@settings(deadline=None)
+def test_one_layer_can_be_set_to_a_map_of_its_own(case: tuple[np.ndarray, int, EpTopology]) -> None:
+    p2l, num_experts, topology = case
+    live = ExpertLocationMetadata.trivial(2, num_experts, topology, max_replicas=topology.num_slots - num_experts + 1)
+    first = live.physical_to_logical_map[0].clone()
+    live.update_layer_(1, p2l[0])
+    live.check_integrity()
+    assert live.physical_to_logical_map[1].tolist() == p2l[0].tolist()
+    assert torch.equal(live.physical_to_logical_map[0], first)
+
+
 def test_diff_counts_changed_moved_and_crossing_slots() -> None:
     old = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]], 12, TOPOLOGY)
     # slots 0, 1 swap inside rank 0; slots 2, 3 swap between ranks of node 0; slots 5, 6 swap between nodes

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.algorithms import deepseek
+from equipoise.algorithms import deepseek, equipoise
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
@@ -24,6 +24,8 @@ _SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
     {
         "deepseek": deepseek.solve_global,
         "deepseek_hierarchical": deepseek.solve_hierarchical,
+        "equipoise": equipoise.solve,
+        "reweight": equipoise.solve_weights,
     }
 )
 
@@ -89,7 +91,7 @@ def rebalance_experts(
         move_price=move_price,
         num_threads=len(os.sched_getaffinity(0)) if num_threads is None else num_threads,
     )
-    placed, weights = _solver(algorithm, problem)(problem)
+    placed, weights = _solver(algorithm)(problem)
     if current is not None and max_moves_per_layer is not None:
         placed = _within_limit(placed, problem)
     return ExpertLocationMetadata.from_physical_to_logical(
@@ -97,9 +99,9 @@ def rebalance_experts(
     )
 
 
-def _solver(algorithm: str, problem: PlacementProblem) -> Solver:
+def _solver(algorithm: str) -> Solver:
     if algorithm == "auto":
-        return _SOLVERS["deepseek_hierarchical" if problem.grouped else "deepseek"]
+        return _SOLVERS["equipoise"]
     check_algorithm(algorithm)
     return _SOLVERS[algorithm]
 

@@ -13,15 +13,16 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from rich.console import Console
 
-from equipoise.algorithms import check_algorithm
 from equipoise.config import HttpConfig, ServeConfig
 from equipoise.errors import ConfigError
-from equipoise.server.app import create_app
-from equipoise.server.generation import Generator as RequestGenerator
+
+if TYPE_CHECKING:
+    from equipoise.server.generation import Generator as RequestGenerator
 
 DRAIN_SECONDS = 3.0
 """How long running requests may go on after a signal before they end with finish reason ``abort``."""
@@ -34,7 +35,8 @@ class Terminated(BaseException):
 def serve(config: ServeConfig, console: Console | None = None) -> int:
     """Serves until a signal ends it; returns the exit code of a clean end, 0.
 
-    What a person can get wrong is found before the model is loaded: the port, the algorithm, the dump directory.
+    The port and the dump directory are looked at before anything is loaded; the engine looks at the other options
+    before it reads weights.
 
     Raises:
         InvalidInputError: an option that cannot work; nothing is left running.
@@ -45,7 +47,6 @@ def serve(config: ServeConfig, console: Console | None = None) -> int:
         try:
             config = _with_port(config, listener.getsockname()[1])
             check_dump_dir(config.http.dump_dir)
-            check_algorithm(config.eplb.eplb_algorithm, field="eplb_algorithm")
             return _serve_on(listener, config, console)
         except Terminated:
             console.print("stopped")
@@ -53,7 +54,9 @@ def serve(config: ServeConfig, console: Console | None = None) -> int:
 
 
 def _serve_on(listener: socket.socket, config: ServeConfig, console: Console) -> int:
-    from equipoise.engine.engine import Engine  # brings torch, so not before options are checked
+    # These bring torch: seconds, so not before what is quickly told has been told.
+    from equipoise.engine.engine import Engine
+    from equipoise.server.app import create_app
 
     def on_progress(line: str) -> None:
         if line != "ready":  # the engine is; the server says so below, with its address

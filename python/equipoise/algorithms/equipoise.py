@@ -1,0 +1,251 @@
+"""`equipoise`, the default: joint placement and dispatch weights, from the placement in force, with priced moves.
+
+Per layer: the shares of the placement in force settle on the load to come (scenarios.py); a local search
+(local_search.py) makes the moves that pay; where enough balance is left on the table to pay for it, a plan from
+nothing (fresh_plan.py), its ranks renamed after the old ones (relabel.py), is searched as well, and the better of the
+two wins. Without a placement in force, moves are free and only the plan from nothing is made.
+
+`reweight` does the first of these alone: it moves nothing.
+
+A single window is no sample to spread risk over. There the shares are finished by the exact least maximum for the
+placement (min_max.py).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
+from equipoise.algorithms.layer_state import LayerState, new_state, settle_all
+from equipoise.algorithms.layers import for_each_layer
+from equipoise.algorithms.local_search import ELSEWHERE, ON_NODE, ON_RANK, origin, search, spent
+from equipoise.algorithms.min_max import level_ranks
+from equipoise.algorithms.problem import Placement, PlacementProblem
+from equipoise.algorithms.relabel import align, relabel
+from equipoise.algorithms.repair import part_twins, revive, spread_shares
+from equipoise.algorithms.scenarios import make_scenarios
+from equipoise.errors import ConfigError
+
+NODE_PRICE = 2.0  # of a move whose weights come from another node; within a node it is 1
+RISK_PRICE = 4.0  # of an expert's variance, see layer_state.py
+STAGES = (3, 5)  # exponents of the soft maximum: 2**3 = 8, then 32
+SLOWEST = 1e-3  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
+NO_LIMIT = 1 << 60
+
+
+def solve(problem: PlacementProblem) -> Placement:
+    """Solves placement and dispatch weights together.
+
+    Raises:
+        ConfigError: ``max_moves_per_layer`` leaves too few moves to keep the experts of ranks that are gone, or a node
+            has too few live slots for its expert groups.
+    """
+    return _solve(problem, max_steps=8 * problem.topology.num_slots)
+
+
+def solve_weights(problem: PlacementProblem) -> Placement:
+    """Re-solves the dispatch weights of the current placement, contiguous if there is none; no slot changes.
+
+    Raises:
+        ConfigError: an expert has no replica on a rank with a capacity above 0.
+    """
+    return _solve(problem, max_steps=0)
+
+
+def _solve(problem: PlacementProblem, max_steps: int) -> Placement:
+    topology, current = problem.topology, problem.current
+    num_layers, num_experts, num_slots = problem.num_layers, problem.num_logical_experts, topology.num_slots
+    slowness = _slowness(problem)
+    scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
+    placed = np.empty((num_layers, num_slots), dtype=np.int64)
+    if current is not None:
+        placed[:] = current.physical_to_logical_map.cpu().numpy()
+        share = current.dispatch_weights.cpu().numpy().astype(np.float64)
+    else:
+        placed[:] = np.arange(num_slots) % num_experts
+        share = np.zeros((num_layers, num_slots))
+    lost = np.zeros(num_layers, dtype=np.int64)
+    limit = problem.max_moves_per_layer
+    for_each_layer(
+        _solve_layers,
+        num_layers,
+        problem.num_threads,
+        placed,
+        share,
+        scenarios.tokens,
+        scenarios.noise * RISK_PRICE,
+        scenarios.weight,
+        scenarios.any_load,
+        slowness,
+        topology.ranks_per_node,
+        problem.num_groups if problem.grouped and problem.num_groups else 0,
+        current is None and max_steps > 0,
+        problem.move_price / num_slots,
+        NO_LIMIT if limit is None or current is None else limit,
+        np.array(STAGES),
+        max_steps,
+        problem.load.shape[0] == 1,
+        lost,
+    )
+    if lost.any():
+        layer = int(np.flatnonzero(lost)[0])
+        raise ConfigError(
+            f"rank_capacity leaves experts of layer {layer} without a live rank, and "
+            + (
+                "weights alone cannot bring them back"
+                if max_steps == 0
+                else f"max_moves_per_layer={limit}, num_groups={problem.num_groups} leave no slot to copy them to"
+            ),
+            field="rank_capacity",
+        )
+    return Placement(placed, share)
+
+
+def _slowness(problem: PlacementProblem) -> np.ndarray:
+    """(G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone."""
+    capacity = problem.rank_capacity
+    if capacity is None:
+        return np.ones(problem.topology.num_ranks)
+    live = capacity > 0
+    speed = np.maximum(capacity / capacity.max(), SLOWEST)
+    return np.where(live, speed[live].sum() / live.sum() / speed, 0.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _solve_layers(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    share: np.ndarray,
+    tokens: np.ndarray,
+    noise: np.ndarray,
+    weight: np.ndarray,
+    any_load: np.ndarray,
+    slowness: np.ndarray,
+    ranks_per_node: int,
+    num_groups: int,
+    from_nothing: bool,
+    slot_price: float,
+    limit: int,
+    stages: np.ndarray,
+    max_steps: int,
+    exact: bool,
+    lost: np.ndarray,
+) -> None:
+    """Replaces rows first..last-1 of ``placed`` and ``share`` (L, P) by the plan; ``lost`` marks layers without one."""
+    num_experts, num_ranks = tokens.shape[1], slowness.shape[0]
+    num_nodes = num_ranks // ranks_per_node
+    domain = ranks_per_node if num_groups > 0 else num_ranks
+    prices = np.zeros(3)
+    if not from_nothing:
+        prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
+    for layer in range(first, last):
+        old = placed[layer].copy()
+        where = origin(old, num_experts, num_ranks, ranks_per_node)
+        state = new_state(old.copy(), share[layer].copy(), tokens[layer], noise[layer], weight, slowness)
+        value = -np.inf
+        if max_steps == 0:
+            lost[layer] = state.num_replicas.min() == 0
+            if lost[layer]:
+                continue
+            spread_shares(state)
+            for stage in range(stages.shape[0]):
+                settle_all(state, stages[stage], 40, 1e-6)
+        else:
+            home = _home_of_experts(old, num_groups, num_nodes, num_experts, slowness)
+            kept = not from_nothing and (home[0] != -2 or limit < NO_LIMIT)
+            if home[0] == -2:
+                home[:] = -1
+            moves = 0
+            if kept:
+                moves = revive(state, home)
+                kept = 0 <= moves <= limit
+            if kept and not any_load[layer]:
+                spread_shares(state)
+                value = 1.0
+            elif kept:
+                part_twins(state, where, home, limit - moves)
+                spread_shares(state)
+                value = search(state, where, prices, slot_price, domain, limit, stages, max_steps)
+            if value < 1.0 - slot_price * state.expert.shape[0] * 0.5 or not kept:
+                fresh = _fresh_state(
+                    old, tokens[layer], noise[layer], weight, slowness, num_groups, num_nodes, where, prices
+                )
+                if fresh.num_replicas.min() > 0:
+                    cost, moved = spent(fresh, where, prices)
+                    if moved <= limit and 1.0 - slot_price * cost > value:
+                        better = search(fresh, where, prices, slot_price, domain, limit, stages, max_steps)
+                        if better > value:
+                            state, value, kept = fresh, better, True
+                elif not kept:
+                    lost[layer] = 1
+                    continue
+                if not kept and value == -np.inf:
+                    lost[layer] = 1
+                    continue
+        if exact:
+            level_ranks(state)
+        if not from_nothing:
+            align(state.expert, state.share, old, state.slots_per_rank)
+        placed[layer] = state.expert
+        for slot in range(old.shape[0]):
+            live = slowness[slot // state.slots_per_rank] > 0.0
+            share[layer, slot] = min(max(state.share[slot], 0.0), 1.0) if live else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _home_of_experts(
+    expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int, slowness: np.ndarray
+) -> np.ndarray:
+    """(E,) node of each expert where groups are whole on nodes, -1 for all without groups, -2 where they are not."""
+    home = np.full(num_experts, -1, dtype=np.int64)
+    if num_groups == 0:
+        return home
+    slots_per_node, size = expert.shape[0] // num_nodes, num_experts // num_groups
+    for slot in range(expert.shape[0]):
+        node, first = slot // slots_per_node, expert[slot] // size * size
+        if home[first] >= 0 and home[first] != node:
+            home[:] = -2
+            return home
+        home[first : first + size] = node
+    return home
+
+
+@numba.njit(cache=True, nogil=True)
+def _fresh_state(
+    old: np.ndarray,
+    tokens: np.ndarray,
+    noise: np.ndarray,
+    weight: np.ndarray,
+    slowness: np.ndarray,
+    num_groups: int,
+    num_nodes: int,
+    where: np.ndarray,
+    prices: np.ndarray,
+) -> LayerState:
+    """A plan from nothing; without a replica of some expert where a node has too few live slots."""
+    num_experts, num_ranks = tokens.shape[0], slowness.shape[0]
+    size = old.shape[0] // num_ranks
+    load = risk_load(tokens, weight)
+    expert = old.copy()
+    node_of = np.zeros(num_experts, dtype=np.int64)
+    domain, enough = num_ranks, True
+    if num_groups > 0:
+        node_of = pack_groups(load, num_groups, num_nodes)
+        domain = num_ranks // num_nodes
+    for block in range(num_ranks // domain):
+        ranks = np.flatnonzero(slowness[block * domain : (block + 1) * domain] > 0.0) + block * domain
+        mine = np.flatnonzero(node_of == block)
+        if ranks.shape[0] * size < mine.shape[0]:
+            enough = False
+        else:
+            pack(mine, load, ranks, slowness, size, expert)
+    if enough and prices[ELSEWHERE] > 0.0:
+        expert = relabel(expert, where, prices, slowness, domain)
+    state = new_state(expert, np.zeros(old.shape[0]), tokens, noise, weight, slowness)
+    if not enough:
+        state.num_replicas[:] = 0
+    else:
+        spread_shares(state)
+    return state

@@ -1,0 +1,74 @@
+"""The exact least maximum of rank load that a fixed placement allows, by choice of shares alone.
+
+The shares that minimise the largest load of a bipartite graph of experts and ranks are a flow. Load goes from the
+hottest rank along a chain of replicas to a cooler one, until the ranks that it can reach are level. Those form the
+certificate: every expert with a share on one of them has all its replicas among them, so their mean load is a lower
+bound that no choice of shares beats.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from equipoise.algorithms.layer_state import LayerState, add_share
+
+_LEVEL = 1e-9  # relative: ranks closer than this are level
+
+
+@numba.njit(cache=True, nogil=True)
+def level_ranks(state: LayerState) -> None:
+    """Lowers the maximum rank load of the first scenario to its least possible value, in place.
+
+    Other loads change only along the way; ``cost`` and ``slope`` are left stale.
+    """
+    num_ranks, size = state.cost.shape[0], state.slots_per_rank
+    give, take = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)  # edge into a reached rank
+    reached, queue = np.zeros(num_ranks, dtype=np.bool_), np.empty(num_ranks, dtype=np.int64)
+    for _ in range(20 * num_ranks + 4 * state.expert.shape[0]):
+        hottest = 0
+        for rank in range(num_ranks):
+            if state.load[rank, 0] > state.load[hottest, 0]:
+                hottest = rank
+        top = state.load[hottest, 0]
+        reached[:] = False
+        reached[hottest] = True
+        queue[0] = hottest
+        head, tail = 0, 1
+        coolest, tokens, capacity = hottest, 0.0, 0.0
+        while head < tail:
+            rank = queue[head]
+            head += 1
+            tokens += state.load[rank, 0] / state.slowness[rank]
+            capacity += 1.0 / state.slowness[rank]
+            if state.load[rank, 0] < state.load[coolest, 0]:
+                coolest = rank
+            for slot in range(rank * size, (rank + 1) * size):
+                expert = state.expert[slot]
+                if state.num_replicas[expert] < 2 or state.share[slot] * state.tokens[expert, 0] <= _LEVEL * top:
+                    continue
+                other = state.first_slot[expert]
+                while other >= 0:
+                    target = other // size
+                    if not reached[target]:
+                        reached[target] = True
+                        give[target], take[target] = slot, other
+                        queue[tail] = target
+                        tail += 1
+                    other = state.next_slot[other]
+        mean = tokens / capacity
+        if top - mean <= _LEVEL * top or coolest == hottest:
+            return
+        flow = min(
+            (top - mean) / state.slowness[hottest], (mean - state.load[coolest, 0]) / state.slowness[coolest]
+        )
+        rank = coolest
+        while rank != hottest:
+            flow = min(flow, state.share[give[rank]] * state.tokens[state.expert[give[rank]], 0])
+            rank = give[rank] // size
+        rank = coolest
+        while rank != hottest:
+            part = min(flow / state.tokens[state.expert[give[rank]], 0], state.share[give[rank]])
+            add_share(state, take[rank], part)
+            add_share(state, give[rank], -part)
+            rank = give[rank] // size

@@ -1,0 +1,151 @@
+"""Plans under a staging budget, and the alignment of placements: thousands of random cases against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from placements import perturbed, random_map
+from plan_simulator import execute_layer
+
+from equipoise.errors import ConfigError
+from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.placement_alignment import align_placement
+from equipoise.topology import EpTopology
+from equipoise.transfer_plan import TransferPlan, plan_transfer
+
+
+def random_case(rng: np.random.Generator) -> tuple[EpTopology, int, np.ndarray, np.ndarray]:
+    num_nodes, ranks_per_node = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+    topology = EpTopology(num_nodes * ranks_per_node, num_nodes, int(rng.integers(1, 7)))
+    # Half of the cases have little or no redundancy: that is where slots must change in cycles.
+    least = 1 if rng.random() < 0.5 else max(1, topology.num_slots - 2)
+    num_experts = int(rng.integers(least, topology.num_slots + 1))
+    old = random_map(rng, num_experts, topology)
+    new = perturbed(rng, old, num_experts) if rng.random() < 0.3 else random_map(rng, num_experts, topology)
+    return topology, num_experts, old, new
+
+
+def sets(row: np.ndarray, size: int) -> list[set[int]]:
+    return [set(part.tolist()) for part in row.reshape(-1, size)]
+
+
+def missing(before: np.ndarray, after: np.ndarray, size: int) -> list[int]:
+    return [len(b - a) for a, b in zip(sets(before, size), sets(after, size), strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_plan_executed_equals_the_oracle_within_its_budget(seed):
+    rng = np.random.default_rng(seed)
+    several_steps = 0
+    for _ in range(400):
+        topology, num_experts, old, new = random_case(rng)
+        budget = int(rng.integers(1, topology.slots_per_rank + 1))
+        plan = plan_transfer(old, new, topology, num_logical_experts=num_experts, max_staged_experts=budget)
+        if (old == new).all():
+            assert plan.layers == ()
+            continue
+        (layer,) = plan.layers
+        several_steps += len(layer.steps) > 1
+        for step in layer.steps:
+            assert set(step.new_map.tolist()) == set(range(num_experts)), "every step leaves a complete placement"
+        done = execute_layer(layer, old[0], topology)
+        assert done.row.tolist() == new[0].tolist()
+        assert done.peak_staged <= budget
+        # Steps cost no extra byte: each expert still reaches each rank once, and each node once.
+        assert done.transfers == sum(missing(old[0], new[0], topology.slots_per_rank))
+        assert done.crossings == sum(missing(old[0], new[0], topology.slots_per_node))
+        busiest = max(missing(old[0], new[0], topology.slots_per_rank))
+        assert len(layer.steps) <= 2 * max(1, -(-busiest // budget))
+    assert several_steps > 80
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_deepseek_v3_moves_with_few_staged_experts_in_nearly_the_least_steps(budget):
+    rng = np.random.default_rng(budget)
+    topology = EpTopology(32, 4, 9)
+    old, new = random_map(rng, 256, topology, 4), random_map(rng, 256, topology, 4)
+    plan = plan_transfer(old, new, topology, num_logical_experts=256, max_staged_experts=budget)
+    for layer in plan.layers:
+        busiest = max(missing(old[layer.layer_id], new[layer.layer_id], 9))
+        assert len(layer.steps) <= -(-busiest // budget) + 2
+        assert execute_layer(layer, old[layer.layer_id], topology).peak_staged <= budget
+
+
+def test_a_rotation_without_redundancy_needs_one_staging_slot():
+    """Each rank's whole content goes to the next rank: no slot is free at any time, so only cycles can move."""
+    topology = EpTopology(4, 2, 3)
+    old = np.arange(12)[None]
+    new = np.roll(old, 3, axis=1)
+    plan = plan_transfer(old, new, topology, max_staged_experts=1)
+    (layer,) = plan.layers
+    assert len(layer.steps) == 3
+    assert execute_layer(layer, old[0], topology).peak_staged == 1
+
+
+def test_plans_of_several_steps_survive_json():
+    topology = EpTopology(4, 2, 3)
+    old = np.arange(12)[None]
+    plan = plan_transfer(old, np.roll(old, 3, axis=1), topology, max_staged_experts=1)
+    assert TransferPlan.from_dict(plan.to_dict()).digest == plan.digest
+    assert plan.digest != plan_transfer(old, np.roll(old, 3, axis=1), topology).digest
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="max_staged_experts must be at least 1, got 0"):
+        plan_transfer([[0, 1]], [[1, 0]], EpTopology(2, 1, 1), max_staged_experts=0)
+
+
+def as_metadata(row: np.ndarray, num_experts: int, topology: EpTopology, rng=None) -> ExpertLocationMetadata:
+    weights = None
+    if rng is not None:
+        raw = rng.random(row.shape) + 0.1
+        sums = np.zeros((row.shape[0], num_experts))
+        for layer in range(row.shape[0]):
+            np.add.at(sums[layer], row[layer], raw[layer])
+        weights = raw / np.take_along_axis(sums, row, axis=1)
+    return ExpertLocationMetadata.from_physical_to_logical(row, num_experts, topology, dispatch_weights=weights)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_alignment_keeps_who_shares_a_node_and_a_rank_and_moves_no_more(seed):
+    rng = np.random.default_rng(seed)
+    topology, num_experts, old_row, new_row = random_case(rng)
+    old, new = as_metadata(old_row, num_experts, topology), as_metadata(new_row, num_experts, topology, rng)
+    for relabel in (False, True):
+        aligned = align_placement(old, new, relabel_ranks=relabel)
+        before, after = new.physical_to_logical_map[0].numpy(), aligned.physical_to_logical_map[0].numpy()
+        weights = [each.dispatch_weights[0].numpy() for each in (new, aligned)]
+        for node in range(topology.num_nodes):
+            slots = slice(node * topology.slots_per_node, (node + 1) * topology.slots_per_node)
+            ranks = [
+                sorted(
+                    tuple(sorted(zip(e.tolist(), w.tolist(), strict=True)))
+                    for e, w in zip(
+                        row[slots].reshape(topology.ranks_per_node, -1),
+                        share[slots].reshape(topology.ranks_per_node, -1),
+                        strict=True,
+                    )
+                )
+                for row, share in zip((before, after), weights, strict=True)
+            ]
+            assert ranks[0] == ranks[1]
+        if not relabel:
+            assert sets(before, topology.slots_per_rank) == sets(after, topology.slots_per_rank)
+        diff, plain = old.diff(aligned), old.diff(new)
+        assert diff.moves[0] <= plain.moves[0] or relabel is False
+        assert diff.slots_changed[0] <= plain.slots_changed[0] or relabel
+        # No expert that stays on its rank changes its slot, unless the rank takes another copy of it.
+        for rank in range(topology.num_ranks):
+            slots = slice(rank * topology.slots_per_rank, (rank + 1) * topology.slots_per_rank)
+            held, kept = old_row[0][slots], after[slots]
+            for expert in set(held.tolist()) & set(kept.tolist()):
+                stays = min((held == expert).sum(), (kept == expert).sum())
+                assert ((held == expert) & (kept == expert)).sum() == stays
+
+
+def test_swapped_ranks_of_a_node_cost_nothing_after_alignment():
+    topology = EpTopology(4, 2, 2)
+    old = as_metadata(np.array([[0, 1, 2, 3, 4, 5, 6, 7]]), 8, topology)
+    new = as_metadata(np.array([[3, 2, 1, 0, 6, 7, 5, 4]]), 8, topology)
+    assert old.diff(align_placement(old, new)).slots_changed.tolist() == [0]
+    assert old.diff(align_placement(old, new, relabel_ranks=False)).moves.tolist() == [8]
