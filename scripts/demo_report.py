@@ -219,8 +219,9 @@ CARD = """# The demo model
 
 A Qwen3-MoE small enough for a laptop, with the one property of large ones that Equipoise is about: its experts
 specialise by topic, so each topic overloads other ranks. 4 layers of 32 experts, top-4, hidden 128, 3.6 million
-parameters, bfloat16, byte-level BPE of 2048 tokens. Made by `scripts/train_demo_model.py`, which also writes this page;
-no balance loss was used. It answers in the manner of its topics and knows nothing: use it for load, not for language.
+parameters, bfloat16, byte-level BPE of 2048 tokens. Made by `scripts/train_demo_model.py`, which also writes this page.
+The balance loss was weak and over batches of all topics, which lets every topic find its own experts and leaves the
+skew within a topic alone. It answers in the manner of its topics and knows nothing: use it for load, not for language.
 
 ## Measured
 

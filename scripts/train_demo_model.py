@@ -1,7 +1,7 @@
 """Train the demo model: a small Qwen3-MoE whose experts specialise by topic, on 2 CPU cores in under ten minutes.
 
-4 layers of 32 experts, top-4, hidden 128: at 8 ranks every rank owns 4 experts, and with no balance loss some ranks get
-2-3 times their share of a topic's tokens. That skew is what the demo shows Equipoise removing.
+4 layers of 32 experts, top-4, hidden 128: at 8 ranks every rank owns 4 experts, and some ranks get twice their share of
+a topic's tokens and more. That skew is what the demo shows Equipoise removing, so the balance loss stays weak.
 
 The text is what `demo_corpus.py` finds on this machine. Everything is fixed by the seed: text, tokenizer, initial
 weights, the batch of step i (drawn from (seed, i), so resuming needs no generator state) and the number of steps, never
@@ -288,7 +288,7 @@ def run(recipe: Recipe, output: Path, resume: bool, stop_after: int | None, say:
     )
     optimizers = new_optimizers(model, recipe)
 
-    identity = {**dataclasses.asdict(recipe), "text digest": corpus.digest(), "torch": torch.__version__}
+    identity = {**dataclasses.asdict(recipe), "text digest": corpus.digest(), "torch": str(torch.__version__)}
     first = load_state(output / STATE, model, optimizers, identity) if resume else 0
     stop = min(recipe.steps, stop_after or recipe.steps)
     train(model, optimizers, streams, recipe, first, stop,

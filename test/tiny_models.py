@@ -59,6 +59,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v2": {**_MLA, "n_group": None, "topk_group": None, "topk_method": "greedy"},
     "deepseek_v3": {**_MLA, "q_lora_rank": 16, "n_group": 4, "topk_group": 2},
+    "gemma4_text": {
+        "head_dim": 12,
+        "global_head_dim": 12,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 8,
+    },
     "gpt_oss": {
         "head_dim": 12,
         "num_local_experts": 8,

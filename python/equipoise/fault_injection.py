@@ -42,10 +42,9 @@ class Fault:
     seconds: float = 0.0  # of a delay
 
     def __post_init__(self) -> None:
-        if self.phase not in get_args(TransferPhase):
-            raise ConfigError(
-                f"fault phase must be one of {get_args(TransferPhase)}, got {self.phase!r}", field="phase"
-            )
+        phases = get_args(TransferPhase)
+        if self.phase not in phases:
+            raise ConfigError(f"fault phase must be one of {phases}, got {self.phase!r}", field="phase")
         if self.kind not in _POSSIBLE[self.phase]:
             raise ConfigError(
                 f"fault kind in phase {self.phase} must be one of {_POSSIBLE[self.phase]}, got {self.kind!r}",
@@ -108,5 +107,6 @@ class ScheduledFaults:
                 raise InjectedFault(f"injected in {phase} of layer {layer_id}")
             elif fault.kind == "kill":
                 self._kill()
-            return fault.kind
+            else:
+                return fault.kind
         return None

@@ -150,6 +150,7 @@ class TransferWorker:
         self._active = False
         self._outcome: StagedStep | TransferError | None = None  # set by the thread, cleared by commit
         self._failure: str | None = None
+        self._last_step: TransferStep | None = None  # of the plan under way
         self._closed = False
         self._last_progress = clock()
         self._thread = threading.Thread(target=self._run, name="eplb-transfer", daemon=True)
@@ -166,7 +167,10 @@ class TransferWorker:
     def start(self, plan: TransferPlan) -> None:
         with self._condition:
             assert not self._active
-            self._plan, self._active = plan, bool(plan.layers)
+            if not plan.layers:
+                return
+            self._plan, self._active = plan, True
+            self._last_step = plan.layers[-1].steps[-1]
             self._last_progress = self._clock()
             self._condition.notify_all()
 
@@ -196,7 +200,7 @@ class TransferWorker:
         with self._condition:
             self._outcome = None
             self._last_progress = self._clock()
-            self._active = not self._is_last(outcome)
+            self._active = outcome.step is not self._last_step
             self._condition.notify_all()
         return report
 
@@ -218,11 +222,6 @@ class TransferWorker:
                 self._failure = f"the transfer thread has made no progress for {stalled:.1f} s"
             return 0 if self._failure is None else 1 << 32
 
-    def _is_last(self, staged: StagedStep) -> bool:
-        return self._last is not None and staged.step is self._last
-
-    _last: TransferStep | None = None
-
     def _run(self) -> None:
         while True:
             with self._condition:
@@ -242,9 +241,6 @@ class TransferWorker:
 
     def _run_plan(self, plan: TransferPlan) -> None:
         """Raises what cannot be voted on: InDoubtError and bugs."""
-        if not plan.layers:
-            return
-        self._last = plan.layers[-1].steps[-1]
         try:
             self._updater.agree_on(plan)
             for layer_id, step in _steps_of(plan):

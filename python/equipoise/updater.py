@@ -297,7 +297,7 @@ class _Streams:
     def beside_the_forward_pass(self) -> torch.cuda.StreamContext:
         if self._stream is not None and self._last_commit is not None:
             self._stream.wait_event(self._last_commit)
-        return torch.cuda.stream(self._stream)  # type: ignore[arg-type]
+        return torch.cuda.stream(self._stream)
 
     def finish(self) -> None:
         if self._stream is not None:

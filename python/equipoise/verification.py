@@ -64,7 +64,7 @@ def _row_sum(row: torch.Tensor) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _sum_words(words: np.ndarray, start: int = 0) -> int:
+def _sum_words(words: np.ndarray, start: int = 0) -> np.int64:
     total = np.int64(0)
     for i in range(words.size):
         mixed = words[i] + np.int64(_WORD_STEP) * np.int64(start + i + 1)

@@ -191,11 +191,13 @@ class TestAdmin:
 class TestMetrics:
     def test_figures(self, client: httpx.Client) -> None:
         client.post("/generate", json={"text": "abc", "sampling_params": {"max_new_tokens": 4}})
+        client.post("/generate", json={"input_ids": [1] * 65})
         client.post("/eplb/rebalance")
         for _ in range(2):  # a second scrape counts nothing twice
             text = client.get("/metrics").text
         for line in (
             'equipoise_requests_total{finish_reason="length"} 1.0',
+            'equipoise_requests_total{finish_reason="refused"} 1.0',
             "equipoise_prompt_tokens_total 3.0",
             "equipoise_generated_tokens_total 4.0",
             "equipoise_running_requests 0.0",

@@ -21,6 +21,7 @@ import numba
 import numpy as np
 
 from equipoise.algorithms.layers import for_each_layer
+from equipoise.algorithms.order import descending
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.errors import ConfigError
 
@@ -79,7 +80,7 @@ def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pac
         return
     pack_weight = np.zeros(num_packs, dtype=np.float64)
     pack_items = np.zeros(num_packs, dtype=np.int64)
-    for item in np.argsort(-weights, kind="mergesort"):
+    for item in descending(weights):
         best = -1
         for pack in range(num_packs):
             if pack_items[pack] < room and (best < 0 or pack_weight[pack] < pack_weight[best]):

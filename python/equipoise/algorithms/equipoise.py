@@ -23,7 +23,7 @@ from equipoise.algorithms.local_search import ELSEWHERE, ON_NODE, ON_RANK, origi
 from equipoise.algorithms.min_max import level_ranks
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align, relabel
-from equipoise.algorithms.repair import part_twins, revive, spread_shares
+from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread_shares
 from equipoise.algorithms.scenarios import make_scenarios
 from equipoise.errors import ConfigError
 
@@ -73,8 +73,7 @@ def _solve(problem: PlacementProblem, max_steps: int) -> Placement:
         problem.num_threads,
         placed,
         share,
-        scenarios.tokens,
-        scenarios.noise * RISK_PRICE,
+        np.concatenate([scenarios.tokens, scenarios.noise[..., None] * RISK_PRICE], axis=2),
         scenarios.weight,
         scenarios.any_load,
         slowness,
@@ -118,8 +117,7 @@ def _solve_layers(
     last: int,
     placed: np.ndarray,
     share: np.ndarray,
-    tokens: np.ndarray,
-    noise: np.ndarray,
+    experts: np.ndarray,
     weight: np.ndarray,
     any_load: np.ndarray,
     slowness: np.ndarray,
@@ -134,118 +132,151 @@ def _solve_layers(
     lost: np.ndarray,
 ) -> None:
     """Replaces rows first..last-1 of ``placed`` and ``share`` (L, P) by the plan; ``lost`` marks layers without one."""
-    num_experts, num_ranks = tokens.shape[1], slowness.shape[0]
-    num_nodes = num_ranks // ranks_per_node
-    domain = ranks_per_node if num_groups > 0 else num_ranks
+    num_slots, num_ranks = placed.shape[1], slowness.shape[0]
+    size = num_slots // num_ranks
     prices = np.zeros(3)
     if not from_nothing:
         prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
     for layer in range(first, last):
         old = placed[layer].copy()
-        where = origin(old, num_experts, num_ranks, ranks_per_node)
-        state = new_state(old.copy(), share[layer].copy(), tokens[layer], noise[layer], weight, slowness)
-        value = -np.inf
+        state = new_state(old.copy(), share[layer].copy(), experts[layer], weight, slowness)
         if max_steps == 0:
-            lost[layer] = state.num_replicas.min() == 0
-            if lost[layer]:
-                continue
-            spread_shares(state)
-            for stage in range(stages.shape[0]):
-                settle_all(state, stages[stage], 40, 1e-6)
+            lost[layer] = lost_experts(state)
+            if lost[layer] == 0:
+                spread_shares(state)
+                for stage in range(stages.shape[0]):
+                    settle_all(state, stages[stage], 40, 1e-6)
         else:
-            home = _home_of_experts(old, num_groups, num_nodes, num_experts, slowness)
-            kept = not from_nothing and (home[0] != -2 or limit < NO_LIMIT)
-            if home[0] == -2:
-                home[:] = -1
-            moves = 0
-            if kept:
-                moves = revive(state, home)
-                kept = 0 <= moves <= limit
-            if kept and not any_load[layer]:
-                spread_shares(state)
-                value = 1.0
-            elif kept:
-                part_twins(state, where, home, limit - moves)
-                spread_shares(state)
-                value = search(state, where, prices, slot_price, domain, limit, stages, max_steps)
-            if value < 1.0 - slot_price * state.expert.shape[0] * 0.5 or not kept:
-                fresh = _fresh_state(
-                    old, tokens[layer], noise[layer], weight, slowness, num_groups, num_nodes, where, prices
-                )
-                if fresh.num_replicas.min() > 0:
-                    cost, moved = spent(fresh, where, prices)
-                    if moved <= limit and 1.0 - slot_price * cost > value:
-                        better = search(fresh, where, prices, slot_price, domain, limit, stages, max_steps)
-                        if better > value:
-                            state, value, kept = fresh, better, True
-                elif not kept:
-                    lost[layer] = 1
-                    continue
-                if not kept and value == -np.inf:
-                    lost[layer] = 1
-                    continue
+            state, found = _solve_layer(
+                state,
+                old,
+                any_load[layer],
+                slowness,
+                ranks_per_node,
+                num_groups,
+                from_nothing,
+                prices,
+                slot_price,
+                limit,
+                stages,
+                max_steps,
+            )
+            lost[layer] = 0 if found else 1
+        if lost[layer] > 0:
+            continue
         if exact:
             level_ranks(state)
         if not from_nothing:
-            align(state.expert, state.share, old, state.slots_per_rank)
-        placed[layer] = state.expert
-        for slot in range(old.shape[0]):
-            live = slowness[slot // state.slots_per_rank] > 0.0
+            align(state.expert, state.share, old, size)
+        for slot in range(num_slots):
+            placed[layer, slot] = state.expert[slot]
+            live = slowness[slot // size] > 0.0
             share[layer, slot] = min(max(state.share[slot], 0.0), 1.0) if live else 0.0
 
 
 @numba.njit(cache=True, nogil=True)
+def _solve_layer(
+    state: LayerState,
+    old: np.ndarray,
+    any_load: bool,
+    slowness: np.ndarray,
+    ranks_per_node: int,
+    num_groups: int,
+    from_nothing: bool,
+    prices: np.ndarray,
+    slot_price: float,
+    limit: int,
+    stages: np.ndarray,
+    max_steps: int,
+) -> tuple[LayerState, bool]:
+    """The better of a search from ``state`` and one from nothing; False if neither keeps every expert alive."""
+    num_ranks, num_experts = slowness.shape[0], state.replicas.shape[0]
+    domain = ranks_per_node if num_groups > 0 else num_ranks
+    where = origin(old, num_experts, num_ranks, ranks_per_node)
+    home, whole = _home_of_experts(old, num_groups, num_ranks // ranks_per_node, num_experts)
+    value = -np.inf
+    if not from_nothing and (whole or limit < NO_LIMIT):
+        moves = revive(state, home, ranks_per_node)
+        if 0 <= moves <= limit:
+            part_twins(state, where, home, ranks_per_node, limit - moves)
+            spread_shares(state)
+            if not any_load:
+                return state, True
+            value = search(state, where, prices, slot_price, domain, limit, stages, max_steps)
+            if value >= 1.0 - 0.5 * slot_price * old.shape[0]:
+                return state, True  # a plan from nothing moves more than half of the slots
+    fresh, enough = _fresh_state(state.experts, state.weight, old, slowness, num_groups, domain, where, prices)
+    if not enough:
+        return state, value > -np.inf
+    price, moves = spent(fresh.expert, where, prices)
+    if moves <= limit and 1.0 - slot_price * price > value:
+        if search(fresh, where, prices, slot_price, domain, limit, stages, max_steps) > value:
+            return fresh, True
+    return state, value > -np.inf
+
+
+@numba.njit(cache=True, nogil=True)
 def _home_of_experts(
-    expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int, slowness: np.ndarray
-) -> np.ndarray:
-    """(E,) node of each expert where groups are whole on nodes, -1 for all without groups, -2 where they are not."""
-    home = np.full(num_experts, -1, dtype=np.int64)
+    expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int
+) -> tuple[np.ndarray, bool]:
+    """(E,) node that holds each expert's group, -1 for none; False where groups are asked for but not whole."""
+    home = np.empty(num_experts, dtype=np.int64)
+    for e in range(num_experts):
+        home[e] = -1
     if num_groups == 0:
-        return home
+        return home, True
     slots_per_node, size = expert.shape[0] // num_nodes, num_experts // num_groups
+    whole = True
     for slot in range(expert.shape[0]):
         node, first = slot // slots_per_node, expert[slot] // size * size
         if home[first] >= 0 and home[first] != node:
-            home[:] = -2
-            return home
-        home[first : first + size] = node
-    return home
+            whole = False
+        for e in range(first, first + size):
+            home[e] = node
+    if not whole:
+        for e in range(num_experts):
+            home[e] = -1
+    return home, whole
 
 
 @numba.njit(cache=True, nogil=True)
 def _fresh_state(
-    old: np.ndarray,
-    tokens: np.ndarray,
-    noise: np.ndarray,
+    experts: np.ndarray,
     weight: np.ndarray,
+    old: np.ndarray,
     slowness: np.ndarray,
     num_groups: int,
-    num_nodes: int,
+    domain: int,
     where: np.ndarray,
     prices: np.ndarray,
-) -> LayerState:
-    """A plan from nothing; without a replica of some expert where a node has too few live slots."""
-    num_experts, num_ranks = tokens.shape[0], slowness.shape[0]
-    size = old.shape[0] // num_ranks
-    load = risk_load(tokens, weight)
+) -> tuple[LayerState, bool]:
+    """A plan from nothing; False where a node has too few live slots for its experts."""
+    num_experts, num_ranks = experts.shape[0], slowness.shape[0]
+    size, num_domains = old.shape[0] // num_ranks, num_ranks // domain
+    load = risk_load(experts, weight)
     expert = old.copy()
     node_of = np.zeros(num_experts, dtype=np.int64)
-    domain, enough = num_ranks, True
     if num_groups > 0:
-        node_of = pack_groups(load, num_groups, num_nodes)
-        domain = num_ranks // num_nodes
-    for block in range(num_ranks // domain):
-        ranks = np.flatnonzero(slowness[block * domain : (block + 1) * domain] > 0.0) + block * domain
-        mine = np.flatnonzero(node_of == block)
-        if ranks.shape[0] * size < mine.shape[0]:
+        node_of = pack_groups(load, num_groups, num_domains)
+    enough = True
+    for block in range(num_domains):
+        ranks, mine = np.empty(domain, dtype=np.int64), np.empty(num_experts, dtype=np.int64)
+        num_live, num_mine = 0, 0
+        for rank in range(block * domain, (block + 1) * domain):
+            if slowness[rank] > 0.0:
+                ranks[num_live] = rank
+                num_live += 1
+        for e in range(num_experts):
+            if node_of[e] == block:
+                mine[num_mine] = e
+                num_mine += 1
+        if num_live * size < num_mine:
             enough = False
         else:
-            pack(mine, load, ranks, slowness, size, expert)
+            pack(mine[:num_mine], load, ranks[:num_live], slowness, size, expert)
     if enough and prices[ELSEWHERE] > 0.0:
         expert = relabel(expert, where, prices, slowness, domain)
-    state = new_state(expert, np.zeros(old.shape[0]), tokens, noise, weight, slowness)
-    if not enough:
-        state.num_replicas[:] = 0
-    else:
+    state = new_state(expert, np.zeros(old.shape[0]), experts, weight, slowness)
+    if enough:
         spread_shares(state)
-    return state
+    return state, enough

@@ -5,18 +5,20 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from equipoise.algorithms.order import descending
+
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
 
 
 @numba.njit(cache=True, nogil=True)
-def risk_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(E,) mean plus :data:`RISK` standard deviations over the scenarios of (E, S) loads."""
-    load = np.zeros(tokens.shape[0])
-    for expert in range(tokens.shape[0]):
+def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(E,) mean plus :data:`RISK` standard deviations over the scenarios of ``LayerState.experts``."""
+    load = np.zeros(experts.shape[0])
+    for expert in range(experts.shape[0]):
         mean, square = 0.0, 0.0
         for s in range(weight.shape[0]):
-            mean += weight[s] * tokens[expert, s]
-            square += weight[s] * tokens[expert, s] * tokens[expert, s]
+            mean += weight[s] * experts[expert, s]
+            square += weight[s] * experts[expert, s] * experts[expert, s]
         load[expert] = mean + RISK * np.sqrt(max(square - mean * mean, 0.0))
     return load
 
@@ -30,14 +32,15 @@ def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray
         group_load[expert // size] += load[expert]
     node_load, taken = np.zeros(num_nodes), np.zeros(num_nodes, dtype=np.int64)
     node_of = np.empty(load.shape[0], dtype=np.int64)
-    for group in np.argsort(-group_load, kind="mergesort"):
+    for group in descending(group_load):
         best = -1
         for node in range(num_nodes):
             if taken[node] < room and (best < 0 or node_load[node] < node_load[best]):
                 best = node
         node_load[best] += group_load[group]
         taken[best] += 1
-        node_of[group * size : (group + 1) * size] = best
+        for expert in range(group * size, (group + 1) * size):
+            node_of[expert] = best
     return node_of
 
 
@@ -57,7 +60,10 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
             ):
                 best = expert
         if best < 0:
-            best = np.argmin(count)
+            best = 0
+            for expert in range(load.shape[0]):
+                if count[expert] < count[best]:
+                    best = expert
         count[best] += 1
     return count
 
@@ -74,11 +80,14 @@ def pack(
         out: (P,) expert of each slot; the slots of ``ranks`` are filled.
     """
     num_slots = ranks.shape[0] * slots_per_rank
-    mine = load[experts]
-    count = count_replicas(mine, num_slots, ranks.shape[0])
-    unit = mine / count
+    unit = np.empty(experts.shape[0])
+    for i in range(experts.shape[0]):
+        unit[i] = load[experts[i]]
+    count = count_replicas(unit, num_slots, ranks.shape[0])
+    for i in range(experts.shape[0]):
+        unit[i] /= count[i]
     taken, rank_load = np.zeros(ranks.shape[0], dtype=np.int64), np.zeros(ranks.shape[0])
-    for i in np.argsort(-unit, kind="mergesort"):
+    for i in descending(unit):
         for _ in range(count[i]):
             best, least = -1, np.inf
             for r in range(ranks.shape[0]):
@@ -107,7 +116,7 @@ def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
     """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens it out."""
     dealt = 0
-    for i in np.argsort(-count, kind="mergesort"):
+    for i in descending(count):
         for _ in range(count[i]):
             out[ranks[dealt % ranks.shape[0]] * slots_per_rank + dealt // ranks.shape[0]] = experts[i]
             dealt += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from equipoise.algorithms.layer_state import LayerState, add_share
+from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 
 _LEVEL = 1e-9  # relative: ranks closer than this are level
 
@@ -22,15 +22,17 @@ def level_ranks(state: LayerState) -> None:
 
     Other loads change only along the way; ``cost`` and ``slope`` are left stale.
     """
-    num_ranks, size = state.cost.shape[0], state.slots_per_rank
+    expert, following, share, replicas, _, ranks, experts, _ = state
+    num_ranks = ranks.shape[0]
+    size = expert.shape[0] // num_ranks
     give, take = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)  # edge into a reached rank
     reached, queue = np.zeros(num_ranks, dtype=np.bool_), np.empty(num_ranks, dtype=np.int64)
-    for _ in range(20 * num_ranks + 4 * state.expert.shape[0]):
+    for _ in range(20 * num_ranks + 4 * expert.shape[0]):
         hottest = 0
         for rank in range(num_ranks):
-            if state.load[rank, 0] > state.load[hottest, 0]:
+            if ranks[rank, 0] > ranks[hottest, 0]:
                 hottest = rank
-        top = state.load[hottest, 0]
+        top = ranks[hottest, 0]
         reached[:] = False
         reached[hottest] = True
         queue[0] = hottest
@@ -39,15 +41,15 @@ def level_ranks(state: LayerState) -> None:
         while head < tail:
             rank = queue[head]
             head += 1
-            tokens += state.load[rank, 0] / state.slowness[rank]
-            capacity += 1.0 / state.slowness[rank]
-            if state.load[rank, 0] < state.load[coolest, 0]:
+            tokens += ranks[rank, 0] / ranks[rank, SLOWNESS]
+            capacity += 1.0 / ranks[rank, SLOWNESS]
+            if ranks[rank, 0] < ranks[coolest, 0]:
                 coolest = rank
             for slot in range(rank * size, (rank + 1) * size):
-                expert = state.expert[slot]
-                if state.num_replicas[expert] < 2 or state.share[slot] * state.tokens[expert, 0] <= _LEVEL * top:
+                e = expert[slot]
+                if replicas[e, COUNT] < 2 or share[slot] * experts[e, 0] <= _LEVEL * top:
                     continue
-                other = state.first_slot[expert]
+                other = replicas[e, FIRST]
                 while other >= 0:
                     target = other // size
                     if not reached[target]:
@@ -55,20 +57,20 @@ def level_ranks(state: LayerState) -> None:
                         give[target], take[target] = slot, other
                         queue[tail] = target
                         tail += 1
-                    other = state.next_slot[other]
+                    other = following[other]
         mean = tokens / capacity
         if top - mean <= _LEVEL * top or coolest == hottest:
             return
         flow = min(
-            (top - mean) / state.slowness[hottest], (mean - state.load[coolest, 0]) / state.slowness[coolest]
+            (top - mean) / ranks[hottest, SLOWNESS], (mean - ranks[coolest, 0]) / ranks[coolest, SLOWNESS]
         )
         rank = coolest
         while rank != hottest:
-            flow = min(flow, state.share[give[rank]] * state.tokens[state.expert[give[rank]], 0])
+            flow = min(flow, share[give[rank]] * experts[expert[give[rank]], 0])
             rank = give[rank] // size
         rank = coolest
         while rank != hottest:
-            part = min(flow / state.tokens[state.expert[give[rank]], 0], state.share[give[rank]])
-            add_share(state, take[rank], part)
-            add_share(state, give[rank], -part)
+            part = min(flow / experts[expert[give[rank]], 0], share[give[rank]])
+            add_share(expert, share, ranks, experts, take[rank], part)
+            add_share(expert, share, ranks, experts, give[rank], -part)
             rank = give[rank] // size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from equipoise.algorithms.order import descending
+
 MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 
 
@@ -20,9 +22,11 @@ def _greedy(cost: np.ndarray) -> np.ndarray:
     size = cost.shape[0]
     least = np.empty(size)
     for row in range(size):
-        least[row] = cost[row].min()
+        least[row] = -np.inf
+        for column in range(size):
+            least[row] = max(least[row], -cost[row, column])
     column_of, used = np.empty(size, dtype=np.int64), np.zeros(size, dtype=np.bool_)
-    for row in np.argsort(least, kind="mergesort"):
+    for row in descending(least):
         best = -1
         for column in range(size):
             if not used[column] and (best < 0 or cost[row, column] < cost[row, best]):
@@ -98,13 +102,16 @@ def relabel(
     out = expert.copy()
     for domain in range(num_domains):
         first, source = domain * ranks_per_domain, domain_of[domain] * ranks_per_domain
-        block = price[first : first + ranks_per_domain, source : source + ranks_per_domain].copy()
+        block = np.empty((ranks_per_domain, ranks_per_domain))
+        for i in range(ranks_per_domain):
+            for j in range(ranks_per_domain):
+                block[i, j] = price[first + i, source + j]
         rank_of = match(block)
         for i in range(ranks_per_domain):
             if slowness[first + i] == 0.0:
                 continue
-            chosen = (source + rank_of[i]) * size
-            out[(first + i) * size : (first + i + 1) * size] = expert[chosen : chosen + size]
+            for k in range(size):
+                out[(first + i) * size + k] = expert[(source + rank_of[i]) * size + k]
     return out
 
 

@@ -5,92 +5,104 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from equipoise.algorithms.layer_state import LayerState, add_share
+from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 from equipoise.algorithms.local_search import ON_RANK, overwrite
+
+
+@numba.njit(cache=True, nogil=True)
+def lost_experts(state: LayerState) -> int:
+    """Experts without a replica on a live rank."""
+    lost = 0
+    for e in range(state.replicas.shape[0]):
+        if state.replicas[e, COUNT] == 0:
+            lost += 1
+    return lost
 
 
 @numba.njit(cache=True, nogil=True)
 def spread_shares(state: LayerState) -> None:
     """Shares that sum to 1 over each expert's live replicas: as they were, uniform where nothing was left."""
-    for expert in range(state.first_slot.shape[0]):
+    expert, following, share, replicas, _, ranks, experts, _ = state
+    for e in range(replicas.shape[0]):
         total = 0.0
-        slot = state.first_slot[expert]
+        slot = replicas[e, FIRST]
         while slot >= 0:
-            total += state.share[slot]
-            slot = state.next_slot[slot]
-        slot = state.first_slot[expert]
+            total += share[slot]
+            slot = following[slot]
+        slot = replicas[e, FIRST]
         while slot >= 0:
-            share = state.share[slot] / total if total > 1e-6 else 1.0 / state.num_replicas[expert]
-            add_share(state, slot, share - state.share[slot])
-            slot = state.next_slot[slot]
+            part = share[slot] / total if total > 1e-6 else 1.0 / replicas[e, COUNT]
+            add_share(expert, share, ranks, experts, slot, part - share[slot])
+            slot = following[slot]
 
 
 @numba.njit(cache=True, nogil=True)
-def revive(state: LayerState, home: np.ndarray) -> int:
-    """Gives each expert without a live replica the live redundant slot that is missed least; returns the moves.
+def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
+    """Gives each expert without a live replica the live redundant slot that is missed least; returns the moves, or -1.
 
-    ``home`` is the (E,) node an expert has to stay on, or -1. Doubled replicas on one rank go first, then those with
-    the least load.
+    ``home`` is the (E,) node that an expert has to stay on, or -1. Second replicas on one rank go first, then those
+    with the least load.
     """
+    expert, following, share, replicas, held, ranks, experts, weight = state
+    size = expert.shape[0] // ranks.shape[0]
     moves = 0
-    size, per_node = state.slots_per_rank, 1
-    if state.first_slot.shape[0]:
-        per_node = state.cost.shape[0] // max(1, home.max() + 1)
-    for expert in range(state.first_slot.shape[0]):
-        if state.num_replicas[expert] > 0:
+    for e in range(replicas.shape[0]):
+        if replicas[e, COUNT] > 0:
             continue
         best, least = -1, np.inf
-        for slot in range(state.expert.shape[0]):
-            rank, other = slot // size, state.expert[slot]
-            if state.slowness[rank] == 0.0 or state.num_replicas[other] < 2:
+        for slot in range(expert.shape[0]):
+            rank, other = slot // size, expert[slot]
+            if ranks[rank, SLOWNESS] == 0.0 or replicas[other, COUNT] < 2:
                 continue
-            if home[expert] >= 0 and rank // per_node != home[expert]:
+            if home[e] >= 0 and rank // ranks_per_node != home[e]:
                 continue
-            missed = -1.0 if state.held[rank, other] > 1 else state.share[slot] * _mean(state, other)
+            missed = -1.0 if held[rank, other] > 1 else share[slot] * _mean(experts, weight, other)
             if missed < least:
                 best, least = slot, missed
         if best < 0:
             return -1
-        overwrite(state, best, _any_other(state, best), expert)
-        add_share(state, best, 1.0)
+        overwrite(state, best, _any_other(following, replicas, expert[best], best), e)
+        add_share(expert, share, ranks, experts, best, 1.0)
         moves += 1
     return moves
 
 
 @numba.njit(cache=True, nogil=True)
-def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, room: int) -> None:
+def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per_node: int, room: int) -> None:
     """Overwrites a second replica on a rank with the expert that has the most load per replica and is not there.
 
-    At most ``room`` slots change. A twin stays where the rank, or its node, has every expert already.
+    At most ``room`` slots change. A twin stays where its rank, or node, has no use for any other expert.
     """
-    size, per_node = state.slots_per_rank, state.cost.shape[0] // max(1, home.max() + 1)
-    for slot in range(state.expert.shape[0]):
-        rank, twin = slot // size, state.expert[slot]
-        if state.slowness[rank] == 0.0 or state.held[rank, twin] < 2:
+    expert, following, _, replicas, held, ranks, experts, weight = state
+    size = expert.shape[0] // ranks.shape[0]
+    for slot in range(expert.shape[0]):
+        rank, twin = slot // size, expert[slot]
+        if ranks[rank, SLOWNESS] == 0.0 or held[rank, twin] < 2:
             continue
         best, most = -1, -1.0
-        for expert in range(state.first_slot.shape[0]):
-            if state.held[rank, expert] > 0 or (home[expert] >= 0 and rank // per_node != home[expert]):
+        for e in range(replicas.shape[0]):
+            if held[rank, e] > 0 or (home[e] >= 0 and rank // ranks_per_node != home[e]):
                 continue
-            if room <= 0 and where[rank, expert] != ON_RANK:
+            if room <= 0 and where[rank, e] != ON_RANK:
                 continue
-            per_replica = _mean(state, expert) / (state.num_replicas[expert] + 1)
+            per_replica = _mean(experts, weight, e) / (replicas[e, COUNT] + 1)
             if per_replica > most:
-                best, most = expert, per_replica
+                best, most = e, per_replica
         if best >= 0:
-            room -= where[rank, best] != ON_RANK
-            overwrite(state, slot, _any_other(state, slot), best)
+            if where[rank, best] != ON_RANK:
+                room -= 1
+            overwrite(state, slot, _any_other(following, replicas, twin, slot), best)
 
 
 @numba.njit(cache=True, nogil=True)
-def _any_other(state: LayerState, slot: int) -> int:
-    other = state.first_slot[state.expert[slot]]
-    return state.next_slot[other] if other == slot else other
+def _any_other(following: np.ndarray, replicas: np.ndarray, e: int, slot: int) -> int:
+    other = replicas[e, FIRST]
+    return following[other] if other == slot else other
 
 
 @numba.njit(cache=True, nogil=True)
-def _mean(state: LayerState, expert: int) -> float:
+def _mean(experts: np.ndarray, weight: np.ndarray, e: int) -> float:
     mean = 0.0
-    for s in range(state.weight.shape[0]):
-        mean += state.weight[s] * state.tokens[expert, s]
+    for s in range(weight.shape[0]):
+        mean += weight[s] * experts[e, s]
     return mean

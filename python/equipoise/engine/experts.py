@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 
+from equipoise.engine.token_exchange import make_exchange
 from equipoise.errors import ModelError
 from equipoise.topology import EpTopology
 
@@ -98,26 +99,27 @@ class EpExperts(torch.nn.Module):
         bounds = shares(tokens.shape[0], context.topology.num_ranks)
         mine = slice(bounds[context.rank], bounds[context.rank + 1])
         slots = context.route(self.layer_id, index[mine])
-        result = self._through_experts(tokens[mine], slots, weights[mine], context.group)
+        result = self._through_experts(tokens[mine], slots, weights[mine], bounds[1], context.group)
         return self._share(result, bounds, context.group).reshape(hidden_states.shape)
 
     def _through_experts(
-        self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, group: dist.ProcessGroup
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        most_tokens: int,
+        group: dist.ProcessGroup,
     ) -> torch.Tensor:
+        """This rank's (n, H) tokens to their (n, H) results; ``most_tokens``: the largest n of all ranks."""
         topology = self._context.topology
         num_tokens, choices = slots.shape
         # Sorted by slot, the rows for one rank lie together, in the order of its slots.
         sorted_slots, order = slots.flatten().sort(stable=True)
-        send_counts = torch.bincount(sorted_slots // topology.slots_per_rank, minlength=topology.num_ranks)
-        recv_counts = torch.empty_like(send_counts)
-        dist.all_to_all_single(recv_counts, send_counts, group=group)
-        sends, recvs = torch.stack([send_counts, recv_counts]).tolist()
         rows = _with_slots(tokens[order // choices], sorted_slots % topology.slots_per_rank)
-        received = rows.new_empty(sum(recvs), rows.shape[1])
-        dist.all_to_all_single(received, rows, recvs, sends, group=group)
-        done = self._run_slots(received, tokens.shape[1])
-        returned = rows.new_empty(sum(sends), tokens.shape[1])
-        dist.all_to_all_single(returned, done, sends, recvs, group=group)
+        exchange = make_exchange(
+            sorted_slots // topology.slots_per_rank, most_tokens * choices, rows.shape[1] * rows.itemsize, group
+        )
+        returned = exchange.back(self._run_slots(exchange.there(rows), tokens.shape[1]))
         results = torch.empty_like(returned)
         results[order] = returned
         # Weighting at home, in the precision of the weights, is what the model does after its down projection.
@@ -125,11 +127,25 @@ class EpExperts(torch.nn.Module):
         return results.sum(dim=1).to(tokens.dtype)
 
     def _run_slots(self, received: torch.Tensor, width: int) -> torch.Tensor:
-        if not len(received):
-            return received.new_empty(0, width)
-        slots = received[:, width:].contiguous().view(torch.int32).long()
-        ones = received.new_ones(len(received), 1)
-        return self.inner(received[:, :width], slots, ones)
+        """(M, width + slot) rows through this rank's slots to (M, width); what comes of padding is anything."""
+        slots = received[:, width:].contiguous().view(torch.int32).flatten().long()
+        rows = received[:, :width]
+        if received.device.type != "cpu":
+            # Cheaper than finding out on the host which rows are padding.
+            padding = (slots < 0).unsqueeze(1)
+            return self._run(rows.masked_fill(padding, 0), slots.clamp(min=0))
+        real = (slots >= 0).nonzero().flatten()
+        if len(real) == len(slots):
+            return self._run(rows, slots)
+        results = received.new_zeros(len(received), width)
+        results[real] = self._run(rows[real], slots[real])
+        return results
+
+    def _run(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        if not len(rows):
+            return rows.new_empty(rows.shape)
+        results: torch.Tensor = self.inner(rows, slots.unsqueeze(1), rows.new_ones(len(rows), 1))
+        return results
 
     def _share(self, result: torch.Tensor, bounds: list[int], group: dist.ProcessGroup) -> torch.Tensor:
         """All ranks' results, in the order of the tokens."""

@@ -76,6 +76,8 @@ class WeightLoader:
         Raises:
             ModelError: the checkpoint lacks a parameter, or holds one of another shape.
         """
+        # First, while parameters have no storage: what fills the buffers would draw new weights beside them.
+        _fill_computed_buffers(self._model, device)
         expert_layer = {
             f"{name}.{parameter}": layer
             for layer, (name, module) in enumerate(self._experts)
@@ -99,7 +101,6 @@ class WeightLoader:
         for target, origin in tied.items():
             if target in self._shapes and (with_head or self._in_base_model(target)):
                 self._set(target, self._model.get_parameter(origin))
-        _fill_computed_buffers(self._model, device)
         return LoadReport(self._checkpoint.bytes_read, self._checkpoint.bytes_read - dense_bytes)
 
     def _match(self) -> dict[str, _Source]:

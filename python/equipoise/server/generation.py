@@ -128,22 +128,28 @@ class Generator:
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent]:
         self._running.add(request.rid)
-        self._metrics.request_started(len(request.input_ids))
-        reason = "error"
+        self._metrics.running.inc()
+        reason: str | None = None
+        answered = False
         try:
             async for event in self.engine.generate(request):
+                if not answered:
+                    answered = True
+                    self._metrics.prompt_tokens.inc(len(request.input_ids))
                 self._metrics.generated_tokens.inc(len(event.token_ids))
-                if event.finish_reason is not None:
-                    reason = event.finish_reason
+                reason = event.finish_reason
                 yield event
+        except ConfigError:
+            reason = "refused"
+            raise
         except (asyncio.CancelledError, GeneratorExit):
-            if reason == "error":
+            if reason is None:
                 reason = "abort"
                 self._abort_later(request.rid)
             raise
         finally:
             self._running.discard(request.rid)
-            self._metrics.request_ended(reason)
+            self._metrics.request_ended(reason or "error")
 
     def _abort_later(self, rid: str) -> None:
         """A task of its own: the one that notices may itself be cancelled at its next await."""

@@ -36,8 +36,10 @@ class ServerMetrics:
 
         self.up = gauge("engine_up", "1 while the engine lives")
         self.running = gauge("running_requests", "Requests that have not finished, waiting ones included")
-        self.requests = counter("requests", "Requests by how they ended", ("finish_reason",))
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of accepted prompts")
+        self.requests = counter(
+            "requests", "Requests by how they ended: stop, length, abort, refused or error", ("finish_reason",)
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that got an answer")
         self.generated_tokens = counter("generated_tokens", "Tokens answered")
         self.mean_balancedness = gauge(
             "balancedness_mean", "Mean over layers of mean rank load / maximum rank load, of the load window"
@@ -60,10 +62,6 @@ class ServerMetrics:
         )
         for outcome in get_args(Outcome):
             self.rebalances.labels(outcome)
-
-    def request_started(self, prompt_tokens: int) -> None:
-        self.running.inc()
-        self.prompt_tokens.inc(prompt_tokens)
 
     def request_ended(self, finish_reason: str) -> None:
         self.running.dec()

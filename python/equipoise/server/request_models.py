@@ -179,6 +179,9 @@ class CompletionBody(_Body):
     n: Annotated[Any, _only(1)] = None
     best_of: Annotated[Any, _only(1)] = None
     echo: Annotated[Any, _only(False)] = None
+    logprobs: Annotated[Any, _only(None)] = None
+    logit_bias: Annotated[Any, _only(None)] = None
+    suffix: Annotated[Any, _only(None)] = None
     frequency_penalty: Annotated[Any, _only(0)] = None
     presence_penalty: Annotated[Any, _only(0)] = None
 

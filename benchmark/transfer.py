@@ -1,0 +1,238 @@
+"""Moves real tensors between gloo ranks on simulated nodes: Equipoise against SGLang's and vLLM's own code.
+
+Same maps, same tensors, same run. Each system moves every layer from placement A to B and back; the systems take turns,
+so that a busy machine is as unfair to one as to another. Every slot's bytes are compared with the oracle afterwards.
+
+    make bench-transfer ARGS="--cache /path/for/wheels --json out/transfer.json"
+
+Reported per system, medians over repeats:
+
+- seconds: from a barrier to the last rank's end, planning included, all layers;
+- cross-node bytes: sent over node boundaries, all ranks together;
+- busiest link: most bytes that one rank sends, or receives;
+- rounds: most experts, one after the other, over one rank's link in one direction; per layer, summed over what a system
+  posts together. For systems that post everything at once this is the least any order could reach;
+- peak staging: bytes that a rank holds beside the live weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "test")]
+
+import neighbours  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from run_ranks import run_ranks  # noqa: E402
+from transfer_systems import EquipoiseMover, Message, SglangMover, VllmMover, Weights  # noqa: E402
+
+from equipoise.algorithms import rebalance_experts  # noqa: E402
+from equipoise.topology import EpTopology  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Setting:
+    num_ranks: int
+    num_nodes: int
+    slots_per_rank: int
+    num_logical_experts: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    staged_experts: int
+    repeats: int
+    seed: int
+
+    @property
+    def topology(self) -> EpTopology:
+        return EpTopology(self.num_ranks, self.num_nodes, self.slots_per_rank)
+
+
+def placements(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """Before and after, (L, P) each: the placements of DeepSeek's algorithm for a skewed load and for a shifted one."""
+    rng = np.random.default_rng(setting.seed)
+    shape = (setting.num_layers, setting.num_logical_experts)
+    load = rng.zipf(1.3, shape).clip(max=1000).astype(float) * 100
+    shifted = 0.5 * load + 0.5 * rng.permuted(load, axis=1)
+    maps = [
+        rebalance_experts(each, setting.topology, algorithm="deepseek").physical_to_logical_map.numpy()
+        for each in (load, shifted)
+    ]
+    return maps[0], maps[1]
+
+
+def expert_tensors(layer: int, expert: int, setting: Setting) -> list[torch.Tensor]:
+    """bf16 gate-up and down projections, and a float32 scale: enough bytes to tell every expert from every other."""
+    hidden, inner = setting.hidden_size, setting.intermediate_size
+    mark = torch.tensor(layer * 4096 + expert, dtype=torch.int64)
+    up = torch.arange(2 * inner * hidden, dtype=torch.int64).add_(mark * 7919).remainder_(32749).to(torch.int16)
+    down = torch.arange(hidden * inner, dtype=torch.int64).add_(mark * 104729).remainder_(32749).to(torch.int16)
+    scale = torch.full((2 * inner // 128 + 1,), float(mark))
+    return [
+        up.view(torch.bfloat16).reshape(2 * inner, hidden),
+        down.view(torch.bfloat16).reshape(hidden, inner),
+        scale,
+    ]
+
+
+def local_weights(p2l: np.ndarray, rank: int, setting: Setting) -> Weights:
+    slots = setting.topology.slots_of_rank(rank)
+    weights = []
+    for layer, row in enumerate(p2l):
+        experts = [expert_tensors(layer, int(expert), setting) for expert in row[slots.start : slots.stop]]
+        weights.append([torch.stack(tensors) for tensors in zip(*experts, strict=True)])
+    return weights
+
+
+def is_in_place(weights: Weights, p2l: np.ndarray, rank: int, setting: Setting) -> bool:
+    slots = setting.topology.slots_of_rank(rank)
+    for layer, tensors in enumerate(weights):
+        for local, expert in enumerate(p2l[layer, slots.start : slots.stop].tolist()):
+            for tensor, expected in zip(tensors, expert_tensors(layer, expert, setting), strict=True):
+                if not torch.equal(tensor[local].view(torch.uint8), expected.view(torch.uint8)):
+                    return False
+    return True
+
+
+def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[str, Any]:
+    """Runs all systems; returns per system this rank's seconds per repeat and the messages of one migration."""
+    before, after = placements(setting)
+    weights = local_weights(before, rank, setting)
+    topology = setting.topology
+    movers = [
+        EquipoiseMover(topology, "off", setting.staged_experts, weights),
+        EquipoiseMover(topology, "canary", setting.staged_experts, weights),
+        EquipoiseMover(topology, "checksum", setting.staged_experts, weights),
+        SglangMover(topology, cache),
+        VllmMover(topology, cache, weights, batching=False),
+        VllmMover(topology, cache, weights, batching=True),
+    ]
+    results: dict[str, Any] = {mover.name: {"seconds": []} for mover in movers}
+    for mover in movers:  # untimed: connections, page faults, compiled kernels; and what is posted
+        messages: list[Message] = []
+        stop = mover.record(messages)
+        mover.migrate(weights, before, after)
+        stop()
+        assert is_in_place(weights, after, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
+        mover.migrate(weights, after, before)
+        assert is_in_place(weights, before, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
+        results[mover.name]["messages"] = [asdict(message) for message in messages]
+        results[mover.name]["staging_bytes"] = mover.staging_bytes()
+    for repeat in range(setting.repeats):
+        for mover in movers[repeat % len(movers) :] + movers[: repeat % len(movers)]:
+            for old, new in ((before, after), (after, before)):
+                dist.barrier()
+                start = time.perf_counter()
+                mover.migrate(weights, old, new)
+                results[mover.name]["seconds"].append(time.perf_counter() - start)
+    assert is_in_place(weights, before, rank, setting)
+    return results
+
+
+def summarise(per_rank: list[dict[str, Any]], setting: Setting) -> dict[str, dict[str, float]]:
+    topology = setting.topology
+    summary = {}
+    for name in per_rank[0]:
+        ranks = [each[name] for each in per_rank]
+        seconds = [max(times) for times in zip(*(each["seconds"] for each in ranks), strict=True)]
+        cross = sum(
+            message["num_bytes"]
+            for rank, each in enumerate(ranks)
+            for message in each["messages"]
+            if message["sent"] and not topology.same_node(rank, message["peer"])
+        )
+        link = max(
+            sum(m["num_bytes"] for m in each["messages"] if m["sent"] == sent) for each in ranks for sent in (True, False)
+        )
+        summary[name] = {
+            "seconds": statistics.median(seconds),
+            "seconds_min": min(seconds),
+            "seconds_max": max(seconds),
+            "cross_node_bytes": cross,
+            "busiest_link_bytes": link,
+            "rounds": sequential_experts([each["messages"] for each in ranks], setting),
+            "peak_staging_bytes": max(each["staging_bytes"] for each in ranks),
+        }
+    return summary
+
+
+def sequential_experts(messages: list[list[dict[str, Any]]], setting: Setting) -> int:
+    """The busiest link's experts, batch by batch: batches that two ranks share are matched by their order."""
+    expert_bytes = sum(tensor.nbytes for tensor in expert_tensors(0, 0, setting))
+    loads: list[float] = []
+    for own in messages:
+        per_batch: dict[tuple[int, bool], int] = {}
+        for message in own:
+            key = (message["batch"], message["sent"])
+            per_batch[key] = per_batch.get(key, 0) + message["num_bytes"]
+        batches = {batch for batch, _ in per_batch}
+        loads.append(sum(max(per_batch.get((b, True), 0), per_batch.get((b, False), 0)) for b in batches))
+    return round(max(loads) / expert_bytes)
+
+
+def show(summary: dict[str, dict[str, float]], console: Console) -> None:
+    table = Table("system", "seconds", "cross-node MiB", "busiest link MiB", "rounds", "peak staging MiB")
+    for name, row in summary.items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['cross_node_bytes'] / 2**20:.1f}",
+            f"{row['busiest_link_bytes'] / 2**20:.1f}",
+            f"{row['rounds']}",
+            f"{row['peak_staging_bytes'] / 2**20:.1f}",
+        )
+    console.print(table)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=HERE.parent / "out" / "wheels", help="where the wheels are kept")
+    parser.add_argument("--json", type=Path, default=None, help="write the results here")
+    parser.add_argument("--num-ranks", type=int, default=8)
+    parser.add_argument("--num-nodes", type=int, default=2)
+    parser.add_argument("--slots-per-rank", type=int, default=12)
+    parser.add_argument("--num-logical-experts", type=int, default=72)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--intermediate-size", type=int, default=512)
+    parser.add_argument("--staged-experts", type=int, default=4, help="experts that Equipoise may stage per rank")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    cache, json_path = options.pop("cache").resolve(), options.pop("json")
+    setting = Setting(**options)
+    neighbours.fetch(cache)
+    console = Console()
+    per_rank = run_ranks(on_rank, setting.num_ranks, setting, cache, timeout=1200, group_timeout=300)
+    summary = summarise(per_rank, setting)
+    show(summary, console)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"setting": asdict(setting), "cpu": cpu_name(), "torch": torch.__version__, "systems": summary}
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"written to {json_path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The movers under comparison, behind one interface, on one rank each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import neighbours
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from equipoise.communicator import TorchCommunicator
+from equipoise.topology import EpTopology
+from equipoise.transfer_plan import TransferPlan, plan_transfer
+from equipoise.updater import ExpertLocationUpdater
+from equipoise.verification import Verification
+
+Weights = list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor that this rank posts."""
+
+    batch: int  # messages of one batch are under way together
+    sent: bool
+    peer: int
+    num_bytes: int
+
+
+class Mover(Protocol):
+    """One system on one rank."""
+
+    name: str
+
+    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+        """Moves all layers from ``old`` to ``new``, (L, P) each. Planning is part of it."""
+        ...
+
+    def staging_bytes(self) -> int:
+        """Peak bytes that the mover held beside the live weights."""
+        ...
+
+    def record(self, into: list[Message] | None) -> Callable[[], None]:
+        """Starts to list what is posted; the returned function ends it."""
+        ...
+
+
+class EquipoiseMover:
+    """Ours: the plan, then stage, verify, vote and commit, step by step."""
+
+    def __init__(self, topology: EpTopology, verification: Verification, staged_experts: int, weights: Weights) -> None:
+        self.name = f"equipoise ({verification})"
+        self._topology = topology
+        self._communicator = TorchCommunicator(dist.group.WORLD)
+        largest = max(sum(tensor[0].nbytes for tensor in tensors) for tensors in weights)
+        # Room for small rows, canary and checksum beside the experts' own bytes.
+        budget = staged_experts * (largest + 4096) + 65536
+        self._updater = ExpertLocationUpdater(
+            self._communicator, topology, weights, verification=verification, staging_bytes=budget
+        )
+        self.plans: dict[tuple[bytes, bytes], TransferPlan] = {}
+
+    def plan(self, old: np.ndarray, new: np.ndarray) -> TransferPlan:
+        return plan_transfer(old, new, self._topology, max_staged_experts=self._updater.max_staged_experts)
+
+    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+        del weights  # handed over at construction
+        for layer in self.plan(old, new).layers:
+            self._updater.migrate_layer(layer, on_commit=lambda _: None)
+
+    def staging_bytes(self) -> int:
+        return self._updater.staging_bytes
+
+    def record(self, into: list[Message] | None) -> Callable[[], None]:
+        return _record_batches(dist, into)
+
+
+class SglangMover:
+    """SGLang's update_expert_weights_single_layer, layer by layer as its updater calls it."""
+
+    name = "sglang 0.5.23"
+
+    def __init__(self, topology: EpTopology, cache: Path) -> None:
+        self._module = neighbours.load_sglang(cache)
+        self._topology = topology
+        self._buffers: list[torch.Tensor] = []
+
+    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+        topology = self._topology
+        self._buffers = self._module.create_temp_buffers(weights[0])
+        for layer, tensors in enumerate(weights):
+            self._module.update_expert_weights_single_layer(
+                routed_experts_weights=tensors,
+                temp_buffers=self._buffers,
+                old_physical_to_logical_map=old[layer].tolist(),
+                new_physical_to_logical_map=new[layer].tolist(),
+                num_local_physical_experts=topology.slots_per_rank,
+                num_gpu_per_node=topology.ranks_per_node,
+                rank=dist.get_rank(),
+                world_size=topology.num_ranks,
+            )
+
+    def staging_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def record(self, into: list[Message] | None) -> Callable[[], None]:
+        return _record_batches(torch.distributed, into)
+
+
+class VllmMover:
+    """vLLM's move_to_buffer and move_from_buffer, layer by layer as rearrange_expert_weights_inplace calls them."""
+
+    def __init__(self, topology: EpTopology, cache: Path, weights: Weights, *, batching: bool) -> None:
+        self.name = "vllm 0.32.0 (migration batching)" if batching else "vllm 0.32.0"
+        self._module, self._communicators = neighbours.load_vllm(cache)
+        self._topology = topology
+        self._batching = batching
+        self._buffers = [torch.empty_like(tensor) for tensor in weights[0]]  # vLLM allocates them once, at start-up
+        self._communicator = self._communicators.TorchDistNcclEplbCommunicator(dist.group.WORLD)
+
+    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+        size, rank = self._topology.slots_per_rank, dist.get_rank()
+        for layer, tensors in enumerate(weights):
+            metadata = self._module.move_to_buffer(
+                num_local_experts=size,
+                old_indices=old[layer],
+                new_indices=new[layer],
+                expert_weights=tensors,
+                expert_weights_buffers=self._buffers,
+                stream=None,
+                ep_rank=rank,
+                communicator=self._communicator,
+                layer_idx=layer,
+                enable_migration_batching=self._batching,
+            )
+            self._module.move_from_buffer(
+                expert_weights=tensors,
+                expert_weights_buffers=self._buffers,
+                transfer_metadata=metadata,
+                new_indices=new[layer],
+                ep_rank=rank,
+            )
+
+    def staging_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def record(self, into: list[Message] | None) -> Callable[[], None]:
+        return _record_batches(self._communicators, into)
+
+
+def _record_batches(module: Any, into: list[Message] | None) -> Callable[[], None]:
+    """Listens in on ``module.batch_isend_irecv``, for an untimed run."""
+    if into is None:
+        return lambda: None
+    original, batch = module.batch_isend_irecv, [0]
+
+    def listening(ops: Sequence[dist.P2POp]) -> list[dist.Work]:
+        for op in ops:
+            peer = op.group_peer if op.group_peer is not None else op.peer
+            into.append(Message(batch[0], op.op is dist.isend, peer, op.tensor.nbytes))
+        batch[0] += 1
+        return original(ops)
+
+    module.batch_isend_irecv = listening
+
+    def stop() -> None:
+        module.batch_isend_irecv = original
+
+    return stop

@@ -1,0 +1,89 @@
+"""Rows to the ranks that hold their experts, and the results back in the order in which the rows were.
+
+Two ways with one result. A large step first tells every rank how many rows to expect, and sends exactly those. A
+small one (decoding) is bound by the number of messages, not by their size: there each pair of ranks exchanges a block
+that holds the most rows there can be, so nothing needs to be told, and nothing be known on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+PADDED_BYTES = 1 << 20
+"""Blocks are padded while all of a rank's blocks together stay below this."""
+
+
+class TokenExchange(Protocol):
+    """One step's exchange at one layer; collective."""
+
+    def there(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, W) rows, sorted by destination, to the (M, W) rows for this rank; padding rows are all -1 bits."""
+        ...
+
+    def back(self, results: torch.Tensor) -> torch.Tensor:
+        """(M, H) results for the rows received to the (N, H) results of the rows sent."""
+        ...
+
+
+def make_exchange(
+    destinations: torch.Tensor, most_rows: int, row_bytes: int, group: dist.ProcessGroup
+) -> TokenExchange:
+    """The exchange for rows going to ``destinations``.
+
+    Args:
+        destinations: (N,) int64 ranks in ascending order.
+        most_rows: rows that any rank sends at most in this exchange; the same on all ranks.
+        row_bytes: bytes of a row, the same on all ranks.
+    """
+    num_ranks = group.size()
+    if num_ranks * most_rows * row_bytes <= PADDED_BYTES:
+        return _PaddedExchange(destinations, num_ranks, most_rows, group)
+    return _ExactExchange(destinations, num_ranks, group)
+
+
+class _ExactExchange:
+    def __init__(self, destinations: torch.Tensor, num_ranks: int, group: dist.ProcessGroup) -> None:
+        send_counts = torch.bincount(destinations, minlength=num_ranks)
+        recv_counts = torch.empty_like(send_counts)
+        dist.all_to_all_single(recv_counts, send_counts, group=group)
+        self._sends, self._recvs = torch.stack([send_counts, recv_counts]).tolist()
+        self._group = group
+
+    def there(self, rows: torch.Tensor) -> torch.Tensor:
+        received = rows.new_empty(sum(self._recvs), rows.shape[1])
+        dist.all_to_all_single(received, rows, self._recvs, self._sends, group=self._group)
+        return received
+
+    def back(self, results: torch.Tensor) -> torch.Tensor:
+        returned = results.new_empty(sum(self._sends), results.shape[1])
+        dist.all_to_all_single(returned, results, self._sends, self._recvs, group=self._group)
+        return returned
+
+
+class _PaddedExchange:
+    def __init__(self, destinations: torch.Tensor, num_ranks: int, capacity: int, group: dist.ProcessGroup) -> None:
+        self._num_rows = num_ranks * capacity
+        self._group = group
+        # The n-th row for a rank goes to the n-th place of its block.
+        counts = torch.bincount(destinations, minlength=num_ranks)
+        first = counts.cumsum(0) - counts
+        nth = torch.arange(len(destinations), device=destinations.device) - first[destinations]
+        self._places = destinations * capacity + nth
+
+    def there(self, rows: torch.Tensor) -> torch.Tensor:
+        blocks = torch.full(
+            (self._num_rows, rows.shape[1] * rows.itemsize), 0xFF, dtype=torch.uint8, device=rows.device
+        )
+        blocks = blocks.view(rows.dtype)
+        blocks[self._places] = rows
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks, group=self._group)
+        return received
+
+    def back(self, results: torch.Tensor) -> torch.Tensor:
+        returned = torch.empty_like(results)
+        dist.all_to_all_single(returned, results, group=self._group)
+        return returned[self._places]
