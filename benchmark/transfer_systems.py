@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from equipoise.communicator import TorchCommunicator
+from equipoise.communicator import PeerTensor, TorchCommunicator
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferPlan, plan_transfer
 from equipoise.updater import ExpertLocationUpdater
@@ -76,7 +76,22 @@ class EquipoiseMover:
         return self._updater.staging_bytes
 
     def record(self, into: list[Message] | None) -> Callable[[], None]:
-        return _record_batches(dist, into)
+        if into is None:
+            return lambda: None
+        original, batch = self._communicator.exchange, [0]
+
+        def listening(sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
+            into.extend(Message(batch[0], True, peer, tensor.nbytes) for peer, tensor in sends)
+            into.extend(Message(batch[0], False, peer, tensor.nbytes) for peer, tensor in recvs)
+            batch[0] += 1
+            original(sends, recvs, timeout)
+
+        self._communicator.exchange = listening  # type: ignore[method-assign]
+
+        def stop() -> None:
+            self._communicator.exchange = original  # type: ignore[method-assign]
+
+        return stop
 
 
 class SglangMover:

@@ -41,7 +41,9 @@ def run(rank: int, world_size: int) -> None:
     placement = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, topology, max_replicas=REDUNDANT + 1)
     engine = MyEngine(rank, topology, placement)
     config = EplbConfig(ep_num_redundant_experts=REDUNDANT)
-    manager = EplbManager(config, engine, placement, TorchCommunicator(dist.group.WORLD))
+    # Experts travel in a background thread, which needs groups of its own.
+    beside = TorchCommunicator(dist.new_group(), control_group=dist.new_group())
+    manager = EplbManager(config, engine, placement, TorchCommunicator(dist.group.WORLD), transfer_communicator=beside)
 
     ticket, popularity = None, torch.arange(EXPERTS, 0, -1).float() ** 2
     for step in range(200):

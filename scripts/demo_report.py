@@ -235,7 +235,8 @@ the best logit leads the second by at least {gap:.5f}.
 
 ## Training
 
-{recipe}; {minutes:.1f} minutes.
+{recipe}.
+{minutes:.1f} minutes of wall clock, whatever else the machine was doing.
 
 {text}
 

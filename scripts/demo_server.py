@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -43,9 +44,12 @@ class Server:
         seen: list[str] = []
         for line in self._process.stdout:
             seen.append(line.rstrip())
-            if line.startswith("ready"):
+            if line.startswith("ready:"):
+                # Somebody must go on reading, or the server would one day wait for room in the pipe.
+                threading.Thread(target=self._process.stdout.read, daemon=True).start()
                 return self
             self._on_line(line.rstrip())
+        self._process.wait()
         raise SystemExit("the server did not start:\n" + "\n".join(seen))
 
     def __exit__(

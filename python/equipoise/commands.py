@@ -73,6 +73,32 @@ class DumpReply:
 
 
 @dataclass(frozen=True)
+class LayerProfile:
+    """One commit of one layer, on rank 0; a layer has several where a staging budget splits it."""
+
+    layer_id: int
+    transfer_seconds: float
+    verify_seconds: float  # checks and the vote of all ranks
+    commit_seconds: float
+    bytes_received: int
+    num_rounds: int
+
+
+@dataclass(frozen=True)
+class RebalanceProfile:
+    """Where the time of a rebalance went, on rank 0."""
+
+    gather_seconds: float  # load window, reduced over ranks
+    plan_seconds: float  # the placement algorithm
+    plan_transfer_seconds: float  # who sends what to whom
+    wait_seconds: float  # from the start of planning until all ranks had the plan
+    migrate_seconds: float  # from then until the last commit
+    stall_seconds: float  # of all that, what stood between two forward passes
+    peak_staging_bytes: int
+    layers: list[LayerProfile]
+
+
+@dataclass(frozen=True)
 class RebalanceReport:
     """What one rebalance decided and did. Lists over layers are in layer order; None where a layer saw no token."""
 
@@ -93,8 +119,10 @@ class RebalanceReport:
     bytes_received_per_rank: list[int]
     bytes_sent_per_node: list[int]  # to another node
     bytes_received_per_node: list[int]  # from another node
-    planning_seconds: float
-    transfer_seconds: float
+    planning_seconds: float  # beside the forward passes
+    transfer_seconds: float  # from the plan's arrival to the last commit
+    stall_seconds: float  # time that forward passes waited for this rebalance, in all
+    profile: RebalanceProfile
     error: str | None = None
 
     @property

@@ -9,7 +9,8 @@ from equipoise.errors import ConfigError
 
 DispatchAlgorithm = Literal["static", "dynamic"]
 RecorderMode = Literal["stat", "per_pass"]
-Verification = Literal["off", "canary"]
+Verification = Literal["off", "canary", "checksum"]
+TransferMode = Literal["sync", "chunked", "async"]
 
 
 def _require(condition: bool, name: str, value: object, must: str) -> None:
@@ -30,8 +31,12 @@ class EplbConfig:
     eplb_rebalance_num_iterations: int = 1000
     """Forward passes between two rebalances; also how many of them a plan looks back on, at most."""
 
+    eplb_transfer_mode: TransferMode = "async"
+    """`async`: experts travel in the background, a forward pass waits only for a layer's commit; `chunked`: layers are
+    moved between forward passes; `sync`: everything at once, as fast as it goes, while nothing is answered."""
+
     eplb_rebalance_layers_per_chunk: int = 1
-    """Layers moved between two forward passes while migrating."""
+    """Layers committed between two forward passes while migrating (`async`, `chunked`)."""
 
     eplb_min_rebalancing_utilization_threshold: float = 1.0
     """Skip a periodic rebalance while mean balancedness over the window is above this, in (0, 1]."""
@@ -40,13 +45,17 @@ class EplbConfig:
     """Hard limit on the slots of a layer that may receive another expert in one rebalance."""
 
     eplb_verification: Verification = "canary"
-    """`canary`: each expert's id travels with its weights and is checked before a layer commits."""
+    """`canary`: each expert's id travels with its weights and is checked before a layer commits; `checksum`: a 64-bit
+    checksum of its content as well."""
 
     eplb_staging_bytes: int | None = None
     """Most bytes a rank may hold in staging while it receives; None: one rank's slots of the largest layer."""
 
     eplb_transfer_timeout: float = 60.0
     """Seconds a layer's transfer may take before it is given up and the old layer serves on."""
+
+    profile: bool = False
+    """Print after each rebalance where its time went."""
 
     ep_num_redundant_experts: int = 0
     """Slots per layer beyond one for each logical expert; logical + redundant must divide evenly over the ranks."""

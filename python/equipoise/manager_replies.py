@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import reduce
 
-from equipoise.commands import DumpReply, ExpertLocationReply, Outcome, Rebalance, RebalanceReport
-from equipoise.communicator import Communicator
+from equipoise.commands import DumpReply, ExpertLocationReply, Outcome, Rebalance, RebalanceProfile, RebalanceReport
 from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata, PlacementDiff
 from equipoise.load_trace import LoadTrace
 from equipoise.metrics import balancedness, mean_balancedness
 from equipoise.planning import PlannedRebalance, as_optional_floats
 from equipoise.recorder import LoadSnapshot
-from equipoise.transfer_report import LayerTransferReport
-
-
-@dataclass
-class TransferTally:
-    """This rank's part in a migration, added up layer by layer. Bytes crossed a wire."""
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    cross_node_bytes_sent: int = 0
-    cross_node_bytes_received: int = 0
-    seconds: float = 0.0
-
-    def add(self, report: LayerTransferReport) -> None:
-        self.bytes_sent += report.bytes_sent
-        self.bytes_received += report.bytes_received
-        self.cross_node_bytes_sent += report.bytes_sent_to_other_nodes
-        self.cross_node_bytes_received += report.bytes_received_from_other_nodes
-
-    def add_seconds(self, seconds: float) -> None:
-        self.seconds += seconds
-
-    def over_ranks(self, communicator: Communicator) -> np.ndarray:
-        """(G, 4) int64: the four byte counts of every rank. Collective."""
-        mine = torch.zeros(communicator.world_size, 4, dtype=torch.int64)
-        mine[communicator.rank] = torch.tensor(
-            [self.bytes_sent, self.bytes_received, self.cross_node_bytes_sent, self.cross_node_bytes_received]
-        )
-        communicator.all_reduce_sum_(mine)
-        return mine.numpy()
 
 
 def rebalance_report(
@@ -57,7 +25,7 @@ def rebalance_report(
     request: Rebalance | None,
     algorithm: str,
     forward_pass_id: int,
-    transfer_seconds: float,
+    profile: RebalanceProfile,
     per_rank_bytes: np.ndarray,
     error: str | None,
 ) -> RebalanceReport:
@@ -66,7 +34,7 @@ def rebalance_report(
     Args:
         planned: None if planning itself failed.
         algorithm: the one that was to plan.
-        per_rank_bytes: (G, 4) int64 as :meth:`TransferTally.over_ranks` gives it.
+        per_rank_bytes: (G, 4) int64 as :meth:`~equipoise.migration.Migration.bytes_over_ranks` gives it.
         error: why it failed; None if it did not.
     """
     layers, num_nodes = metadata.num_layers, metadata.topology.num_nodes
@@ -104,7 +72,9 @@ def rebalance_report(
         bytes_sent_per_node=reduce(node_sent, per_node, "sum", node=num_nodes).tolist(),
         bytes_received_per_node=reduce(node_received, per_node, "sum", node=num_nodes).tolist(),
         planning_seconds=planned.seconds if planned else 0.0,
-        transfer_seconds=transfer_seconds,
+        transfer_seconds=profile.migrate_seconds,
+        stall_seconds=profile.stall_seconds,
+        profile=profile,
         error=error,
     )
 

@@ -16,6 +16,8 @@ from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
 from equipoise.expert_location import ExpertLocationMetadata, PlacementDiff
 from equipoise.metrics import balancedness, mean_balancedness
+from equipoise.placement_alignment import align_placement
+from equipoise.transfer_plan import TransferPlan, plan_transfer
 from equipoise.trigger import Decision, decide_to_move, decide_to_plan
 
 MAX_WINDOWS = 4
@@ -33,7 +35,9 @@ class PlannedRebalance:
     physical_to_logical_map: np.ndarray | None  # (L, P) int64
     dispatch_weights: np.ndarray | None  # (L, P) float32
     diff: PlacementDiff | None  # from the present placement
-    seconds: float  # the algorithm alone
+    transfer: TransferPlan | None  # the way there; None if no expert moves
+    seconds: float  # the algorithm, and fitting its result to the present placement
+    transfer_seconds: float  # planning the transfer
     error: str | None = None
 
     def placement(self, like: ExpertLocationMetadata) -> ExpertLocationMetadata:
@@ -56,6 +60,7 @@ def plan_rebalance(
     request: Rebalance | None,
     window_steps: int,
     num_groups: int | None,
+    max_staged_experts: int,
     clock: Callable[[], float],
 ) -> PlannedRebalance:
     """Decides and plans.
@@ -65,6 +70,7 @@ def plan_rebalance(
         current: the committed placement, on the CPU.
         request: the operator's, or None for a periodic rebalance.
         window_steps: steps the windows hold, for the report.
+        max_staged_experts: experts a rank can stage at once.
         clock: seconds.
     """
     load = windows.sum(0) if len(windows) else np.zeros((current.num_layers, current.num_logical_experts))
@@ -72,7 +78,8 @@ def plan_rebalance(
     mean_before = mean_balancedness(before)
 
     def result(decision: Decision, after: np.ndarray, **found: object) -> PlannedRebalance:
-        values = {"physical_to_logical_map": None, "dispatch_weights": None, "diff": None, "seconds": 0.0, **found}
+        nothing = {"physical_to_logical_map": None, "dispatch_weights": None, "diff": None, "transfer": None}
+        values = {**nothing, "seconds": 0.0, "transfer_seconds": 0.0, **found}
         return PlannedRebalance(
             decision=decision,
             window_steps=window_steps,
@@ -102,6 +109,8 @@ def plan_rebalance(
         )
     except InvalidInputError as error:
         return result(Decision("skip", "planning failed"), before, error=str(error), seconds=clock() - start)
+    # Which slot of a rank, and which rank of a node, changes nothing for the load, but for what must move.
+    planned = align_placement(current, planned)
     seconds = clock() - start
     after = balancedness(load, planned).numpy()
     mean_after = mean_balancedness(after)
@@ -114,13 +123,19 @@ def plan_rebalance(
         after=mean_after,
         force=bool(request and request.force),
     )
+    start = clock()
+    transfer = None
+    if move.action == "migrate":
+        transfer = plan_transfer(current, planned, current.topology, max_staged_experts=max_staged_experts)
     return result(
         move,
         after,
         physical_to_logical_map=planned.physical_to_logical_map.numpy(),
         dispatch_weights=planned.dispatch_weights.numpy(),
         diff=diff,
+        transfer=transfer,
         seconds=seconds,
+        transfer_seconds=clock() - start,
     )
 
 

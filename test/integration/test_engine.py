@@ -157,7 +157,7 @@ class TestControl:
             return await rebalance, during, await all_answers(engine, "afterwards")
 
         report, during, afterwards = asyncio.run(run())
-        assert report.outcome == "committed"
+        assert report.outcome == "committed", report.error
         assert sum(report.moves) > 0
         assert all(answers == expected for answers in during)
         assert afterwards == expected

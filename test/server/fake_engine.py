@@ -14,6 +14,7 @@ from equipoise.commands import (
     GetStatus,
     GetSteps,
     Rebalance,
+    RebalanceProfile,
     RebalanceReport,
     StatusReply,
     StepRecord,
@@ -52,6 +53,17 @@ REPORT = RebalanceReport(
     bytes_received_per_node=[0],
     planning_seconds=0.01,
     transfer_seconds=0.02,
+    stall_seconds=0.005,
+    profile=RebalanceProfile(
+        gather_seconds=0.001,
+        plan_seconds=0.002,
+        plan_transfer_seconds=0.003,
+        wait_seconds=0.01,
+        migrate_seconds=0.02,
+        stall_seconds=0.005,
+        peak_staging_bytes=640,
+        layers=[],
+    ),
 )
 
 

@@ -210,6 +210,7 @@ class TestMetrics:
             "equipoise_moves_total 2.0",
             "equipoise_cross_node_moves_total 1.0",
             "equipoise_moved_bytes_total 30.0",
+            "equipoise_stall_seconds_total 0.005",
             'equipoise_steps_total{phase="collecting"} 5.0',
             "equipoise_step_tokens_total 20.0",
             'equipoise_step_seconds_count{phase="collecting"} 5.0',

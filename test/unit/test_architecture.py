@@ -17,7 +17,7 @@ LAYERS = [
     | {f"transfer_{part}" for part in ("plan", "sources", "rounds", "schedule", "steps", "program", "report", "table")}
     | {"placement_alignment"},
     {"communicator", "in_memory_communicator", "fault_injection", "recorder", "staging", "verification", "updater"},
-    {"planning", "manager_replies", "manager"},
+    {"background_planner", "planning", "migration", "recording", "rebalance_log", "manager_replies", "manager"},
     {"engine", "server", "replay", "integrations", "demo_model"},
     {"cli", "__main__"},
 ]

@@ -17,9 +17,9 @@ expert 0. Such a layer (hierarchical: such a node's share) is filled round robin
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper, kernel
 from equipoise.algorithms.layers import for_each_layer
 from equipoise.algorithms.order import descending
 from equipoise.algorithms.problem import Placement, PlacementProblem
@@ -68,7 +68,7 @@ def _solve(problem: PlacementProblem, num_groups: int, num_nodes: int) -> Placem
     return Placement(placed)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pack: np.ndarray) -> None:
     """Packs items into equally many per pack: heaviest first, each into the lightest pack with room."""
     num_items = weights.shape[0]
@@ -91,7 +91,7 @@ def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pac
         pack_items[best] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _solve_layers(
     first: int, last: int, load: np.ndarray, num_groups: int, num_nodes: int, num_ranks: int, placed: np.ndarray
 ) -> None:

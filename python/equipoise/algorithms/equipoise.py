@@ -13,9 +13,9 @@ placement (min_max.py).
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper, kernel
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
 from equipoise.algorithms.layer_state import LayerState, new_state, settle_all
 from equipoise.algorithms.layers import for_each_layer
@@ -111,7 +111,7 @@ def _slowness(problem: PlacementProblem) -> np.ndarray:
     return np.where(live, speed[live].sum() / live.sum() / speed, 0.0)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _solve_layers(
     first: int,
     last: int,
@@ -145,7 +145,7 @@ def _solve_layers(
             if lost[layer] == 0:
                 spread_shares(state)
                 for stage in range(stages.shape[0]):
-                    settle_all(state, stages[stage], 40, 1e-6)
+                    settle_all(state, stages[stage], np.int64(40), 1e-6)
         else:
             state, found = _solve_layer(
                 state,
@@ -174,7 +174,7 @@ def _solve_layers(
             share[layer, slot] = min(max(state.share[slot], 0.0), 1.0) if live else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _solve_layer(
     state: LayerState,
     old: np.ndarray,
@@ -215,7 +215,7 @@ def _solve_layer(
     return state, value > -np.inf
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _home_of_experts(
     expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int
 ) -> tuple[np.ndarray, bool]:
@@ -239,7 +239,7 @@ def _home_of_experts(
     return home, whole
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _fresh_state(
     experts: np.ndarray,
     weight: np.ndarray,

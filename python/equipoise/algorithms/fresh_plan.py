@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.order import descending
 
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(E,) mean plus :data:`RISK` standard deviations over the scenarios of ``LayerState.experts``."""
     load = np.zeros(experts.shape[0])
@@ -23,7 +23,7 @@ def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return load
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray:
     """(E,) node of each expert: groups go heaviest first to the lightest node with room."""
     size, room = load.shape[0] // num_groups, num_groups // num_nodes
@@ -44,7 +44,7 @@ def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray
     return node_of
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarray:
     """(E,) replicas: each further slot goes to the most load per replica, to an expert with fewer than ``num_ranks``.
 
@@ -68,7 +68,7 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def pack(
     experts: np.ndarray, load: np.ndarray, ranks: np.ndarray, slowness: np.ndarray, slots_per_rank: int, out: np.ndarray
 ) -> None:
@@ -104,7 +104,7 @@ def pack(
             rank_load[best] += unit[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
     for slot in range(first, first + taken):
         if out[slot] == expert:
@@ -112,7 +112,7 @@ def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
     return False
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
     """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens it out."""
     dealt = 0

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
 _TINY = 1e-9
@@ -39,7 +39,7 @@ class LayerState(NamedTuple):
     weight: np.ndarray  # (NUM_SCENARIOS,) float64, of the scenarios
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def new_state(
     expert: np.ndarray, share: np.ndarray, experts: np.ndarray, weight: np.ndarray, slowness: np.ndarray
 ) -> LayerState:
@@ -61,7 +61,7 @@ def new_state(
     return state
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def fill(state: LayerState) -> None:
     """Rebuilds the lists of replicas and the loads from ``expert`` and ``share``."""
     expert, following, share, replicas, held, ranks, experts, _ = state
@@ -81,14 +81,20 @@ def fill(state: LayerState) -> None:
             add_share(expert, share, ranks, experts, slot, part)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
+def copy_placement(expert: np.ndarray, share: np.ndarray, to_expert: np.ndarray, to_share: np.ndarray) -> None:
+    for slot in range(expert.shape[0]):
+        to_expert[slot], to_share[slot] = expert[slot], share[slot]
+
+
+@helper
 def power(x: float, doublings: int) -> float:
     for _ in range(doublings):
         x *= x
     return x
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def link(
     expert: np.ndarray, following: np.ndarray, replicas: np.ndarray, held: np.ndarray, slot: int, new: int
 ) -> None:
@@ -100,7 +106,7 @@ def link(
     held[slot // (expert.shape[0] // held.shape[0]), new] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def relink(
     expert: np.ndarray, following: np.ndarray, replicas: np.ndarray, held: np.ndarray, slot: int, new: int
 ) -> None:
@@ -118,7 +124,7 @@ def relink(
     link(expert, following, replicas, held, slot, new)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def add_share(
     expert: np.ndarray, share: np.ndarray, ranks: np.ndarray, experts: np.ndarray, slot: int, change: float
 ) -> None:
@@ -131,7 +137,7 @@ def add_share(
     share[slot] += change
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def refresh(ranks: np.ndarray, weight: np.ndarray, rank: int, doublings: int) -> None:
     """Recomputes cost and slope of a rank from its load."""
     total = 0.0
@@ -143,7 +149,7 @@ def refresh(ranks: np.ndarray, weight: np.ndarray, rank: int, doublings: int) ->
     ranks[rank, COST] = total
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def marginal(ranks: np.ndarray, experts: np.ndarray, rank: int, e: int, share: float) -> float:
     """Cost (over q) of one more unit of expert ``e``'s share on a rank that has ``share`` of it."""
     risk = 2.0 * experts[e, NOISE] * share
@@ -153,7 +159,7 @@ def marginal(ranks: np.ndarray, experts: np.ndarray, rank: int, e: int, share: f
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def best_transfer(
     ranks: np.ndarray,
     experts: np.ndarray,
@@ -164,6 +170,7 @@ def best_transfer(
     has: float,
     gets: float,
     doublings: int,
+    most_rounds: int,
 ) -> float:
     """The part of expert ``e``'s share that best goes from a rank that has ``has`` of it to one that has ``gets``.
 
@@ -173,7 +180,7 @@ def best_transfer(
     slow_1, slow_2 = ranks[source, SLOWNESS], ranks[target, SLOWNESS]
     noise = experts[e, NOISE]
     low, high, t = 0.0, has, 0.0
-    for _ in range(6):
+    for _ in range(most_rounds):
         slope, curve = 0.0, 0.0
         gone, come = noise * t * (2.0 * has - t), noise * t * (2.0 * gets + t)
         for s in range(NUM_SCENARIOS):
@@ -182,10 +189,11 @@ def best_transfer(
             load_2 = max(ranks[target, s] + (t * tokens + come) * slow_2, _TINY)
             rate_1 = (tokens + 2.0 * noise * (has - t)) * slow_1
             rate_2 = (tokens + 2.0 * noise * (gets + t)) * slow_2
-            part_1 = weight[s] * power(load_1, doublings) / load_1
-            part_2 = weight[s] * power(load_2, doublings) / load_2
+            over_1, over_2 = 1.0 / load_1, 1.0 / load_2
+            part_1 = weight[s] * power(load_1, doublings) * over_1
+            part_2 = weight[s] * power(load_2, doublings) * over_2
             slope += rate_2 * part_2 - rate_1 * part_1
-            curve += (q - 1.0) * (rate_1 * rate_1 * part_1 / load_1 + rate_2 * rate_2 * part_2 / load_2)
+            curve += (q - 1.0) * (rate_1 * rate_1 * part_1 * over_1 + rate_2 * rate_2 * part_2 * over_2)
             curve += 2.0 * noise * (part_1 * slow_1 + part_2 * slow_2)
         if curve <= 0.0:
             break
@@ -200,14 +208,14 @@ def best_transfer(
     return t
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float:
     """Moves share between the dearest and the cheapest replica of expert ``e`` until they agree; returns the gain."""
     expert, following, share, replicas, _, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     gain = 0.0
     for _ in range(replicas[e, COUNT] - 1):
-        dear, cheap, most, least = -1, -1, -1.0, np.inf
+        dear, cheap, most, least = np.int64(-1), np.int64(-1), -1.0, np.inf
         slot = replicas[e, FIRST]
         while slot >= 0:
             price = marginal(ranks, experts, slot // size, e, share[slot])
@@ -220,7 +228,7 @@ def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float
         if dear < 0 or source == target or most - least <= tolerance * most:
             break
         has = share[dear]
-        t = best_transfer(ranks, experts, weight, e, source, target, has, share[cheap], doublings)
+        t = best_transfer(ranks, experts, weight, e, source, target, has, share[cheap], doublings, np.int64(6))
         if t <= 0.0:
             break
         if has - t < _TINY:
@@ -234,7 +242,7 @@ def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float
     return gain
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def settle_all(state: LayerState, doublings: int, rounds: int, tolerance: float) -> None:
     """Re-solves all shares: round after round over the replicated experts until a round gains next to nothing."""
     replicas, ranks, weight = state.replicas, state.ranks, state.weight
@@ -251,7 +259,7 @@ def settle_all(state: LayerState, doublings: int, rounds: int, tolerance: float)
             break
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def expected_balance(ranks: np.ndarray, weight: np.ndarray) -> float:
     """Mean rank load (which is 1) over the maximum, averaged over the scenarios."""
     balance = 0.0

@@ -12,9 +12,9 @@ largest expected balance minus price. So each prefix of the walk is a budget tha
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.layer_state import (
     COST,
     COUNT,
@@ -25,6 +25,7 @@ from equipoise.algorithms.layer_state import (
     LayerState,
     add_share,
     best_transfer,
+    copy_placement,
     expected_balance,
     fill,
     marginal,
@@ -36,8 +37,8 @@ from equipoise.algorithms.layer_state import (
 )
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
-NUM_HOT = 4  # ranks whose load a step tries to lower
-NUM_COOL = 12  # ranks it tries to put it on
+NUM_HOT = 3  # ranks whose load a step tries to lower
+NUM_COOL = 6  # ranks it tries to put it on
 PATIENCE = 8  # steps without a new best before a stage ends
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
@@ -45,7 +46,7 @@ _WORTH = 0.25  # of what a change must gain to pay: below, it is not even walked
 _LEAST_GAIN = 1e-3  # of the cost, that a step has to bring even when moves are free
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def origin(expert: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int) -> np.ndarray:
     """(G, E) uint8: whether each rank holds an expert already, or at least its node does."""
     size = expert.shape[0] // num_ranks
@@ -62,7 +63,7 @@ def origin(expert: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node:
     return where
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def spent(expert: np.ndarray, where: np.ndarray, prices: np.ndarray) -> tuple[float, int]:
     """Price and number of the moves that lead to the present placement."""
     size = expert.shape[0] // where.shape[0]
@@ -75,7 +76,7 @@ def spent(expert: np.ndarray, where: np.ndarray, prices: np.ndarray) -> tuple[fl
     return total, moves
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _pick_ranks(ranks: np.ndarray, first: int, last: int, picked: np.ndarray, most: int, sign: float) -> int:
     """Fills ``picked`` with the ``most`` live ranks of first..last-1 by descending ``sign * cost``; how many."""
     count = 0
@@ -92,7 +93,7 @@ def _pick_ranks(ranks: np.ndarray, first: int, last: int, picked: np.ndarray, mo
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _loads(
     expert: np.ndarray, share: np.ndarray, experts: np.ndarray, rank: int, size: int, out: np.ndarray
 ) -> None:
@@ -105,7 +106,7 @@ def _loads(
             out[k, s] = part * experts[e, s] + risk
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _drop(ranks: np.ndarray, loads: np.ndarray, k: int, source: int, target: int) -> float:
     """First-order gain (over q) of row ``k`` of ``loads`` going from one rank to another."""
     total = 0.0
@@ -114,7 +115,7 @@ def _drop(ranks: np.ndarray, loads: np.ndarray, k: int, source: int, target: int
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _swap_gain(
     ranks: np.ndarray,
     weight: np.ndarray,
@@ -136,12 +137,30 @@ def _swap_gain(
     return gain
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
+def _most_gain(
+    ranks: np.ndarray, weight: np.ndarray, rank_1: int, rank_2: int, loads_2: np.ndarray, k: int, doublings: int
+) -> float:
+    """Bound on the gain of any exchange between two ranks, when row ``k`` of ``loads_2`` (-1: none) leaves for good.
+
+    The cost is convex: the two can do no better than share their load in the proportion of their speeds.
+    """
+    gain = ranks[rank_1, COST] + ranks[rank_2, COST]
+    slow_1, slow_2 = ranks[rank_1, SLOWNESS], ranks[rank_2, SLOWNESS]
+    for s in range(NUM_SCENARIOS):
+        load = ranks[rank_1, s] * slow_2 + ranks[rank_2, s] * slow_1
+        if k >= 0:
+            load -= loads_2[k, s] * slow_1 * slow_2
+        gain -= 2.0 * weight[s] * power(load / (slow_1 + slow_2), doublings)
+    return gain
+
+
+@helper
 def _heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
     """The replica that takes a slot's share most cheaply when the slot gives up its expert; first-order cost (over q)."""
     expert, following, share, replicas, _, ranks, experts, _ = state
     e, part = expert[slot], share[slot]
-    best, least = -1, np.inf
+    best, least = np.int64(-1), np.inf
     other = replicas[e, FIRST]
     while other >= 0:
         if other != slot:
@@ -152,7 +171,7 @@ def _heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
     return best, least
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _overwrite_gain(
     state: LayerState, hot_slot: int, slot: int, heir: int, doublings: int, saved: np.ndarray
 ) -> tuple[float, float]:
@@ -169,7 +188,7 @@ def _overwrite_gain(
         saved[0, s], saved[1, s] = ranks[rank, s], ranks[third, s]
     add_share(expert, share, ranks, experts, slot, -freed)
     add_share(expert, share, ranks, experts, heir, freed)
-    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings)
+    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, np.int64(2))
     for s in range(NUM_SCENARIOS):
         less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, SLOWNESS]
         more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, SLOWNESS]
@@ -183,7 +202,7 @@ def _overwrite_gain(
     return gain, t
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
     """Gives ``slot`` to the expert ``new``, with no share yet; what was there leaves its share to ``heir``."""
     expert, following, share, replicas, held, ranks, experts, _ = state
@@ -194,7 +213,7 @@ def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
     share[slot] = 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _apply(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
     """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
     expert, following, share, replicas, held, ranks, experts, weight = state
@@ -222,7 +241,7 @@ def _apply(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, dou
                 settle(state, expert[near], doublings, 1e-3)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _step(
     state: LayerState,
     first: int,
@@ -240,13 +259,13 @@ def _step(
     q = float(1 << doublings)
     picked = np.empty(NUM_HOT + NUM_COOL, dtype=np.int64)
     hot, cool = picked[:NUM_HOT], picked[NUM_HOT:]
-    num_hot = _pick_ranks(ranks, first, last, hot, NUM_HOT, 1.0)
-    num_cool = _pick_ranks(ranks, first, last, cool, NUM_COOL, -1.0)
+    num_hot = _pick_ranks(ranks, first, last, hot, hot.shape[0], 1.0)
+    num_cool = _pick_ranks(ranks, first, last, cool, cool.shape[0], -1.0)
     loads_2, saved = scratch[NUM_HOT], scratch[NUM_HOT + 1]
     for i in range(num_hot):
         _loads(expert, share, experts, hot[i], size, scratch[i])
     heirs, freed, back = np.empty(size, dtype=np.int64), np.empty(size), np.empty(size)
-    best, slot_1, slot_2, best_heir, best_t = least_gain, -1, -1, -1, 0.0
+    best, slot_1, slot_2, best_heir, best_t = least_gain, np.int64(-1), np.int64(-1), np.int64(-1), 0.0
     for j in range(num_cool):
         rank_2 = cool[j]
         _loads(expert, share, experts, rank_2, size, loads_2)
@@ -299,13 +318,13 @@ def _step(
                                 ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings
                             )
                             if gain > best * pay:
-                                best, slot_1, slot_2, best_heir = gain / pay, p, slot, -1
+                                best, slot_1, slot_2, best_heir = gain / pay, p, slot, np.int64(-1)
     if slot_1 >= 0:
         _apply(state, slot_1, slot_2, best_heir, best_t, doublings)
     return slot_1 >= 0
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def search(
     state: LayerState,
     where: np.ndarray,
@@ -336,20 +355,19 @@ def search(
     size = expert.shape[0] // num_ranks
     scratch = np.empty((NUM_HOT + 2, max(size, 2), NUM_SCENARIOS))
     heat = np.empty(num_domains)
-    best_expert, best_share = expert.copy(), share.copy()
+    best_expert, best_share = np.empty(expert.shape[0], dtype=np.int64), np.empty(share.shape[0])
     price, moves = spent(expert, where, prices)
     value, steps = -np.inf, 0
     for stage in range(stages.shape[0]):
         doublings = stages[stage]
-        settle_all(state, doublings, 3, 1e-3)
+        settle_all(state, doublings, np.int64(3), 1e-3)
         idle, changed = 0, True
         while True:
             now = expected_balance(ranks, weight) - slot_price * price
             idle += 1
             if now > value:
                 value, idle = now, 0
-                best_expert[:] = expert
-                best_share[:] = share
+                copy_placement(expert, share, best_expert, best_share)
             # The second: no balance could pay for the moves made so far.
             if not changed or idle > PATIENCE or 1.0 - slot_price * price <= value or steps >= max_steps:
                 break
@@ -375,9 +393,8 @@ def search(
                 if changed:
                     break
             price, moves = spent(expert, where, prices)
-    expert[:] = best_expert
-    share[:] = best_share
+    copy_placement(best_expert, best_share, expert, share)
     fill(state)
-    settle_all(state, stages[-1], 3, 1e-3)
+    settle_all(state, stages[-1], np.int64(3), 1e-3)
     return expected_balance(ranks, weight) - slot_price * spent(expert, where, prices)[0]
 

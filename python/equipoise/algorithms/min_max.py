@@ -8,15 +8,15 @@ bound that no choice of shares beats.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 
 _LEVEL = 1e-9  # relative: ranks closer than this are level
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def level_ranks(state: LayerState) -> None:
     """Lowers the maximum rank load of the first scenario to its least possible value, in place.
 
@@ -33,7 +33,8 @@ def level_ranks(state: LayerState) -> None:
             if ranks[rank, 0] > ranks[hottest, 0]:
                 hottest = rank
         top = ranks[hottest, 0]
-        reached[:] = False
+        for rank in range(num_ranks):
+            reached[rank] = False
         reached[hottest] = True
         queue[0] = hottest
         head, tail = 0, 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 
-@numba.njit(cache=True, nogil=True)
+
+@helper
 def descending(values: np.ndarray) -> np.ndarray:
     """Indices of ``values`` from the largest to the smallest, equal ones by ascending index. Merge sort."""
     size = values.shape[0]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.order import descending
 
 MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def match(cost: np.ndarray) -> np.ndarray:
     """(n,) column of each row of the (n, n) ``cost`` in a cheap perfect matching; optimal up to 64 rows."""
     return _hungarian(cost) if cost.shape[0] <= MOST_RANKS_MATCHED else _greedy(cost)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _greedy(cost: np.ndarray) -> np.ndarray:
     """Rows in order of how clear their best choice is; each takes the cheapest free column."""
     size = cost.shape[0]
@@ -36,7 +36,7 @@ def _greedy(cost: np.ndarray) -> np.ndarray:
     return column_of
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _hungarian(cost: np.ndarray) -> np.ndarray:
     """Least-cost perfect matching by shortest augmenting paths (Kuhn-Munkres with potentials), O(n^3)."""
     size = cost.shape[0]
@@ -45,7 +45,9 @@ def _hungarian(cost: np.ndarray) -> np.ndarray:
     for row in range(1, size + 1):
         row_of[0] = row
         column = 0
-        slack, used = np.full(size + 1, np.inf), np.zeros(size + 1, dtype=np.bool_)
+        slack, used = np.empty(size + 1), np.zeros(size + 1, dtype=np.bool_)
+        for j in range(size + 1):
+            slack[j] = np.inf
         while row_of[column] != 0:
             used[column] = True
             here, delta, following = row_of[column], np.inf, 0
@@ -73,7 +75,7 @@ def _hungarian(cost: np.ndarray) -> np.ndarray:
     return column_of
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def relabel(
     expert: np.ndarray, where: np.ndarray, prices: np.ndarray, slowness: np.ndarray, ranks_per_domain: int
 ) -> np.ndarray:
@@ -115,7 +117,7 @@ def relabel(
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def align(expert: np.ndarray, share: np.ndarray, old: np.ndarray, slots_per_rank: int) -> None:
     """Reorders the slots inside each rank, in place, so that an expert that stays on a rank stays in its slot."""
     for first in range(0, expert.shape[0], slots_per_rank):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from equipoise.algorithms.kernel import helper
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 from equipoise.algorithms.local_search import ON_RANK, overwrite
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def lost_experts(state: LayerState) -> int:
     """Experts without a replica on a live rank."""
     lost = 0
@@ -19,7 +19,7 @@ def lost_experts(state: LayerState) -> int:
     return lost
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def spread_shares(state: LayerState) -> None:
     """Shares that sum to 1 over each expert's live replicas: as they were, uniform where nothing was left."""
     expert, following, share, replicas, _, ranks, experts, _ = state
@@ -36,7 +36,7 @@ def spread_shares(state: LayerState) -> None:
             slot = following[slot]
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
     """Gives each expert without a live replica the live redundant slot that is missed least; returns the moves, or -1.
 
@@ -49,7 +49,7 @@ def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
     for e in range(replicas.shape[0]):
         if replicas[e, COUNT] > 0:
             continue
-        best, least = -1, np.inf
+        best, least = np.int64(-1), np.inf
         for slot in range(expert.shape[0]):
             rank, other = slot // size, expert[slot]
             if ranks[rank, SLOWNESS] == 0.0 or replicas[other, COUNT] < 2:
@@ -67,7 +67,7 @@ def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
     return moves
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per_node: int, room: int) -> None:
     """Overwrites a second replica on a rank with the expert that has the most load per replica and is not there.
 
@@ -79,7 +79,7 @@ def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per
         rank, twin = slot // size, expert[slot]
         if ranks[rank, SLOWNESS] == 0.0 or held[rank, twin] < 2:
             continue
-        best, most = -1, -1.0
+        best, most = np.int64(-1), -1.0
         for e in range(replicas.shape[0]):
             if held[rank, e] > 0 or (home[e] >= 0 and rank // ranks_per_node != home[e]):
                 continue
@@ -94,13 +94,13 @@ def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per
             overwrite(state, slot, _any_other(following, replicas, twin, slot), best)
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _any_other(following: np.ndarray, replicas: np.ndarray, e: int, slot: int) -> int:
     other = replicas[e, FIRST]
     return following[other] if other == slot else other
 
 
-@numba.njit(cache=True, nogil=True)
+@helper
 def _mean(experts: np.ndarray, weight: np.ndarray, e: int) -> float:
     mean = 0.0
     for s in range(weight.shape[0]):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from equipoise.algorithms.kernel import kernel
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
@@ -56,7 +57,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     return Scenarios(tokens, lanes, noise, any_load, decay)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> None:
     """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others."""
     num_windows, num_layers, num_experts = load.shape
@@ -92,7 +93,7 @@ def _backtest(share: np.ndarray) -> float:
     return DECAYS[errors.index(min(errors))]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _backtest_error(share: np.ndarray, decay: float) -> float:
     """Squared error, over all windows, of predicting each from the decayed mean of those before it."""
     num_windows, num_layers, num_experts = share.shape
@@ -108,7 +109,7 @@ def _backtest_error(share: np.ndarray, decay: float) -> float:
     return error
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _noise(share: np.ndarray, tokens: np.ndarray, weight: np.ndarray, noise: np.ndarray) -> None:
     """Variance of each expert's load: proportional to the load, at the rate of the calmest pair of adjacent windows.
 

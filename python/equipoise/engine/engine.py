@@ -21,6 +21,7 @@ from equipoise.engine.messages import (
     Ended,
     EngineDeadError,
     FromEngine,
+    Log,
     Ready,
     Reply,
     Started,
@@ -77,6 +78,7 @@ class Engine:
         self._streams: dict[str, _Waiting] = {}
         self._calls: dict[int, _Waiting] = {}
         self._num_calls = 0
+        self._tell: Callable[[str], None] = lambda _line: None
         self._reader: threading.Thread | None = None
         self._process, self._requests, self._control = _start_supervisor(config)
 
@@ -85,15 +87,16 @@ class Engine:
         """Starts all processes and returns once every rank can serve.
 
         Args:
-            on_progress: is told in one line what is being done.
+            on_progress: is told what is being done while starting, and of every rebalance that ends (from the reader
+                thread).
 
         Raises:
             InvalidInputError: an option or the model cannot be used.
             EngineDeadError: a rank died while starting.
         """
-        tell = on_progress or (lambda _line: None)
         directory = model_directory(config.engine.model_path)
         engine = cls(config)
+        engine._tell = tell = on_progress or engine._tell
         try:
             tell(f"starting {config.engine.ep_size} ranks for {directory}")
             engine.tokenizer = load_tokenizer(directory)
@@ -264,6 +267,8 @@ class Engine:
                         call = self._calls.get(message.call_id)
                     if call is not None:
                         call.put(message.value)
+                elif isinstance(message, Log):
+                    self._tell(message.text)
                 elif isinstance(message, Died | Ended):
                     self._die(_obituary(message) if isinstance(message, Died) else "the engine was closed")
                     return

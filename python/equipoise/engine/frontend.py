@@ -13,7 +13,7 @@ from equipoise.commands import Command, GetSteps, Phase, StepRecord
 from equipoise.config import EngineConfig
 from equipoise.engine.blueprint import ModelBlueprint
 from equipoise.engine.layout import StepBatch
-from equipoise.engine.messages import Abort, Control, FromEngine, Ready, Reply, Stop, Submit, ToEngine, Tokens
+from equipoise.engine.messages import Abort, Control, FromEngine, Log, Ready, Reply, Stop, Submit, ToEngine, Tokens
 from equipoise.engine.model_files import load_tokenizer
 from equipoise.engine.plan_channel import StepPlan
 from equipoise.engine.requests import TokenEvent
@@ -83,6 +83,10 @@ class Frontend:
         self._tell(self._scheduler.complete(batch, tokens))
         seconds = time.perf_counter() - self._step_began
         self._steps.append(StepRecord(forward_pass_id, seconds, batch.num_tokens, phase))
+
+    def log(self, text: str) -> None:
+        """Shows the operator something."""
+        self._send(Log(text))
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Submit):

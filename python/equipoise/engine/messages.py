@@ -64,6 +64,13 @@ class Reply:
     value: object  # an EquipoiseError if the command failed
 
 
+@dataclass(frozen=True)
+class Log:
+    """Something for the operator to read."""
+
+    text: str
+
+
 # Supervisor to launcher ---------------------------------------------------------------------------------------------
 
 
@@ -86,4 +93,4 @@ class Ended:
     """Every rank left as it was told to."""
 
 
-FromEngine = Ready | Tokens | Reply | Started | Died | Ended
+FromEngine = Ready | Tokens | Reply | Log | Started | Died | Ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from equipoise.commands import RebalanceReport
 from equipoise.communicator import TorchCommunicator
 from equipoise.config import ServeConfig
 from equipoise.engine.blueprint import ModelBlueprint
@@ -21,6 +23,7 @@ from equipoise.engine.plan_channel import PlanChannel, StepPlan
 from equipoise.engine.runner import ModelRunner
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.manager import EplbManager
+from equipoise.rebalance_log import describe
 
 _FOREVER = timedelta(days=365)  # idle ranks wait in a broadcast; a dead peer ends it at once, not a timeout
 _LOOPBACK = {"Linux": "lo", "Darwin": "lo0"}
@@ -48,25 +51,25 @@ class RankWorker:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        control, experts_group, transfer_group = _process_groups(rank, num_ranks, rendezvous, device)
+        groups = _process_groups(rank, num_ranks, rendezvous, device)
         self._runner = ModelRunner(blueprint, rank, device, config.engine.max_running_requests)
-        bulk = "nccl" if device.type == "cuda" else "gloo"
-        communicator = TorchCommunicator(
-            transfer_group, device, control_group=control, new_group=lambda: dist.new_group(backend=bulk)
-        )
         self._manager = EplbManager(
             config.eplb,
             self._runner,
             blueprint.metadata.clone(device),
-            communicator,
+            _communicator(groups.experts, groups.control, device),
+            transfer_communicator=_communicator(groups.transfer, groups.transfer_control, device),
             num_groups=blueprint.num_groups,
+            on_report=self._on_report if rank == 0 else None,
         )
-        group = experts_group if num_ranks > 1 else None
-        self._runner.connect(EpContext(blueprint.topology, rank, group, self._manager.route))
-        self._channel = PlanChannel(control if num_ranks > 1 else None, rank)
+        self._profile = config.eplb.profile
+        self._manager.warm_up()
+        experts_group = groups.experts if num_ranks > 1 else None
+        self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
+        self._channel = PlanChannel(groups.control if num_ranks > 1 else None, rank)
         self._warm_up(blueprint)
         weight_bytes: list[int] = [0] * num_ranks
-        dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=control)
+        dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
         self._frontend = (
             Frontend(config.engine, blueprint, requests, tuple(weight_bytes)) if requests is not None else None
         )
@@ -92,6 +95,10 @@ class RankWorker:
             if plan.stop:
                 break
         self._manager.close()
+
+    def _on_report(self, report: RebalanceReport) -> None:
+        if self._frontend is not None:
+            self._frontend.log(describe(report, profile=self._profile))
 
     def _next_plan(self) -> StepPlan:
         if self._frontend is None:
@@ -139,10 +146,17 @@ def serve_rank(
             dist.destroy_process_group()
 
 
-def _process_groups(
-    rank: int, num_ranks: int, rendezvous: Path, device: torch.device
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
-    """Groups for plans and small talk (gloo), for the tokens of the experts, and for moving experts."""
+@dataclass(frozen=True)
+class _Groups:
+    """Process groups over all ranks. Two threads must not mix their messages on one group."""
+
+    control: dist.ProcessGroup  # gloo: plans, and what the managers say to each other between steps
+    experts: dist.ProcessGroup  # tokens on their way to experts and back
+    transfer: dist.ProcessGroup  # experts on their way to other ranks, beside the forward passes
+    transfer_control: dist.ProcessGroup  # gloo: agreement on those
+
+
+def _process_groups(rank: int, num_ranks: int, rendezvous: Path, device: torch.device) -> _Groups:
     loopback = _LOOPBACK.get(os.uname().sysname)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -153,8 +167,20 @@ def _process_groups(
         world_size=num_ranks,
         timeout=_FOREVER,
     )
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    control = dist.new_group(backend="gloo", timeout=_FOREVER)
-    experts = dist.new_group(backend=backend, timeout=_FOREVER)
-    transfer = dist.new_group(backend=backend)
-    return control, experts, transfer
+    backend = _bulk_backend(device)
+    return _Groups(
+        control=dist.new_group(backend="gloo", timeout=_FOREVER),
+        experts=dist.new_group(backend=backend, timeout=_FOREVER),
+        transfer=dist.new_group(backend=backend),
+        transfer_control=dist.new_group(backend="gloo"),
+    )
+
+
+def _bulk_backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _communicator(bulk: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> TorchCommunicator:
+    return TorchCommunicator(
+        bulk, device, control_group=control, new_group=lambda: dist.new_group(backend=_bulk_backend(device))
+    )

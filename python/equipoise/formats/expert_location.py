@@ -213,6 +213,8 @@ def _load(value: Any) -> np.ndarray:
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         raise PlacementError(f"logical_count{list(where)} is {array[where]}, must be a finite count of at least 0")
+    if not array.any():
+        raise PlacementError("logical_count is zero everywhere: there is no load to place experts for")
     return array[None] if is_matrix else array
 
 

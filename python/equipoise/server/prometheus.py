@@ -51,6 +51,7 @@ class ServerMetrics:
         self.moves = counter("moves", "Slots that received an expert over the wire")
         self.cross_node_moves = counter("cross_node_moves", "Slots that received an expert from another node")
         self.moved_bytes = counter("moved_bytes", "Bytes of experts received by all ranks")
+        self.stall_seconds = counter("stall_seconds", "Seconds that forward passes waited for rebalances")
         self.steps = counter("steps", "Forward passes", ("phase",))
         self.step_tokens = counter("step_tokens", "Tokens of forward passes")
         self.step_seconds = Histogram(
@@ -78,6 +79,7 @@ class ServerMetrics:
             self.moves.inc(sum(report.moves))
             self.cross_node_moves.inc(sum(report.cross_node_moves))
         self.moved_bytes.inc(report.bytes_moved)
+        self.stall_seconds.inc(report.stall_seconds)
 
     async def refresh(self, engine: ServingEngine) -> None:
         """Brings the figures that the engine holds up to date. A dead engine leaves them as they were."""
