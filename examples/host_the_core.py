@@ -7,6 +7,7 @@ the four calls: the adapter, route(), end_forward_pass() and tick().
 """
 
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -34,8 +35,8 @@ class MyEngine:
         return self.weights
 
 
-def run(rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def run(rank: int, world_size: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     topology = EpTopology.for_experts(EXPERTS, REDUNDANT, world_size, num_nodes=2)
     # max_replicas: room for any placement, so that the maps never need another allocation
     placement = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, topology, max_replicas=REDUNDANT + 1)
@@ -46,7 +47,7 @@ def run(rank: int, world_size: int) -> None:
     manager = EplbManager(config, engine, placement, TorchCommunicator(dist.group.WORLD), transfer_communicator=beside)
 
     ticket, popularity = None, torch.arange(EXPERTS, 0, -1).float() ** 2
-    for step in range(200):
+    for step in range(20_000):
         for layer in range(LAYERS):
             topk_ids = torch.multinomial(popularity.expand(64, -1), 2)  # your router's choice: (tokens, k)
             slots = manager.route(layer, topk_ids)  # where these tokens go; counted on the way
@@ -67,5 +68,6 @@ def run(rank: int, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", OMP_NUM_THREADS="1")
-    mp.spawn(run, args=(4,), nprocs=4)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(4, f"{folder}/rendezvous"), nprocs=4)

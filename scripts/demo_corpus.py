@@ -259,7 +259,7 @@ def pick_prompts(corpus: Corpus, seed: int) -> dict[str, list[str]]:
 
     Only sources marked `prompts` are quoted.
     """
-    prompts = {topic: [] for topic in TOPICS} | {"german": list(GERMAN_PROMPTS)}
+    prompts: dict[str, list[str]] = {topic: [] for topic in TOPICS} | {"german": list(GERMAN_PROMPTS)}
     for topic, start in PROMPT_STARTS.items():
         draw = random.Random(f"{seed}/{topic}/prompts")
         by_piece: list[list[str]] = []

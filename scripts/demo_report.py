@@ -95,7 +95,7 @@ class Report:
     num_gaps: int = 0
 
     def rows(self) -> list[tuple[str, ...]]:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for topic in TOPICS:
             layers = par(self.load[topic])
             rows.append(
@@ -138,7 +138,7 @@ def measure(folder: Path, corpus: Corpus, prompts: dict[str, list[str]]) -> Repo
     report = Report()
     trigram = ByteTrigram("".join(piece.text for topic in TOPICS for piece in corpus.train[topic]).encode())
     # byte-level tokens are written in an alphabet with one character per byte
-    widths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    widths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
     widths[tokenizer.all_special_ids] = 0
     for topic in TOPICS:
         text = "".join(piece.text for piece in corpus.held_out[topic])

@@ -221,8 +221,6 @@ def save_state(path: Path, step: int, model, optimizers, identity: dict) -> None
 
 def load_state(path: Path, model, optimizers, identity: dict) -> int:
     """Restores model and optimizers in place and returns the next step. Raises UsageError if another run left it."""
-    if not path.exists():
-        raise UsageError(f"--resume: there is no {STATE} in {path.parent}; start without --resume")
     state = torch.load(path, weights_only=True)
     for key, value in identity.items():
         if state["identity"][key] != value:
@@ -273,6 +271,8 @@ def run(recipe: Recipe, output: Path, resume: bool, stop_after: int | None, say:
     began = time.monotonic()
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
+    if resume and not (output / STATE).exists():
+        raise UsageError(f"--resume: there is no {STATE} in {output}; start without --resume")
     output.mkdir(parents=True, exist_ok=True)
 
     corpus = build_corpus(recipe.seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -136,22 +137,40 @@ class TorchCommunicator:
         self._finish(lambda: group.allreduce([tensor], options), "all_reduce", timeout)
 
     def _all_reduce_by_star(self, tensor: torch.Tensor, timeout: float) -> None:
-        """By way of rank 0: two hops instead of the ring's 2 (G - 1), each of which would wake every process."""
+        """By way of rank 0: two hops instead of the ring's 2 (G - 1), each of which would wake every process.
+
+        Rank 0's answer starts with eight bytes: 0, or 1 + the rank that it has lost, so that all learn of it at once.
+        """
         group, limit = self._control, timedelta(seconds=timeout)
+        answer = torch.zeros(8 + tensor.nbytes, dtype=torch.uint8)
+        lost, result = answer[:8].view(torch.int64), answer[8:].view(tensor.dtype).view(tensor.shape)
+        peers = range(1, self.world_size)
+        waits_for = 0
         try:
             if self.rank != 0:
                 group.send([tensor], 0, CONTROL_TAG).wait(limit)
-                group.recv([tensor], 0, CONTROL_TAG).wait(limit)
+                group.recv([answer], 0, CONTROL_TAG).wait(limit)
+                if int(lost):
+                    raise TransferError(f"rank {int(lost) - 1} has failed or left")
+                tensor.copy_(result)
                 return
             parts = torch.empty(self.world_size - 1, *tensor.shape, dtype=tensor.dtype)
-            works = [group.recv([part], peer, CONTROL_TAG) for peer, part in enumerate(parts, start=1)]
-            for work in works:
-                work.wait(limit)
+            works = []
+            for waits_for in peers:
+                works.append(group.recv([parts[waits_for - 1]], waits_for, CONTROL_TAG))
+            for waits_for in peers:
+                works[waits_for - 1].wait(limit)
             tensor += parts.sum(0, dtype=tensor.dtype)
-            for work in [group.send([tensor], peer, CONTROL_TAG) for peer in range(1, self.world_size)]:
+            result.copy_(tensor)
+            for work in [group.send([answer], peer, CONTROL_TAG) for peer in peers]:
                 work.wait(limit)
         except RuntimeError as error:
-            raise _translated(error, f"all_reduce on rank {self.rank}", timeout) from error
+            if self.rank == 0:
+                lost.fill_(1 + waits_for)
+                for other in peers:
+                    with suppress(RuntimeError):
+                        group.send([answer], other, CONTROL_TAG).wait(timedelta(seconds=1))
+            raise _translated(error, f"all_reduce on rank {self.rank} with rank {waits_for}", timeout) from error
 
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
         payload = _to_bytes(value)

@@ -71,10 +71,10 @@ class InMemoryCommunicator:
         tensor.copy_(torch.stack(self._gather(tensor.clone(), timeout)).sum(0))
 
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
-        return [copy.deepcopy(each) for each in self._gather(value, timeout)]
+        return [copy.deepcopy(each) for each in self._gather(copy.deepcopy(value), timeout)]
 
     def broadcast_object(self, value: Any, src: int, timeout: float = 60.0) -> Any:
-        sent = self._gather(value if self._rank == src else None, timeout)[src]
+        sent = self._gather(copy.deepcopy(value) if self._rank == src else None, timeout)[src]
         return value if self._rank == src else copy.deepcopy(sent)
 
     def barrier(self, timeout: float = 60.0) -> None:

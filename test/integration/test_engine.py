@@ -225,15 +225,17 @@ class TestEnds:
             engine.close()
         assert wait_until(lambda: not any(alive(pid) for pid in engine.worker_pids))
 
-    def test_ranks_end_with_the_launcher(self, model: Path) -> None:
+    def test_ranks_end_with_the_launcher(self, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "torch.py").write_text("raise SystemExit('what lies in the current directory was imported')")
         program = (
             "import sys; from equipoise.config import *; from equipoise.engine import Engine\n"
             "engine = Engine.launch(ServeConfig(EngineConfig(sys.argv[1], ep_size=2, device='cpu')))\n"
             "print(*engine.worker_pids, flush=True); sys.stdin.read()"
         )
         launcher = subprocess.Popen(
-            [sys.executable, "-c", program, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-P", "-c", program, str(model)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        )  # fmt: skip
         try:
             assert launcher.stdout is not None
             pids = [int(pid) for pid in launcher.stdout.readline().split()]
@@ -243,6 +245,14 @@ class TestEnds:
             launcher.kill()
             launcher.communicate()
         assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+    def test_closing_while_it_starts_does_not_wait_for_the_ranks(self, model: Path) -> None:
+        engine = Engine(serve_config(model, ep_size=2))
+        time.sleep(0.3)  # in the middle of its imports
+        began = time.monotonic()
+        engine.close()
+        assert time.monotonic() - began < 8
+        assert engine._process.returncode is not None
 
     def test_a_bad_option_is_one_clear_error(self, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(ConfigError, match="ep_num_redundant_experts=1 would do") as caught:

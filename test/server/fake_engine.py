@@ -81,6 +81,7 @@ class FakeEngine:
         self.commands: list[Command] = []
         self.raises: EquipoiseError | None = None  # by the next command
         self.report = REPORT
+        self.num_rebalances = 1
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self.error is not None:
@@ -138,7 +139,7 @@ class FakeEngine:
             num_physical_experts=6,
             num_ranks=2,
             num_nodes=1,
-            num_rebalances=1,
+            num_rebalances=self.num_rebalances,
             layers_pending=0,
             last_report=self.report,
             error=None,

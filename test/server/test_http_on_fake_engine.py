@@ -218,6 +218,13 @@ class TestMetrics:
             assert line in text.splitlines()
         assert 'layer="1"' not in text, "a layer without tokens has no balancedness"
 
+    def test_committed_rebalances_between_two_scrapes_are_all_counted(
+        self, engine: FakeEngine, client: httpx.Client
+    ) -> None:
+        client.get("/metrics")
+        engine.num_rebalances = 4
+        assert 'equipoise_rebalances_total{outcome="committed"} 4.0' in client.get("/metrics").text
+
     def test_two_servers_in_a_process_do_not_meet(self) -> None:
         for _ in range(2):
             with running_server(create_app(FakeEngine(), CONFIG)) as client:

@@ -98,8 +98,13 @@ def test_renaming_experts_keeps_the_balance(algorithm):
     topology = EpTopology(6, 1, 5)
     permutation = rng.permutation(24)
     renamed = load[:, permutation]
-    plan = rebalance_experts(load, topology, algorithm=algorithm)
-    again = rebalance_experts(renamed, topology, algorithm=algorithm)
+    current = renamed_current = None
+    if algorithm == "reweight":  # keeps the placement it is given
+        current = rebalance_experts(load[::-1], topology, algorithm="deepseek")
+        renamed_map = np.argsort(permutation)[current.physical_to_logical_map.numpy()]
+        renamed_current = ExpertLocationMetadata.from_physical_to_logical(renamed_map, 24, topology)
+    plan = rebalance_experts(load, topology, algorithm=algorithm, current=current)
+    again = rebalance_experts(renamed, topology, algorithm=algorithm, current=renamed_current)
     before, after = balancedness(load, plan), balancedness(renamed, again)
     assert torch.allclose(before, after, atol=0.02), (before, after)
 

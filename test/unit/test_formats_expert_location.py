@@ -118,6 +118,7 @@ def test_recorded_load_in_sglang_form_always_has_steps(tmp_path, name, num_steps
         ({"physical_to_logical_map": "x"}, "2 dimensions"),
         ({"physical_to_logical_map": [[10**30]]}, "2 dimensions"),
         ({"logical_count": [[1, -2]]}, "-2"),
+        ({"logical_count": [[0, 0]]}, "zero everywhere"),
         ({"logical_count": [[1, float("nan")]]}, "nan"),
         ({"logical_count": [[[[1]]]]}, "3 dimensions"),
         ({"logical_count": []}, "3 dimensions"),

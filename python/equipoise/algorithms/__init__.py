@@ -10,5 +10,14 @@ from equipoise.algorithms.registry import (
     check_algorithm,
     rebalance_experts,
 )
+from equipoise.algorithms.warming import WarmUp, warm_up, warm_up_in_background
 
-__all__ = ["DEFAULT_MOVE_PRICE", "available_algorithms", "check_algorithm", "rebalance_experts"]
+__all__ = [
+    "DEFAULT_MOVE_PRICE",
+    "WarmUp",
+    "available_algorithms",
+    "check_algorithm",
+    "rebalance_experts",
+    "warm_up",
+    "warm_up_in_background",
+]

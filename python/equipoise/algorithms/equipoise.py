@@ -41,7 +41,10 @@ def solve(problem: PlacementProblem) -> Placement:
         ConfigError: ``max_moves_per_layer`` leaves too few moves to keep the experts of ranks that are gone, or a node
             has too few live slots for its expert groups.
     """
-    return _solve(problem, max_steps=8 * problem.topology.num_slots)
+    num_slots = problem.topology.num_slots
+    several = problem.load.shape[0] > 1
+    # From nothing, with several windows to please, the first few steps bring what carries over to the next window.
+    return _solve(problem, max_steps=max(24, num_slots // 16) if problem.current is None and several else num_slots)
 
 
 def solve_weights(problem: PlacementProblem) -> Placement:

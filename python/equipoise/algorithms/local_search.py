@@ -43,7 +43,7 @@ PATIENCE = 8  # steps without a new best before a stage ends
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
 _WORTH = 0.25  # of what a change must gain to pay: below, it is not even walked through
-_LEAST_GAIN = 1e-3  # of the cost, that a step has to bring even when moves are free
+_LEAST_GAIN = 0.13  # of the mean rank's cost, that a step has to bring even when moves are free
 
 
 @helper
@@ -264,7 +264,7 @@ def _step(
     loads_2, saved = scratch[NUM_HOT], scratch[NUM_HOT + 1]
     for i in range(num_hot):
         _loads(expert, share, experts, hot[i], size, scratch[i])
-    heirs, freed, back = np.empty(size, dtype=np.int64), np.empty(size), np.empty(size)
+    heirs, freed, hopes, back = np.empty(size, dtype=np.int64), np.empty(size), np.empty(size), np.empty(size)
     best, slot_1, slot_2, best_heir, best_t = least_gain, np.int64(-1), np.int64(-1), np.int64(-1), 0.0
     for j in range(num_cool):
         rank_2 = cool[j]
@@ -287,6 +287,10 @@ def _step(
             for k in range(size):
                 back[k] = _drop(ranks, loads_2, k, rank_2, rank_1)
                 most_back = max(most_back, back[k])
+            hope = _most_gain(ranks, weight, rank_1, rank_2, loads_2, -1, doublings)
+            for k in range(size):
+                if heirs[k] >= 0:
+                    hopes[k] = _most_gain(ranks, weight, rank_1, rank_2, loads_2, k, doublings)
             for k_1 in range(size):
                 p = rank_1 * size + k_1
                 e, part = expert[p], share[p]
@@ -305,15 +309,15 @@ def _step(
                     more = (place != ON_RANK) - (was != ON_RANK)
                     if heirs[k] >= 0 and rate > 0.0 and more <= room:
                         pay = max(price, _FREE)
-                        if q * (rate + freed[k]) > best * pay:
+                        if min(q * (rate + freed[k]), hopes[k]) > best * pay:
                             gain, t = _overwrite_gain(state, p, slot, heirs[k], doublings, saved)
                             if gain > best * pay and t > 0.0:
                                 best, slot_1, slot_2, best_heir, best_t = gain / pay, p, slot, heirs[k], t
-                    if q * (out + back[k]) > best * _FREE and held[rank_1, other] == 0:
+                    if min(q * (out + back[k]), hope) > best * _FREE and held[rank_1, other] == 0:
                         there = where[rank_1, other]
                         pay = max(price + prices[there] - prices[here], _FREE)
                         more += (there != ON_RANK) - (here != ON_RANK)
-                        if more <= room and q * (out + back[k]) > best * pay:
+                        if more <= room and min(q * (out + back[k]), hope) > best * pay:
                             gain = _swap_gain(
                                 ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings
                             )
@@ -378,7 +382,7 @@ def search(
                 for rank in range(domain * ranks_per_domain, (domain + 1) * ranks_per_domain):
                     heat[domain] = max(heat[domain], ranks[rank, COST])
                     total += ranks[rank, COST]
-            least = total * max(_LEAST_GAIN, _WORTH * slot_price * (1 << doublings))
+            least = total * max(min(_LEAST_GAIN / num_ranks, 4e-3), _WORTH * slot_price * (1 << doublings))
             changed = False
             for _ in range(num_domains):
                 hottest = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["path", "prompts"]
+__all__ = ["path", "prompts", "sample_trace"]
 
 
 def path() -> Path:
@@ -22,3 +22,11 @@ def path() -> Path:
 def prompts() -> dict[str, list[str]]:
     """Held-out prompts by topic (code, prose, data, german), 12 each, 60-200 bytes; the demo's shifting workload."""
     return json.loads((path() / "prompts.json").read_text("utf-8"))
+
+
+def sample_trace() -> Path:
+    """Recorded load of the model while its topic shifts: prose, code, data, German, prose; 256 steps or more of each.
+
+    Made by scripts/record_sample_trace.py; :meth:`equipoise.LoadTrace.open` reads it.
+    """
+    return path() / "sample_trace.npz"

@@ -122,7 +122,7 @@ def _build_on_meta(config: Any, dtype: torch.dtype, device_type: str) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except Exception as error:  # an unknown architecture, a field it cannot work with
         raise ModelError(f"{config.model_type} cannot be built: {_one_line(error)}", field="model_path") from None
-    if device_type == "cuda" and dtype != torch.bfloat16 and find_experts(model):
+    if device_type == "cuda" and dtype != torch.bfloat16 and model._can_set_experts_implementation():
         # Grouped matrix products, the default, exist on CUDA for bfloat16 only.
         model.set_experts_implementation("eager")
     model.eval()

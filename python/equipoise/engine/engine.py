@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
+import equipoise
 from equipoise.commands import Command
 from equipoise.config import ServeConfig
 from equipoise.engine.messages import (
@@ -171,13 +174,10 @@ class Engine:
         with contextlib.suppress(EngineDeadError):
             self._send(Stop())
         self._die("the engine was closed")
-        if self._reader is not None and self._reader is not threading.current_thread():
+        if self._reader is None:
+            self._process.terminate()  # the ranks were still starting: nothing that must end in order
+        elif self._reader is not threading.current_thread():
             self._reader.join(_CLOSE_SECONDS)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # No reader: the ranks were still starting. Breaking the control pipe ends them now.
-                self._control.close()
-                self._process.wait(_CLOSE_SECONDS)
         self._control.close()  # a supervisor that is still there ends its ranks when this breaks
         try:
             self._process.wait(_CLOSE_SECONDS)
@@ -292,10 +292,14 @@ def _start_supervisor(config: ServeConfig) -> tuple[subprocess.Popen[bytes], Con
     requests, far_requests = Pipe()
     control, far_control = Pipe()
     ends = (far_requests.fileno(), far_control.fileno())
+    # This package from where it was imported here, and nothing that happens to lie in the current directory (-P).
+    package_root = str(Path(equipoise.__file__).parents[1])
+    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     # A session of its own: a Ctrl-C in the terminal reaches the launcher, which then ends the ranks in order.
     process = subprocess.Popen(
-        [sys.executable, "-m", "equipoise.engine.supervisor", *map(str, ends)],
+        [sys.executable, "-P", "-m", "equipoise.engine.supervisor", *map(str, ends)],
         pass_fds=ends,
+        env={**os.environ, "PYTHONPATH": search_path},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

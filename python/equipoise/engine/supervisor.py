@@ -31,6 +31,8 @@ _GATHER_SECONDS = 0.5
 
 
 def main() -> None:
+    # A launcher that does not want to wait for the ranks to start says so: clean up and go.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(1))
     requests, control = (Connection(int(fd)) for fd in sys.argv[1:3])
     try:
         config = control.recv()
@@ -60,6 +62,7 @@ def supervise(config: ServeConfig, requests: Connection, control: Connection, re
         report_read, report_write = Pipe(duplex=False)
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for connection in (control, report_read, *reports):
                 connection.close()
             os.close(lifeline_write)

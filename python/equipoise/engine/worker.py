@@ -26,6 +26,9 @@ from equipoise.manager import EplbManager
 from equipoise.rebalance_log import describe
 
 _FOREVER = timedelta(days=365)  # idle ranks wait in a broadcast; a dead peer ends it at once, not a timeout
+_HUNG = timedelta(
+    minutes=10
+)  # all ranks are in the same forward pass: one that keeps the others waiting this long hangs
 _LOOPBACK = {"Linux": "lo", "Darwin": "lo0"}
 
 
@@ -67,9 +70,9 @@ class RankWorker:
         experts_group = groups.experts if num_ranks > 1 else None
         self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
         self._channel = PlanChannel(groups.control if num_ranks > 1 else None, rank)
-        self._warm_up(blueprint)
         weight_bytes: list[int] = [0] * num_ranks
         dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
+        self._warm_up(blueprint)
         self._frontend = (
             Frontend(config.engine, blueprint, requests, tuple(weight_bytes)) if requests is not None else None
         )
@@ -170,7 +173,7 @@ def _process_groups(rank: int, num_ranks: int, rendezvous: Path, device: torch.d
     backend = _bulk_backend(device)
     return _Groups(
         control=dist.new_group(backend="gloo", timeout=_FOREVER),
-        experts=dist.new_group(backend=backend, timeout=_FOREVER),
+        experts=dist.new_group(backend=backend, timeout=_HUNG),
         transfer=dist.new_group(backend=backend),
         transfer_control=dist.new_group(backend="gloo"),
     )

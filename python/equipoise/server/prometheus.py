@@ -18,14 +18,15 @@ _NO_REPORT: tuple[str, int] = ("", -1)
 class ServerMetrics:
     """Counts requests as they come; asks the engine for the rest when scraped.
 
-    A rebalance that was not asked for over HTTP is seen when the next scrape or status finds it as the last report:
-    of several between two scrapes, only the last is counted with its moves and bytes.
+    The engine counts committed rebalances itself. What else a rebalance did (moves, bytes, stall) is taken from its
+    report: one that was not asked for over HTTP is seen if it is still the last one at the next scrape.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._refreshing = asyncio.Lock()
         self._next_step = 0
+        self._committed = 0
         self._seen_report = _NO_REPORT
 
         def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
@@ -74,8 +75,9 @@ class ServerMetrics:
         if key == self._seen_report and report.outcome != "dry_run":
             return
         self._seen_report = key
-        self.rebalances.labels(report.outcome).inc()
-        if report.outcome == "committed":
+        if report.outcome != "committed":  # those are counted from the status
+            self.rebalances.labels(report.outcome).inc()
+        else:
             self.moves.inc(sum(report.moves))
             self.cross_node_moves.inc(sum(report.cross_node_moves))
         self.moved_bytes.inc(report.bytes_moved)
@@ -102,6 +104,8 @@ class ServerMetrics:
         for phase in get_args(Phase):
             self.phase.labels(phase).set(phase == status.phase)
         self.layers_pending.set(status.layers_pending)
+        self.rebalances.labels("committed").inc(status.num_rebalances - self._committed)
+        self._committed = status.num_rebalances
         if status.last_report is not None and status.last_report.outcome != "dry_run":
             self.saw_report(status.last_report)
 
