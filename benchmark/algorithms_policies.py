@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from algorithms_uniform import rebalance_uniform
-from neighbours import _load, _stand_in, fetch
 from scipy.optimize import linear_sum_assignment
 
+from algorithms_uniform import rebalance_uniform
 from equipoise.algorithms import rebalance_experts
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
+from neighbours import _load, _stand_in, fetch
 
 ASCEND = "vllm-ascend==0.23.0"
 FLASHLB_WINDOWS = 4

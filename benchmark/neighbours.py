@@ -34,7 +34,17 @@ def fetch(cache: Path) -> None:
         name, version = requirement.split("==")
         pattern = f"{name.replace('-', '_')}-{version}-*.whl"
         if not list(cache.glob(pattern)):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(cache), requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--quiet",
+                "--dest",
+                str(cache),
+                requirement,
+            ]
             subprocess.run(command, check=True)
         with zipfile.ZipFile(next(cache.glob(pattern))) as wheel:
             wheel.extractall(target, [name for name in wheel.namelist() if name.startswith(wanted)])

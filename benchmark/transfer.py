@@ -10,8 +10,7 @@ Reported per system, medians over repeats:
 - seconds: from a barrier to the last rank's end, planning included, all layers;
 - cross-node bytes: sent over node boundaries, all ranks together;
 - busiest link: most bytes that one rank sends, or receives;
-- rounds: most experts, one after the other, over one rank's link in one direction; per layer, summed over what a system
-  posts together. For systems that post everything at once this is the least any order could reach;
+- rounds: all layers, if a rank's link carries one expert at a time each way (see link_rounds.py);
 - peak staging: bytes that a rank holds beside the live weights.
 """
 
@@ -30,17 +29,18 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "test")]
 
-import neighbours  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from run_ranks import run_ranks  # noqa: E402
-from transfer_systems import EquipoiseMover, Message, SglangMover, VllmMover, Weights  # noqa: E402
 
+import neighbours  # noqa: E402
 from equipoise.algorithms import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
+from link_rounds import count_rounds  # noqa: E402
+from run_ranks import run_ranks  # noqa: E402
+from transfer_systems import EquipoiseMover, Message, SglangMover, VllmMover, Weights  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
 
 def summarise(per_rank: list[dict[str, Any]], setting: Setting) -> dict[str, dict[str, float]]:
     topology = setting.topology
+    tensors_per_expert = len(expert_tensors(0, 0, setting))  # ours sends as many: two large ones and the packed rest
     summary = {}
     for name in per_rank[0]:
         ranks = [each[name] for each in per_rank]
@@ -155,7 +156,9 @@ def summarise(per_rank: list[dict[str, Any]], setting: Setting) -> dict[str, dic
             if message["sent"] and not topology.same_node(rank, message["peer"])
         )
         link = max(
-            sum(m["num_bytes"] for m in each["messages"] if m["sent"] == sent) for each in ranks for sent in (True, False)
+            sum(m["num_bytes"] for m in each["messages"] if m["sent"] == sent)
+            for each in ranks
+            for sent in (True, False)
         )
         summary[name] = {
             "seconds": statistics.median(seconds),
@@ -163,24 +166,10 @@ def summarise(per_rank: list[dict[str, Any]], setting: Setting) -> dict[str, dic
             "seconds_max": max(seconds),
             "cross_node_bytes": cross,
             "busiest_link_bytes": link,
-            "rounds": sequential_experts([each["messages"] for each in ranks], setting),
+            "rounds": count_rounds([each["messages"] for each in ranks], tensors_per_expert),
             "peak_staging_bytes": max(each["staging_bytes"] for each in ranks),
         }
     return summary
-
-
-def sequential_experts(messages: list[list[dict[str, Any]]], setting: Setting) -> int:
-    """The busiest link's experts, batch by batch: batches that two ranks share are matched by their order."""
-    expert_bytes = sum(tensor.nbytes for tensor in expert_tensors(0, 0, setting))
-    loads: list[float] = []
-    for own in messages:
-        per_batch: dict[tuple[int, bool], int] = {}
-        for message in own:
-            key = (message["batch"], message["sent"])
-            per_batch[key] = per_batch.get(key, 0) + message["num_bytes"]
-        batches = {batch for batch, _ in per_batch}
-        loads.append(sum(max(per_batch.get((b, True), 0), per_batch.get((b, False), 0)) for b in batches))
-    return round(max(loads) / expert_bytes)
 
 
 def show(summary: dict[str, dict[str, float]], console: Console) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import neighbours
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import neighbours
 from equipoise.communicator import PeerTensor, TorchCommunicator
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferPlan, plan_transfer

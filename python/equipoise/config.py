@@ -57,6 +57,10 @@ class EplbConfig:
     profile: bool = False
     """Print after each rebalance where its time went."""
 
+    eplb_transfer_duty: float = 1.0
+    """Share of the time that background transfers may use, in (0, 1]; below 1 they rest in between, which keeps the
+    processor and the links free for forward passes and takes longer (`async`)."""
+
     ep_num_redundant_experts: int = 0
     """Slots per layer beyond one for each logical expert; logical + redundant must divide evenly over the ranks."""
 
@@ -87,6 +91,8 @@ class EplbConfig:
             self.eplb_transfer_timeout,
             "above 0 seconds",
         )
+        duty = self.eplb_transfer_duty
+        _require(0 < duty <= 1, "eplb_transfer_duty", duty, "in (0, 1]")
         redundant = self.ep_num_redundant_experts
         _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
         for name in ("eplb_max_moves_per_layer", "eplb_staging_bytes"):

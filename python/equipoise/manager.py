@@ -163,6 +163,7 @@ class EplbManager:
             verification=config.eplb_verification,
             staging_bytes=config.eplb_staging_bytes,
             timeout=config.eplb_transfer_timeout,
+            duty=config.eplb_transfer_duty if beside else 1.0,
             faults=faults,
         )
         stall_timeout = config.eplb_transfer_timeout + VOTE_GRACE_SECONDS + _STALL_SLACK_SECONDS

@@ -1,7 +1,7 @@
 """`equipoise explain-transfer OLD NEW`: what a change of placement moves, for people.
 
 Reads two placement files (JSON or ``.pt`` with ``physical_to_logical_map``), plans the way from one to the other, and
-prints a line per layer and the busiest links, or every transfer of one layer.
+prints a line per layer, or every transfer of one layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from equipoise.errors import ConfigError, PlacementError
+from equipoise.errors import ConfigError, InvalidInputError, PlacementError
+from equipoise.formats.expert_location import MapStart, load_expert_location, read_init_expert_location
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import LayerTransferPlan, SlotCase, TransferPlan, TransferStep, plan_transfer
 
@@ -98,8 +99,8 @@ def explain_transfer(
     new_path: str | os.PathLike[str],
     console: Console,
     *,
-    num_ranks: int = 8,
-    num_nodes: int = 1,
+    num_ranks: int | None = None,
+    num_nodes: int | None = None,
     max_staged_experts: int | None = None,
     layer_id: int | None = None,
 ) -> int:
@@ -109,8 +110,8 @@ def explain_transfer(
         old_path: JSON or ``.pt`` file with ``physical_to_logical_map`` of shape (L, P).
         new_path: likewise, of the same shape.
         console: where to print.
-        num_ranks: ranks over which the P slots are spread.
-        num_nodes: nodes that the ranks form.
+        num_ranks: ranks over which the P slots are spread; from OLD if it says so, which our own files do.
+        num_nodes: nodes that the ranks form; likewise, else 1.
         max_staged_experts: as for :func:`~equipoise.transfer_plan.plan_transfer`.
         layer_id: print every transfer of this layer instead of a line per layer.
 
@@ -121,9 +122,15 @@ def explain_transfer(
         PlacementError: a file cannot be read, or the placements do not fit together.
         ConfigError: slots that do not divide over the ranks, or a layer that does not exist.
     """
-    old, new = read_map(old_path, "OLD"), read_map(new_path, "NEW")
+    (old, known), (new, _) = read_placement(old_path, "OLD"), read_placement(new_path, "NEW")
     if old.shape != new.shape:
         raise PlacementError(f"OLD has shape {old.shape}, NEW has {new.shape}", field="NEW")
+    num_ranks = num_ranks if num_ranks is not None else known.num_ranks if known else None
+    num_nodes = num_nodes if num_nodes is not None else known.num_nodes if known else 1
+    if num_ranks is None:
+        raise ConfigError(
+            "OLD does not say over how many ranks its slots are spread: num_ranks must", field="num_ranks"
+        )
     if num_ranks < 1 or old.shape[1] % num_ranks:
         raise ConfigError(f"num_ranks={num_ranks} must divide the {old.shape[1]} slots of a layer", field="num_ranks")
     topology = EpTopology(num_ranks, num_nodes, old.shape[1] // num_ranks)
@@ -139,20 +146,30 @@ def explain_transfer(
     console.print(
         f"{sum(layer.num_transfers for layer in chosen)} experts sent in {len(chosen)} of {plan.num_layers} layers, "
         f"{sum(row.crossings for row in total)} of them to another node; "
-        f"{sum(row.num_rounds for row in total)} rounds in {sum(row.num_steps for row in total)} steps"
+        f"rounds: {sum(row.num_rounds for row in total)}, steps: {sum(row.num_steps for row in total)}"
     )
     return 0
 
 
-def read_map(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    """(L, P) from a placement file.
+def read_placement(path: str | os.PathLike[str], name: str) -> tuple[np.ndarray, EpTopology | None]:
+    """(L, P) int64 from a placement file, with its topology if it is one of our own.
 
     Raises:
-        PlacementError: it cannot be read or holds no ``physical_to_logical_map``; the message names the file.
+        PlacementError: it cannot be read, or holds load instead of a map; the message names the file.
     """
-    from equipoise.placement_file import read_placement_file
-
-    return read_placement_file(path, name)
+    try:
+        metadata = load_expert_location(path)
+    except InvalidInputError:
+        pass  # SGLang's format, or nothing at all: the next reader says which
+    else:
+        return metadata.physical_to_logical_map.numpy(), metadata.topology
+    try:
+        start = read_init_expert_location(os.fspath(path))
+    except InvalidInputError as error:
+        raise PlacementError(f"{name}: {error}", field=name) from None
+    if not isinstance(start, MapStart):
+        raise PlacementError(f"{name} {os.fspath(path)}: must hold physical_to_logical_map, not load", field=name)
+    return start.physical_to_logical_map, None
 
 
 def _place(slot: int, topology: EpTopology) -> str:

@@ -31,6 +31,8 @@ NODE_PRICE = 2.0  # of a move whose weights come from another node; within a nod
 RISK_PRICE = 4.0  # of an expert's variance, see layer_state.py
 STAGES = (3, 5)  # exponents of the soft maximum: 2**3 = 8, then 32
 SLOWEST = 1e-3  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
+LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
+SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
 NO_LIMIT = 1 << 60
 
 
@@ -71,7 +73,7 @@ def _solve(problem: PlacementProblem, max_steps: int) -> Placement:
     lost = np.zeros(num_layers, dtype=np.int64)
     limit = problem.max_moves_per_layer
     for_each_layer(
-        _solve_layers,
+        _solve_layer,
         num_layers,
         problem.num_threads,
         placed,
@@ -115,9 +117,8 @@ def _slowness(problem: PlacementProblem) -> np.ndarray:
 
 
 @kernel
-def _solve_layers(
-    first: int,
-    last: int,
+def _solve_layer(
+    layer: int,
     placed: np.ndarray,
     share: np.ndarray,
     experts: np.ndarray,
@@ -134,88 +135,62 @@ def _solve_layers(
     exact: bool,
     lost: np.ndarray,
 ) -> None:
-    """Replaces rows first..last-1 of ``placed`` and ``share`` (L, P) by the plan; ``lost`` marks layers without one."""
-    num_slots, num_ranks = placed.shape[1], slowness.shape[0]
-    size = num_slots // num_ranks
+    """Replaces row ``layer`` of ``placed`` and ``share`` (L, P) by the plan; ``lost`` marks a layer without one."""
+    num_slots, num_ranks, num_experts = placed.shape[1], slowness.shape[0], experts.shape[1]
+    size, domain = num_slots // num_ranks, ranks_per_node if num_groups > 0 else num_ranks
     prices = np.zeros(3)
     if not from_nothing:
         prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
-    for layer in range(first, last):
-        old = placed[layer].copy()
-        state = new_state(old.copy(), share[layer].copy(), experts[layer], weight, slowness)
-        if max_steps == 0:
-            lost[layer] = lost_experts(state)
-            if lost[layer] == 0:
-                spread_shares(state)
-                for stage in range(stages.shape[0]):
-                    settle_all(state, stages[stage], np.int64(40), 1e-6)
-        else:
-            state, found = _solve_layer(
-                state,
-                old,
-                any_load[layer],
-                slowness,
-                ranks_per_node,
-                num_groups,
-                from_nothing,
-                prices,
-                slot_price,
-                limit,
-                stages,
-                max_steps,
-            )
-            lost[layer] = 0 if found else 1
-        if lost[layer] > 0:
-            continue
-        if exact:
-            level_ranks(state)
-        if not from_nothing:
-            align(state.expert, state.share, old, size)
-        for slot in range(num_slots):
-            placed[layer, slot] = state.expert[slot]
-            live = slowness[slot // size] > 0.0
-            share[layer, slot] = min(max(state.share[slot], 0.0), 1.0) if live else 0.0
-
-
-@helper
-def _solve_layer(
-    state: LayerState,
-    old: np.ndarray,
-    any_load: bool,
-    slowness: np.ndarray,
-    ranks_per_node: int,
-    num_groups: int,
-    from_nothing: bool,
-    prices: np.ndarray,
-    slot_price: float,
-    limit: int,
-    stages: np.ndarray,
-    max_steps: int,
-) -> tuple[LayerState, bool]:
-    """The better of a search from ``state`` and one from nothing; False if neither keeps every expert alive."""
-    num_ranks, num_experts = slowness.shape[0], state.replicas.shape[0]
-    domain = ranks_per_node if num_groups > 0 else num_ranks
-    where = origin(old, num_experts, num_ranks, ranks_per_node)
-    home, whole = _home_of_experts(old, num_groups, num_ranks // ranks_per_node, num_experts)
-    value = -np.inf
-    if not from_nothing and (whole or limit < NO_LIMIT):
-        moves = revive(state, home, ranks_per_node)
-        if 0 <= moves <= limit:
-            part_twins(state, where, home, ranks_per_node, limit - moves)
-            spread_shares(state)
-            if not any_load:
-                return state, True
-            value = search(state, where, prices, slot_price, domain, limit, stages, max_steps)
-            if value >= 1.0 - 0.5 * slot_price * old.shape[0]:
-                return state, True  # a plan from nothing moves more than half of the slots
-    fresh, enough = _fresh_state(state.experts, state.weight, old, slowness, num_groups, domain, where, prices)
-    if not enough:
-        return state, value > -np.inf
-    price, moves = spent(fresh.expert, where, prices)
-    if moves <= limit and 1.0 - slot_price * price > value:
-        if search(fresh, where, prices, slot_price, domain, limit, stages, max_steps) > value:
-            return fresh, True
-    return state, value > -np.inf
+    old = placed[layer].copy()
+    best = new_state(old.copy(), share[layer].copy(), experts[layer], weight, slowness)
+    if max_steps == 0:
+        lost[layer] = lost_experts(best)
+        if lost[layer] == 0:
+            spread_shares(best)
+            for stage in range(stages.shape[0]):
+                settle_all(best, stages[stage], np.int64(40), 1e-6)
+    else:
+        where = origin(old, num_experts, num_ranks, ranks_per_node)
+        home, whole = _home_of_experts(old, num_groups, num_ranks // ranks_per_node, num_experts)
+        least_gain = SINGLE_LEAST_GAIN if exact and from_nothing else LEAST_GAIN
+        value = -np.inf
+        # First from the placement in force, then from nothing where that could be better.
+        for attempt in range(1 if from_nothing else 0, 2):
+            state, alive = best, True
+            if attempt == 0:
+                moves = revive(state, home, ranks_per_node)
+                alive = 0 <= moves <= limit and (whole or limit < NO_LIMIT)
+                if alive:
+                    part_twins(state, where, home, ranks_per_node, limit - moves)
+                    spread_shares(state)
+                    if not any_load[layer]:
+                        value = 1.0
+                        break
+            else:
+                if value >= 1.0 - 0.5 * slot_price * num_slots:
+                    break  # a plan from nothing moves more than half of the slots
+                state, alive = _fresh_state(
+                    experts[layer], weight, old, slowness, num_groups, domain, where, prices
+                )
+                price, moves = spent(state.expert, where, prices)
+                alive = alive and moves <= limit and 1.0 - slot_price * price > value
+            if alive:
+                found = search(
+                    state, where, prices, slot_price, domain, limit, stages, max_steps, least_gain
+                )
+                if found > value:
+                    best, value = state, found
+        lost[layer] = value == -np.inf
+    if lost[layer] > 0:
+        return
+    if exact:
+        level_ranks(best)
+    if not from_nothing:
+        align(best.expert, best.share, old, size)
+    for slot in range(num_slots):
+        placed[layer, slot] = best.expert[slot]
+        live = slowness[slot // size] > 0.0
+        share[layer, slot] = min(max(best.share[slot], 0.0), 1.0) if live else 0.0
 
 
 @helper

@@ -23,7 +23,8 @@ def kernel(function: F) -> F:
 
 
 def helper(function: F) -> F:
-    """Compiles a function that only kernels call: as :func:`kernel`, without the wrappers for Python."""
-    return numba.njit(
-        cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
+    """Compiles a function that only kernels call, into them.
+
+    It has no wrappers for Python and no cache of its own: a cached kernel holds all that it calls.
+    """
+    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)

@@ -43,7 +43,7 @@ PATIENCE = 8  # steps without a new best before a stage ends
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
 _WORTH = 0.25  # of what a change must gain to pay: below, it is not even walked through
-_LEAST_GAIN = 0.13  # of the mean rank's cost, that a step has to bring even when moves are free
+_MANY_RANKS = 32  # beyond, one step is a smaller part of the whole, and may gain as much less
 
 
 @helper
@@ -338,6 +338,7 @@ def search(
     max_moves: int,
     stages: np.ndarray,
     max_steps: int,
+    least_gain: float,
 ) -> float:
     """Searches from the state's placement and leaves the best one found in it.
 
@@ -349,6 +350,7 @@ def search(
         max_moves: hard limit on moves.
         stages: exponents of the soft maximum, one after the other, as doublings (3 is q = 8).
         max_steps: most changes tried.
+        least_gain: part of the cost that a step must gain, even for free; for many ranks less.
 
     Returns:
         Expected balance minus the price of the moves.
@@ -382,7 +384,7 @@ def search(
                 for rank in range(domain * ranks_per_domain, (domain + 1) * ranks_per_domain):
                     heat[domain] = max(heat[domain], ranks[rank, COST])
                     total += ranks[rank, COST]
-            least = total * max(min(_LEAST_GAIN / num_ranks, 4e-3), _WORTH * slot_price * (1 << doublings))
+            least = total * max(least_gain * min(_MANY_RANKS / num_ranks, 1.0), _WORTH * slot_price * (1 << doublings))
             changed = False
             for _ in range(num_domains):
                 hottest = 0

@@ -3,7 +3,7 @@
 A sum of windows hides how they differ. Each window stays apart, scaled so that a perfectly balanced rank carries 1,
 and is weighted by ``decay ** age``. The decay is picked per plan by one-step backtest: each window but the first is
 predicted from the ones before it, and the decay with the least squared error wins. Steady load picks 1 (all windows
-count alike), a shift picks .02 (only the last one does).
+count alike), restless load .02 (only the last one does). Windows from before a shift of the workload are dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from equipoise.algorithms.kernel import kernel
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
+SHIFT = 3.0  # times larger than all others is the change between windows that counts as a shift
 _NEGLIGIBLE_WEIGHT = 1e-3
 
 
@@ -35,6 +36,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     share = np.empty(load.shape)
     any_load = np.empty(load.shape[1], dtype=np.bool_)
     _normalise(load, total, share, any_load)
+    share = share[_last_shift(share) :]
+    num_windows = share.shape[0]
     decay = _backtest(share) if num_windows > 1 else 1.0
     weight = decay ** np.arange(num_windows - 1, -1, -1.0)
     weight[weight < _NEGLIGIBLE_WEIGHT * weight.sum()] = 0.0
@@ -86,6 +89,31 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
             if empty[window]:
                 for expert in range(num_experts):
                     share[window, layer, expert] = mean[expert] / filled if filled else total / num_experts
+
+
+def _last_shift(share: np.ndarray) -> int:
+    """The window that a shift of the workload starts with, 0 without one.
+
+    A backtest cannot see a shift in the newest window: nothing after it is known. But there one change from window to
+    window stands out from all the others.
+    """
+    change = [_change(share, window) for window in range(1, share.shape[0])]
+    if len(change) < 2:
+        return 0
+    largest = max(change)
+    where = change.index(largest)
+    return where + 1 if largest > SHIFT * max(change[:where] + change[where + 1 :]) else 0
+
+
+@kernel
+def _change(share: np.ndarray, window: int) -> float:
+    """Squared distance of a window from the one before it, over all layers."""
+    total = 0.0
+    for layer in range(share.shape[1]):
+        for expert in range(share.shape[2]):
+            gap = share[window, layer, expert] - share[window - 1, layer, expert]
+            total += gap * gap
+    return total
 
 
 def _backtest(share: np.ndarray) -> float:

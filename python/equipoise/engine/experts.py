@@ -154,7 +154,11 @@ class EpExperts(torch.nn.Module):
         padded = result.new_zeros(most, result.shape[1])
         padded[: len(result)] = result
         gathered = result.new_empty(num_ranks * most, result.shape[1])
-        dist.all_gather(list(gathered.split(most)), padded, group=group)
+        if group.name() == "gloo":
+            # Its all_gather passes blocks on from rank to rank; sent directly they arrive in half the time.
+            dist.all_to_all_single(gathered, padded.repeat(num_ranks, 1), group=group)
+        else:
+            dist.all_gather(list(gathered.split(most)), padded, group=group)
         if bounds[-1] == len(gathered):
             return gathered
         parts = [gathered[r * most : r * most + bounds[r + 1] - bounds[r]] for r in range(num_ranks)]

@@ -56,6 +56,9 @@ class RankWorker:
             torch.cuda.set_device(device)
         groups = _process_groups(rank, num_ranks, rendezvous, device)
         self._runner = ModelRunner(blueprint, rank, device, config.engine.max_running_requests)
+        # Also waits, as long as it takes, for ranks that load more slowly: what follows is collective and has timeouts.
+        weight_bytes: list[int] = [0] * num_ranks
+        dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
         self._manager = EplbManager(
             config.eplb,
             self._runner,
@@ -70,8 +73,6 @@ class RankWorker:
         experts_group = groups.experts if num_ranks > 1 else None
         self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
         self._channel = PlanChannel(groups.control if num_ranks > 1 else None, rank)
-        weight_bytes: list[int] = [0] * num_ranks
-        dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
         self._warm_up(blueprint)
         self._frontend = (
             Frontend(config.engine, blueprint, requests, tuple(weight_bytes)) if requests is not None else None

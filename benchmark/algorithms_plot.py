@@ -1,0 +1,52 @@
+"""The frontier of balance versus moves as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def draw_frontier(report: dict[str, Any], path: Path) -> None:
+    """Next-window balancedness over moves per replan, one panel for real traces and one for synthetic load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = report["next_window"]
+    panels = [
+        (title, rows)
+        for title, rows in (
+            ("real traces", [row for row in runs.values() if row["real"]]),
+            ("synthetic drift and shift", [row for row in runs.values() if not row["real"]]),
+        )
+        if rows
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+        points = {
+            name: (
+                100 * float(np.mean([row[name]["moves"] for row in rows])),
+                float(np.mean([row[name]["balancedness"] for row in rows])),
+            )
+            for name in rows[0]
+            if name != "real"
+        }
+        line = sorted(point for name, point in points.items() if name.startswith("equipoise") and "full" not in name)
+        axis.plot(*zip(points["reweight"], *line, strict=True), color="tab:blue", marker="o", label="equipoise, by price")
+        axis.plot(*points["equipoise"], color="tab:blue", marker="*", markersize=16, linestyle="", label="equipoise, default")
+        for name, point in points.items():
+            if name.startswith("equipoise,") and "full" not in name:
+                continue
+            if name != "equipoise":
+                axis.plot(*point, marker="s", color="tab:gray", linestyle="")
+                axis.annotate(name, point, textcoords="offset points", xytext=(5, -9), fontsize=8)
+        axis.set_title(f"{title}: mean of {len(rows)} sequences")
+        axis.set_xlabel("slots moved per replan, %")
+        axis.set_ylabel("balancedness of the next window")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
