@@ -9,7 +9,7 @@ Reported per system, medians over repeats:
 
 - seconds: from a barrier to the last rank's end, planning included, all layers;
 - cross-node bytes: sent over node boundaries, all ranks together;
-- busiest link: most bytes that one rank sends, or receives;
+- busiest link: most bytes that one rank sends, or receives; and the same of what crosses nodes;
 - rounds: all layers, if a rank's link carries one expert at a time each way (see link_rounds.py);
 - peak staging: bytes that a rank holds beside the live weights.
 """
@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from equipoise.algorithms import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
 from link_rounds import count_rounds  # noqa: E402
 from run_ranks import run_ranks  # noqa: E402
-from transfer_systems import EquipoiseMover, Message, SglangMover, VllmMover, Weights  # noqa: E402
+from transfer_systems import EquipoiseMover, Message, Mover, SglangMover, VllmMover, Weights  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -110,35 +111,46 @@ def is_in_place(weights: Weights, p2l: np.ndarray, rank: int, setting: Setting) 
 def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[str, Any]:
     """Runs all systems; returns per system this rank's seconds per repeat and the messages of one migration."""
     before, after = placements(setting)
-    weights = local_weights(before, rank, setting)
     topology = setting.topology
-    movers = [
-        EquipoiseMover(topology, "off", setting.staged_experts, weights),
-        EquipoiseMover(topology, "canary", setting.staged_experts, weights),
-        EquipoiseMover(topology, "checksum", setting.staged_experts, weights),
-        SglangMover(topology, cache),
-        VllmMover(topology, cache, weights, batching=False),
-        VllmMover(topology, cache, weights, batching=True),
-    ]
+    movers: list[Mover] = []
+    live: dict[str, Weights] = {}
+
+    def add(make: Callable[[Weights], Mover]) -> None:
+        weights = local_weights(before, rank, setting)  # each system its own: they end with different slot orders
+        movers.append(make(weights))
+        live[movers[-1].name] = weights
+
+    for aligned in (True, False):
+        for verification in ("off", "canary", "checksum"):
+            add(
+                lambda weights, v=verification, a=aligned: EquipoiseMover(
+                    topology, weights, before, verification=v, aligned=a, staged_experts=setting.staged_experts
+                )
+            )
+    add(lambda weights: SglangMover(topology, weights, before, cache))
+    for batching in (False, True):
+        add(lambda weights, b=batching: VllmMover(topology, weights, before, cache, batching=b))
     results: dict[str, Any] = {mover.name: {"seconds": []} for mover in movers}
     for mover in movers:  # untimed: connections, page faults, compiled kernels; and what is posted
         messages: list[Message] = []
         stop = mover.record(messages)
-        mover.migrate(weights, before, after)
+        reached = mover.migrate(after)
         stop()
-        assert is_in_place(weights, after, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
-        mover.migrate(weights, after, before)
-        assert is_in_place(weights, before, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
+        assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
+        mover.migrate(before)
         results[mover.name]["messages"] = [asdict(message) for message in messages]
         results[mover.name]["staging_bytes"] = mover.staging_bytes()
     for repeat in range(setting.repeats):
         for mover in movers[repeat % len(movers) :] + movers[: repeat % len(movers)]:
-            for old, new in ((before, after), (after, before)):
+            for target in (after, before):
                 dist.barrier()
                 start = time.perf_counter()
-                mover.migrate(weights, old, new)
+                reached = mover.migrate(target)
                 results[mover.name]["seconds"].append(time.perf_counter() - start)
-    assert is_in_place(weights, before, rank, setting)
+            if repeat == setting.repeats - 1:
+                assert is_in_place(live[mover.name], reached, rank, setting), (
+                    f"{mover.name}: wrong bytes on rank {rank}"
+                )
     return results
 
 
@@ -149,37 +161,50 @@ def summarise(per_rank: list[dict[str, Any]], setting: Setting) -> dict[str, dic
     for name in per_rank[0]:
         ranks = [each[name] for each in per_rank]
         seconds = [max(times) for times in zip(*(each["seconds"] for each in ranks), strict=True)]
-        cross = sum(
-            message["num_bytes"]
-            for rank, each in enumerate(ranks)
-            for message in each["messages"]
-            if message["sent"] and not topology.same_node(rank, message["peer"])
-        )
-        link = max(
-            sum(m["num_bytes"] for m in each["messages"] if m["sent"] == sent)
-            for each in ranks
-            for sent in (True, False)
-        )
+        traffic = [rank_traffic(each["messages"], rank, topology) for rank, each in enumerate(ranks)]
         summary[name] = {
             "seconds": statistics.median(seconds),
             "seconds_min": min(seconds),
             "seconds_max": max(seconds),
-            "cross_node_bytes": cross,
-            "busiest_link_bytes": link,
+            "cross_node_bytes": sum(each["sent across"] for each in traffic),
+            "busiest_link_bytes": max(max(each["sent"], each["received"]) for each in traffic),
+            "busiest_cross_node_link_bytes": max(max(each["sent across"], each["received across"]) for each in traffic),
             "rounds": count_rounds([each["messages"] for each in ranks], tensors_per_expert),
             "peak_staging_bytes": max(each["staging_bytes"] for each in ranks),
         }
     return summary
 
 
+def rank_traffic(messages: list[dict[str, Any]], rank: int, topology: EpTopology) -> dict[str, int]:
+    """Bytes that a rank sends and receives, in all and over its node's boundary."""
+    total = {"sent": 0, "received": 0, "sent across": 0, "received across": 0}
+    for message in messages:
+        way = "sent" if message["sent"] else "received"
+        total[way] += message["num_bytes"]
+        if not topology.same_node(rank, message["peer"]):
+            total[f"{way} across"] += message["num_bytes"]
+    return total
+
+
 def show(summary: dict[str, dict[str, float]], console: Console) -> None:
-    table = Table("system", "seconds", "cross-node MiB", "busiest link MiB", "rounds", "peak staging MiB")
+    table = Table()
+    for name in (
+        "system",
+        "seconds",
+        "cross-node MiB",
+        "busiest link MiB",
+        "of it cross-node",
+        "rounds",
+        "staging MiB",
+    ):
+        table.add_column(name, justify="left" if name == "system" else "right", no_wrap=name == "system")
     for name, row in summary.items():
         table.add_row(
             name,
             f"{row['seconds']:.3f}",
             f"{row['cross_node_bytes'] / 2**20:.1f}",
             f"{row['busiest_link_bytes'] / 2**20:.1f}",
+            f"{row['busiest_cross_node_link_bytes'] / 2**20:.1f}",
             f"{row['rounds']}",
             f"{row['peak_staging_bytes'] / 2**20:.1f}",
         )

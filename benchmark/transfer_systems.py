@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 import neighbours
 from equipoise.communicator import PeerTensor, TorchCommunicator
+from equipoise.placement_alignment import slot_order
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import TransferPlan, plan_transfer
+from equipoise.transfer_plan import plan_transfer
 from equipoise.updater import ExpertLocationUpdater
 from equipoise.verification import Verification
 
@@ -36,8 +37,8 @@ class Mover(Protocol):
 
     name: str
 
-    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
-        """Moves all layers from ``old`` to ``new``, (L, P) each. Planning is part of it."""
+    def migrate(self, new: np.ndarray) -> np.ndarray:
+        """Moves all layers to ``new``, (L, P); planning is part of it. Returns the map that holds afterwards."""
         ...
 
     def staging_bytes(self) -> int:
@@ -50,11 +51,26 @@ class Mover(Protocol):
 
 
 class EquipoiseMover:
-    """Ours: the plan, then stage, verify, vote and commit, step by step."""
+    """Ours: align (optionally), plan, then stage, verify, vote and commit, step by step.
 
-    def __init__(self, topology: EpTopology, verification: Verification, staged_experts: int, weights: Weights) -> None:
-        self.name = f"equipoise ({verification})"
+    ``aligned`` is the way the manager uses it: the new placement's slots are permuted within ranks, and its ranks
+    relabelled within nodes, for the fewest moves. Without, it moves to exactly the map that the others move to.
+    """
+
+    def __init__(
+        self,
+        topology: EpTopology,
+        weights: Weights,
+        old: np.ndarray,
+        *,
+        verification: Verification,
+        aligned: bool,
+        staged_experts: int,
+    ) -> None:
+        self.name = f"equipoise, {'aligned' if aligned else 'exact map'}, {verification}"
         self._topology = topology
+        self._aligned = aligned
+        self._now = old
         self._communicator = TorchCommunicator(dist.group.WORLD)
         largest = max(sum(tensor[0].nbytes for tensor in tensors) for tensors in weights)
         # Room for small rows, canary and checksum beside the experts' own bytes.
@@ -62,15 +78,16 @@ class EquipoiseMover:
         self._updater = ExpertLocationUpdater(
             self._communicator, topology, weights, verification=verification, staging_bytes=budget
         )
-        self.plans: dict[tuple[bytes, bytes], TransferPlan] = {}
 
-    def plan(self, old: np.ndarray, new: np.ndarray) -> TransferPlan:
-        return plan_transfer(old, new, self._topology, max_staged_experts=self._updater.max_staged_experts)
-
-    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
-        del weights  # handed over at construction
-        for layer in self.plan(old, new).layers:
+    def migrate(self, new: np.ndarray) -> np.ndarray:
+        if self._aligned:
+            order = slot_order(self._now, new, self._topology, relabel_ranks=True)
+            new = np.take_along_axis(new, order, axis=1)
+        plan = plan_transfer(self._now, new, self._topology, max_staged_experts=self._updater.max_staged_experts)
+        for layer in plan.layers:
             self._updater.migrate_layer(layer, on_commit=lambda _: None)
+        self._now = new
+        return new
 
     def staging_bytes(self) -> int:
         return self._updater.staging_bytes
@@ -99,25 +116,27 @@ class SglangMover:
 
     name = "sglang 0.5.23"
 
-    def __init__(self, topology: EpTopology, cache: Path) -> None:
+    def __init__(self, topology: EpTopology, weights: Weights, old: np.ndarray, cache: Path) -> None:
         self._module = neighbours.load_sglang(cache)
-        self._topology = topology
+        self._topology, self._weights, self._now = topology, weights, old
         self._buffers: list[torch.Tensor] = []
 
-    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+    def migrate(self, new: np.ndarray) -> np.ndarray:
         topology = self._topology
-        self._buffers = self._module.create_temp_buffers(weights[0])
-        for layer, tensors in enumerate(weights):
+        self._buffers = self._module.create_temp_buffers(self._weights[0])
+        for layer, tensors in enumerate(self._weights):
             self._module.update_expert_weights_single_layer(
                 routed_experts_weights=tensors,
                 temp_buffers=self._buffers,
-                old_physical_to_logical_map=old[layer].tolist(),
+                old_physical_to_logical_map=self._now[layer].tolist(),
                 new_physical_to_logical_map=new[layer].tolist(),
                 num_local_physical_experts=topology.slots_per_rank,
                 num_gpu_per_node=topology.ranks_per_node,
                 rank=dist.get_rank(),
                 world_size=topology.num_ranks,
             )
+        self._now = new
+        return new
 
     def staging_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers)
@@ -129,20 +148,20 @@ class SglangMover:
 class VllmMover:
     """vLLM's move_to_buffer and move_from_buffer, layer by layer as rearrange_expert_weights_inplace calls them."""
 
-    def __init__(self, topology: EpTopology, cache: Path, weights: Weights, *, batching: bool) -> None:
+    def __init__(self, topology: EpTopology, weights: Weights, old: np.ndarray, cache: Path, *, batching: bool) -> None:
         self.name = "vllm 0.32.0 (migration batching)" if batching else "vllm 0.32.0"
         self._module, self._communicators = neighbours.load_vllm(cache)
-        self._topology = topology
+        self._topology, self._weights, self._now = topology, weights, old
         self._batching = batching
         self._buffers = [torch.empty_like(tensor) for tensor in weights[0]]  # vLLM allocates them once, at start-up
         self._communicator = self._communicators.TorchDistNcclEplbCommunicator(dist.group.WORLD)
 
-    def migrate(self, weights: Weights, old: np.ndarray, new: np.ndarray) -> None:
+    def migrate(self, new: np.ndarray) -> np.ndarray:
         size, rank = self._topology.slots_per_rank, dist.get_rank()
-        for layer, tensors in enumerate(weights):
+        for layer, tensors in enumerate(self._weights):
             metadata = self._module.move_to_buffer(
                 num_local_experts=size,
-                old_indices=old[layer],
+                old_indices=self._now[layer],
                 new_indices=new[layer],
                 expert_weights=tensors,
                 expert_weights_buffers=self._buffers,
@@ -159,6 +178,8 @@ class VllmMover:
                 new_indices=new[layer],
                 ep_rank=rank,
             )
+        self._now = new
+        return new
 
     def staging_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers)

@@ -2,8 +2,8 @@
 
 Senders and receivers are the two sides of a bipartite multigraph, transfers its edges, rounds its colours. König's
 theorem (1916) gives as many rounds as the busiest rank has transfers one way; the proof's alternating paths are the
-algorithm. Transfers from ranks that held the expert come first; those from relays, which must have received it
-before, follow in rounds of their own.
+algorithm. That holds for transfers from ranks that held the expert; those from relays, which must have received it
+before, fill the gaps behind its arrival.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from equipoise.transfer_sources import DESTINATION_RANK, RELAYED, SOURCE_RANK
+from equipoise.transfer_sources import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK
 
 
 @njit(cache=True)
@@ -90,24 +90,106 @@ def _swap_path(
 
 @njit(cache=True)
 def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
-    """(jobs,) int32: transfers from holders in rounds 0 .. A-1, transfers from relays in A .. A+B-1."""
+    """(jobs,) int32: the round of each transfer.
+
+    Transfers from holders take A rounds, the least possible. Rounds that bring experts to relays go first, and each
+    transfer from a relay takes the first later round in which both ranks' links are free. Should that need more rounds
+    than A + B, B being the least for the relays' transfers alone, those are put in B rounds of their own instead.
+    """
     num_jobs = jobs.shape[0]
-    rounds = np.empty(num_jobs, np.int32)
-    edges = np.empty(num_jobs, np.int32)
-    sources = np.empty(num_jobs, np.int32)
-    destinations = np.empty(num_jobs, np.int32)
-    base = 0
-    for relayed in range(2):
-        size = 0
+    num_relayed = jobs[:, RELAYED].sum()
+    is_relayed = np.zeros(num_jobs, np.bool_)
+    for job in range(num_jobs):
+        is_relayed[job] = jobs[job, RELAYED] == 1
+    rounds = np.full(num_jobs, -1, np.int32)
+    num_held = _color_part(jobs, is_relayed, False, num_ranks, rounds)
+    if num_relayed == 0:
+        return rounds
+    fed_by = _relays_first(jobs, rounds, num_held)
+    if _fill_in_relayed(jobs, rounds, fed_by, num_ranks) > num_held + _degree_of_part(jobs, is_relayed, num_ranks):
+        _color_part(jobs, is_relayed, True, num_ranks, rounds)
         for job in range(num_jobs):
-            if jobs[job, RELAYED] == relayed:
-                edges[size] = job
-                sources[size] = jobs[job, SOURCE_RANK]
-                destinations[size] = jobs[job, DESTINATION_RANK]
-                size += 1
-        if size > 0:
-            colors = color_edges(sources[:size], destinations[:size], num_ranks)
-            for i in range(size):
-                rounds[edges[i]] = colors[i] + base
-            base += max_degree(sources[:size], destinations[:size], num_ranks)
+            if is_relayed[job]:
+                rounds[job] += num_held
     return rounds
+
+
+@njit(cache=True)
+def _degree_of_part(jobs: np.ndarray, chosen: np.ndarray, num_ranks: int) -> int:
+    part = np.flatnonzero(chosen)
+    sources = np.empty(part.size, np.int32)
+    destinations = np.empty(part.size, np.int32)
+    for i in range(part.size):
+        sources[i], destinations[i] = jobs[part[i], SOURCE_RANK], jobs[part[i], DESTINATION_RANK]
+    return max_degree(sources, destinations, num_ranks)
+
+
+@njit(cache=True)
+def _color_part(jobs: np.ndarray, is_relayed: np.ndarray, part: bool, num_ranks: int, rounds: np.ndarray) -> int:
+    """Colours the jobs whose ``is_relayed`` equals ``part``; returns the number of colours."""
+    edges = np.flatnonzero(is_relayed == part)
+    sources = np.empty(edges.size, np.int32)
+    destinations = np.empty(edges.size, np.int32)
+    for i in range(edges.size):
+        sources[i], destinations[i] = jobs[edges[i], SOURCE_RANK], jobs[edges[i], DESTINATION_RANK]
+    colors = color_edges(sources, destinations, num_ranks)
+    for i in range(edges.size):
+        rounds[edges[i]] = colors[i]
+    return max_degree(sources, destinations, num_ranks)
+
+
+@njit(cache=True)
+def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.ndarray:
+    """Reorders the rounds of the holders' transfers, those that feed most relays first.
+
+    Returns:
+        (jobs,) int32: for each transfer from a relay the transfer that feeds it, -1 for the others.
+    """
+    num_jobs = jobs.shape[0]
+    fed_by = np.full(num_jobs, -1, np.int32)
+    worth = np.zeros(num_rounds, np.int32)
+    first = 0  # of the jobs of the same expert, which lie together
+    for job in range(num_jobs):
+        if jobs[job, EXPERT] != jobs[first, EXPERT]:
+            first = job
+        if jobs[job, RELAYED] == 0:
+            continue
+        feeder = first
+        while jobs[feeder, RELAYED] == 1 or jobs[feeder, DESTINATION_RANK] != jobs[job, SOURCE_RANK]:
+            feeder += 1
+        fed_by[job] = feeder
+        worth[rounds[feeder]] += 1
+    order = np.argsort(-worth, kind="mergesort")
+    place = np.empty(num_rounds, np.int32)
+    for i in range(num_rounds):
+        place[order[i]] = i
+    for job in range(num_jobs):
+        if jobs[job, RELAYED] == 0:
+            rounds[job] = place[rounds[job]]
+    return fed_by
+
+
+@njit(cache=True)
+def _fill_in_relayed(jobs: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, num_ranks: int) -> int:
+    """Gives each transfer from a relay the first round after its expert's arrival; returns the number of rounds."""
+    num_jobs = jobs.shape[0]
+    busy = np.zeros((2, num_ranks, 2 * num_jobs + 1), np.bool_)  # sends, receives
+    most, latest = 0, 0
+    for job in range(num_jobs):
+        if fed_by[job] < 0:
+            busy[0, jobs[job, SOURCE_RANK], rounds[job]] = True
+            busy[1, jobs[job, DESTINATION_RANK], rounds[job]] = True
+            most = max(most, rounds[job] + 1)
+            latest = max(latest, rounds[job])
+    for arrival in range(latest + 1):  # what arrives first is passed on first
+        for job in range(num_jobs):
+            if fed_by[job] < 0 or rounds[fed_by[job]] != arrival:
+                continue
+            source, destination = jobs[job, SOURCE_RANK], jobs[job, DESTINATION_RANK]
+            at = arrival + 1
+            while busy[0, source, at] or busy[1, destination, at]:
+                at += 1
+            busy[0, source, at] = busy[1, destination, at] = True
+            rounds[job] = at
+            most = max(most, at + 1)
+    return most

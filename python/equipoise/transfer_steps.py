@@ -188,10 +188,14 @@ def _take_arrivals_with_a_place(
     held: np.ndarray,
     ranks_per_node: int,
 ) -> None:
-    """Rank after rank, one arrival at a time, until no rank with budget has both an arrival to come and a place."""
+    """Rank after rank, one arrival at a time, until no rank with budget has both an arrival to come and a place.
+
+    Nor shall a rank send more in a step than it may receive: that would cost rounds.
+    """
     num_ranks = pending.size
     slots_per_rank = row.size // num_ranks
     sends = np.zeros(num_ranks, np.int32)
+    capacity = budget.max()
     progress = True
     while progress:
         progress = False
@@ -211,6 +215,8 @@ def _take_arrivals_with_a_place(
                 worth -= sends[source] * slots_per_rank
                 if worth > best:
                     chosen, chosen_source, best = expert, source, worth
+            if sends[chosen_source] >= capacity:
+                continue  # every other choice would send as much
             place = _free_place(rank, row, new, copies, on_node, total, wanted, node_wants, ranks_per_node, chosen)
             if place >= 0:
                 _arrive(chosen, rank, place, row, new, copies, on_node, total, pending, budget, ranks_per_node)

@@ -14,7 +14,6 @@ from equipoise.metrics import balancedness, rank_load
 from equipoise.topology import EpTopology
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
 from scipy.optimize import linear_sum_assignment, linprog
 
 
@@ -293,16 +292,11 @@ def test_scenarios_hold_the_weighted_mean_of_the_windows():
     assert (scenarios.tokens * scenarios.weight).sum(2) == pytest.approx(expected)
 
 
-@njit
-def call_match(cost):
-    return match(cost)
-
-
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
 def test_matching_is_optimal(size, seed):
     cost = np.random.default_rng(seed).integers(0, 9, size=(size, size)).astype(float)
-    columns = call_match(cost)
+    columns = match(cost)
     assert sorted(columns.tolist()) == list(range(size))
     rows, best = linear_sum_assignment(cost)
     assert cost[np.arange(size), columns].sum() == pytest.approx(cost[rows, best].sum())
@@ -310,6 +304,6 @@ def test_matching_is_optimal(size, seed):
 
 def test_matching_many_ranks_is_a_permutation():
     cost = np.random.default_rng(0).random((80, 80))
-    columns = call_match(cost)
+    columns = match(cost)
     assert sorted(columns.tolist()) == list(range(80))
     assert cost[np.arange(80), columns].mean() < 0.25

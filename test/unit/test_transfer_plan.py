@@ -87,7 +87,9 @@ def test_a_round_uses_each_link_once_and_rounds_meet_the_edge_colouring_bound(ca
             sent = Counter(topology.rank_of_slot(t.source_slot) for t in phase)
             received = Counter(topology.rank_of_slot(t.destination_slot) for t in phase)
             expected_rounds += max([*sent.values(), *received.values()], default=0)
-        assert layer.num_rounds == expected_rounds
+        assert layer.num_rounds <= expected_rounds
+        if not any(t.relayed for t in transfers):
+            assert layer.num_rounds == expected_rounds
         for side in ("source_slot", "destination_slot"):
             uses = Counter((t.round, topology.rank_of_slot(getattr(t, side))) for t in transfers)
             assert all(count == 1 for count in uses.values())

@@ -63,7 +63,7 @@ def _solve(problem: PlacementProblem, num_groups: int, num_nodes: int) -> Placem
     load = np.ldexp(load, np.clip(exponent, -32, 64) - exponent).astype(np.float32)
     placed = np.empty((problem.num_layers, topology.num_slots), dtype=np.int64)
     for_each_layer(
-        _solve_layer, problem.num_layers, problem.num_threads, load, num_groups, num_nodes, topology.num_ranks, placed
+        _solve_layers, problem.num_layers, problem.num_threads, load, num_groups, num_nodes, topology.num_ranks, placed
     )
     return Placement(placed)
 
@@ -92,10 +92,10 @@ def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pac
 
 
 @kernel
-def _solve_layer(
-    layer: int, load: np.ndarray, num_groups: int, num_nodes: int, num_ranks: int, placed: np.ndarray
+def _solve_layers(
+    first: int, last: int, load: np.ndarray, num_groups: int, num_nodes: int, num_ranks: int, placed: np.ndarray
 ) -> None:
-    """Fills row ``layer`` of ``placed`` (L, P) from ``load`` (L, E) float32."""
+    """Fills rows first..last-1 of ``placed`` (L, P) from ``load`` (L, E) float32."""
     num_experts, num_slots = load.shape[1], placed.shape[1]
     group_size, groups_per_node = num_experts // num_groups, num_groups // num_nodes
     experts_per_node, slots_per_node = num_experts // num_nodes, num_slots // num_nodes
@@ -107,39 +107,40 @@ def _solve_layer(
     experts = np.empty(num_experts, dtype=np.int64)  # in the order of nodes
     replica = np.empty(slots_per_node, dtype=np.int64)  # local expert of each replica of a node
     weight = np.empty(slots_per_node, dtype=np.float32)
-    group_load = np.empty(num_groups, dtype=np.float32)
-    for group in range(num_groups):
-        total = 0.0
-        for i in range(group_size):
-            total += np.float64(load[layer, group * group_size + i])
-        group_load[group] = total
-    _pack(group_load, num_nodes, node_of, place_of)
-    for group in range(num_groups):
-        start = (node_of[group] * groups_per_node + place_of[group]) * group_size
-        for i in range(group_size):
-            experts[start + i] = group * group_size + i
-    for node in range(num_nodes):
-        mine = experts[node * experts_per_node : (node + 1) * experts_per_node]
-        slots = placed[layer, node * slots_per_node : (node + 1) * slots_per_node]
-        any_load = False
-        for expert in mine:
-            any_load = any_load or load[layer, expert] > 0
-        if not any_load:
-            for slot in range(slots_per_node):
-                slots[slot] = mine[slot % experts_per_node]
-            continue
-        count = np.ones(experts_per_node, dtype=np.float32)
-        for i in range(slots_per_node):
-            hottest = i
-            if i >= experts_per_node:
-                hottest = 0
-                for j in range(1, experts_per_node):
-                    if load[layer, mine[j]] / count[j] > load[layer, mine[hottest]] / count[hottest]:
-                        hottest = j
-                count[hottest] += np.float32(1)
-            replica[i] = hottest
-        for i in range(slots_per_node):
-            weight[i] = load[layer, mine[replica[i]]] / count[replica[i]]
-        _pack(weight, ranks_per_node, rank_of, row_of)
-        for i in range(slots_per_node):
-            slots[rank_of[i] * slots_per_rank + row_of[i]] = mine[replica[i]]
+    for layer in range(first, last):
+        group_load = np.empty(num_groups, dtype=np.float32)
+        for group in range(num_groups):
+            total = 0.0
+            for i in range(group_size):
+                total += np.float64(load[layer, group * group_size + i])
+            group_load[group] = total
+        _pack(group_load, num_nodes, node_of, place_of)
+        for group in range(num_groups):
+            start = (node_of[group] * groups_per_node + place_of[group]) * group_size
+            for i in range(group_size):
+                experts[start + i] = group * group_size + i
+        for node in range(num_nodes):
+            mine = experts[node * experts_per_node : (node + 1) * experts_per_node]
+            slots = placed[layer, node * slots_per_node : (node + 1) * slots_per_node]
+            any_load = False
+            for expert in mine:
+                any_load = any_load or load[layer, expert] > 0
+            if not any_load:
+                for slot in range(slots_per_node):
+                    slots[slot] = mine[slot % experts_per_node]
+                continue
+            count = np.ones(experts_per_node, dtype=np.float32)
+            for i in range(slots_per_node):
+                hottest = i
+                if i >= experts_per_node:
+                    hottest = 0
+                    for j in range(1, experts_per_node):
+                        if load[layer, mine[j]] / count[j] > load[layer, mine[hottest]] / count[hottest]:
+                            hottest = j
+                    count[hottest] += np.float32(1)
+                replica[i] = hottest
+            for i in range(slots_per_node):
+                weight[i] = load[layer, mine[replica[i]]] / count[replica[i]]
+            _pack(weight, ranks_per_node, rank_of, row_of)
+            for i in range(slots_per_node):
+                slots[rank_of[i] * slots_per_rank + row_of[i]] = mine[replica[i]]

@@ -13,13 +13,17 @@ placement (min_max.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 
 from equipoise.algorithms.kernel import helper, kernel
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
-from equipoise.algorithms.layer_state import LayerState, new_state, settle_all
+from equipoise.algorithms.layer_state import new_state, settle_all
 from equipoise.algorithms.layers import for_each_layer
-from equipoise.algorithms.local_search import ELSEWHERE, ON_NODE, ON_RANK, origin, search, spent
+from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, ON_RANK, origin, search, spent
 from equipoise.algorithms.min_max import level_ranks
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align, relabel
@@ -30,9 +34,11 @@ from equipoise.errors import ConfigError
 NODE_PRICE = 2.0  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 4.0  # of an expert's variance, see layer_state.py
 STAGES = (3, 5)  # exponents of the soft maximum: 2**3 = 8, then 32
-SLOWEST = 1e-3  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
+SINGLE_STAGES = (3, 6)  # the same where there is one window
+SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
+SINGLE_MOST_COOL = 96  # ranks that a step looks at then
 NO_LIMIT = 1 << 60
 
 
@@ -43,10 +49,37 @@ def solve(problem: PlacementProblem) -> Placement:
         ConfigError: ``max_moves_per_layer`` leaves too few moves to keep the experts of ranks that are gone, or a node
             has too few live slots for its expert groups.
     """
-    num_slots = problem.topology.num_slots
-    several = problem.load.shape[0] > 1
-    # From nothing, with several windows to please, the first few steps bring what carries over to the next window.
-    return _solve(problem, max_steps=max(24, num_slots // 16) if problem.current is None and several else num_slots)
+    task = _Task.of(problem)
+    value = np.full(problem.num_layers, -np.inf)
+    placed, share = task.old.copy(), task.old_share.copy()
+    if problem.current is not None:
+        task.improve(placed, share, value)
+        # A plan from nothing moves more than half of the slots: below, it could win nevertheless.
+        retried = np.flatnonzero(value < 1.0 - 0.5 * problem.move_price)
+    else:
+        retried = np.arange(problem.num_layers)
+    if retried.size:
+        task = task.take(retried)
+        fresh, enough = task.old.copy(), np.zeros(len(retried), dtype=np.bool_)
+        task.run(_fresh_layers, fresh, enough, task.experts, task.weight, task.slowness, *task.shape)
+        if problem.current is not None:
+            nodes, grouped = problem.topology.num_nodes, problem.grouped
+            for layer in np.flatnonzero(enough):
+                fresh[layer] = relabel(fresh[layer], task.old[layer], nodes, task.slowness, NODE_PRICE, grouped)
+        fresh_share, fresh_value = np.zeros_like(task.old_share), np.where(enough, value[retried], np.inf)
+        task.improve(fresh, fresh_share, fresh_value)
+        better = enough & (fresh_value > value[retried])
+        chosen = retried[better]
+        placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
+        task = _Task.of(problem)
+    if (value == -np.inf).any():
+        layer = int(np.flatnonzero(value == -np.inf)[0])
+        raise ConfigError(
+            f"rank_capacity leaves experts of layer {layer} without a live rank, and max_moves_per_layer="
+            f"{problem.max_moves_per_layer}, num_groups={problem.num_groups} leave no slot to copy them to",
+            field="rank_capacity",
+        )
+    return task.finish(placed, share)
 
 
 def solve_weights(problem: PlacementProblem) -> Placement:
@@ -55,55 +88,98 @@ def solve_weights(problem: PlacementProblem) -> Placement:
     Raises:
         ConfigError: an expert has no replica on a rank with a capacity above 0.
     """
-    return _solve(problem, max_steps=0)
-
-
-def _solve(problem: PlacementProblem, max_steps: int) -> Placement:
-    topology, current = problem.topology, problem.current
-    num_layers, num_experts, num_slots = problem.num_layers, problem.num_logical_experts, topology.num_slots
-    slowness = _slowness(problem)
-    scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
-    placed = np.empty((num_layers, num_slots), dtype=np.int64)
-    if current is not None:
-        placed[:] = current.physical_to_logical_map.cpu().numpy()
-        share = current.dispatch_weights.cpu().numpy().astype(np.float64)
-    else:
-        placed[:] = np.arange(num_slots) % num_experts
-        share = np.zeros((num_layers, num_slots))
-    lost = np.zeros(num_layers, dtype=np.int64)
-    limit = problem.max_moves_per_layer
-    for_each_layer(
-        _solve_layer,
-        num_layers,
-        problem.num_threads,
-        placed,
-        share,
-        np.concatenate([scenarios.tokens, scenarios.noise[..., None] * RISK_PRICE], axis=2),
-        scenarios.weight,
-        scenarios.any_load,
-        slowness,
-        topology.ranks_per_node,
-        problem.num_groups if problem.grouped and problem.num_groups else 0,
-        current is None and max_steps > 0,
-        problem.move_price / num_slots,
-        NO_LIMIT if limit is None or current is None else limit,
-        np.array(STAGES),
-        max_steps,
-        problem.load.shape[0] == 1,
-        lost,
-    )
+    task = _Task.of(problem)
+    share, lost = task.old_share.copy(), np.zeros(problem.num_layers, dtype=np.int64)
+    task.run(_weigh_layers, task.old, share, task.experts, task.weight, task.slowness, np.array(STAGES), lost)
     if lost.any():
-        layer = int(np.flatnonzero(lost)[0])
         raise ConfigError(
-            f"rank_capacity leaves experts of layer {layer} without a live rank, and "
-            + (
-                "weights alone cannot bring them back"
-                if max_steps == 0
-                else f"max_moves_per_layer={limit}, num_groups={problem.num_groups} leave no slot to copy them to"
-            ),
+            f"rank_capacity leaves experts of layer {int(np.flatnonzero(lost)[0])} without a live rank, and weights "
+            f"alone cannot bring them back",
             field="rank_capacity",
         )
-    return Placement(placed, share)
+    return task.finish(task.old, share)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A problem as the kernels take it."""
+
+    problem: PlacementProblem
+    old: np.ndarray  # (L, P) int64, the placement in force; contiguous if there is none
+    old_share: np.ndarray  # (L, P) float64, its dispatch weights; 0 if there is none
+    experts: np.ndarray  # (L, E, S + 1), see LayerState.experts
+    weight: np.ndarray  # (S,) of the scenarios
+    any_load: np.ndarray  # (L,) bool
+    slowness: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
+    prices: np.ndarray  # (3,) of a move by where the expert was
+
+    @classmethod
+    def of(cls, problem: PlacementProblem) -> _Task:
+        shape = (problem.num_layers, problem.topology.num_slots)
+        slowness = _slowness(problem)
+        scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
+        prices = np.zeros(3)
+        if problem.current is None:
+            old = np.tile(np.arange(shape[1]) % problem.num_logical_experts, (shape[0], 1))
+            old_share = np.zeros(shape)
+        else:
+            old = problem.current.physical_to_logical_map.cpu().numpy().copy()
+            old_share = problem.current.dispatch_weights.cpu().numpy().astype(np.float64)
+            prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
+        experts = np.concatenate([scenarios.tokens, scenarios.noise[..., None] * RISK_PRICE], axis=2)
+        return cls(problem, old, old_share, experts, scenarios.weight, scenarios.any_load, slowness, prices)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Ranks per node, and the number of groups to keep whole, 0 for none."""
+        groups = self.problem.num_groups if self.problem.grouped else None
+        return self.problem.topology.ranks_per_node, groups or 0
+
+    def take(self, layers: np.ndarray) -> _Task:
+        return replace(
+            self,
+            old=self.old[layers],
+            old_share=self.old_share[layers],
+            experts=self.experts[layers],
+            any_load=self.any_load[layers],
+        )
+
+    def run(self, kernel: Callable[..., None], *args: Any) -> None:
+        for_each_layer(kernel, len(self.old), self.problem.num_threads, *args)
+
+    def improve(self, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
+        """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
+        problem, from_nothing = self.problem, self.problem.current is None
+        num_slots, limit = problem.topology.num_slots, problem.max_moves_per_layer
+        several = problem.load.shape[0] > 1
+        self.run(
+            _improve_layers,
+            self.old,
+            placed,
+            share,
+            value,
+            self.experts,
+            self.weight,
+            self.any_load,
+            self.slowness,
+            *self.shape,
+            self.prices,
+            problem.move_price / num_slots,
+            NO_LIMIT if limit is None or from_nothing else limit,
+            np.array(STAGES if several else SINGLE_STAGES),
+            # From nothing, with several windows to please, a few steps bring what carries over to the next window.
+            max(24, num_slots // 16) if from_nothing and several else num_slots,
+            LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
+            NUM_COOL if several or not from_nothing else SINGLE_MOST_COOL,
+        )
+
+    def finish(self, placed: np.ndarray, share: np.ndarray) -> Placement:
+        problem = self.problem
+        keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
+        self.run(
+            _finish_layers, self.old, placed, share, self.experts, self.weight, self.slowness, keep_slots, exact
+        )
+        return Placement(placed, share)
 
 
 def _slowness(problem: PlacementProblem) -> np.ndarray:
@@ -117,80 +193,101 @@ def _slowness(problem: PlacementProblem) -> np.ndarray:
 
 
 @kernel
-def _solve_layer(
-    layer: int,
+def _improve_layers(
+    first: int,
+    last: int,
+    old: np.ndarray,
     placed: np.ndarray,
     share: np.ndarray,
+    value: np.ndarray,
     experts: np.ndarray,
     weight: np.ndarray,
     any_load: np.ndarray,
     slowness: np.ndarray,
     ranks_per_node: int,
     num_groups: int,
-    from_nothing: bool,
+    prices: np.ndarray,
     slot_price: float,
     limit: int,
     stages: np.ndarray,
     max_steps: int,
-    exact: bool,
+    least_gain: float,
+    most_cool: int,
+) -> None:
+    """Repairs and searches rows first..last-1 of ``placed`` and ``share`` (L, P), in place.
+
+    ``value`` (L,) holds what a layer has to beat and takes what it reached: -inf where no valid plan is within the
+    limit, or none that could beat it.
+    """
+    num_ranks, num_experts = slowness.shape[0], experts.shape[1]
+    domain = ranks_per_node if num_groups > 0 else num_ranks
+    for layer in range(first, last):
+        to_beat = value[layer]
+        value[layer] = -np.inf
+        where = origin(old[layer], num_experts, num_ranks, ranks_per_node)
+        home, whole = _home_of_experts(placed[layer], num_groups, num_ranks // ranks_per_node, num_experts)
+        state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
+        moves = revive(state, home, ranks_per_node)
+        if moves < 0 or not (whole or limit < NO_LIMIT):
+            continue
+        part_twins(state, where, home, ranks_per_node, limit - moves)
+        spread_shares(state)
+        price, moves = spent(state.expert, where, prices)
+        if moves > limit or 1.0 - slot_price * price <= to_beat:
+            continue
+        if any_load[layer] or prices[ELSEWHERE] == 0.0:
+            value[layer] = search(
+                state, where, prices, slot_price, domain, limit, stages, max_steps, least_gain, most_cool
+            )
+        else:
+            value[layer] = 1.0  # no token was seen: nothing speaks for a change
+
+
+@kernel
+def _weigh_layers(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    share: np.ndarray,
+    experts: np.ndarray,
+    weight: np.ndarray,
+    slowness: np.ndarray,
+    stages: np.ndarray,
     lost: np.ndarray,
 ) -> None:
-    """Replaces row ``layer`` of ``placed`` and ``share`` (L, P) by the plan; ``lost`` marks a layer without one."""
-    num_slots, num_ranks, num_experts = placed.shape[1], slowness.shape[0], experts.shape[1]
-    size, domain = num_slots // num_ranks, ranks_per_node if num_groups > 0 else num_ranks
-    prices = np.zeros(3)
-    if not from_nothing:
-        prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
-    old = placed[layer].copy()
-    best = new_state(old.copy(), share[layer].copy(), experts[layer], weight, slowness)
-    if max_steps == 0:
-        lost[layer] = lost_experts(best)
+    """Re-solves rows first..last-1 of ``share`` (L, P), in place; ``lost`` counts experts without a live rank."""
+    for layer in range(first, last):
+        state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
+        lost[layer] = lost_experts(state)
         if lost[layer] == 0:
-            spread_shares(best)
+            spread_shares(state)
             for stage in range(stages.shape[0]):
-                settle_all(best, stages[stage], np.int64(40), 1e-6)
-    else:
-        where = origin(old, num_experts, num_ranks, ranks_per_node)
-        home, whole = _home_of_experts(old, num_groups, num_ranks // ranks_per_node, num_experts)
-        least_gain = SINGLE_LEAST_GAIN if exact and from_nothing else LEAST_GAIN
-        value = -np.inf
-        # First from the placement in force, then from nothing where that could be better.
-        for attempt in range(1 if from_nothing else 0, 2):
-            state, alive = best, True
-            if attempt == 0:
-                moves = revive(state, home, ranks_per_node)
-                alive = 0 <= moves <= limit and (whole or limit < NO_LIMIT)
-                if alive:
-                    part_twins(state, where, home, ranks_per_node, limit - moves)
-                    spread_shares(state)
-                    if not any_load[layer]:
-                        value = 1.0
-                        break
-            else:
-                if value >= 1.0 - 0.5 * slot_price * num_slots:
-                    break  # a plan from nothing moves more than half of the slots
-                state, alive = _fresh_state(
-                    experts[layer], weight, old, slowness, num_groups, domain, where, prices
-                )
-                price, moves = spent(state.expert, where, prices)
-                alive = alive and moves <= limit and 1.0 - slot_price * price > value
-            if alive:
-                found = search(
-                    state, where, prices, slot_price, domain, limit, stages, max_steps, least_gain
-                )
-                if found > value:
-                    best, value = state, found
-        lost[layer] = value == -np.inf
-    if lost[layer] > 0:
-        return
-    if exact:
-        level_ranks(best)
-    if not from_nothing:
-        align(best.expert, best.share, old, size)
-    for slot in range(num_slots):
-        placed[layer, slot] = best.expert[slot]
-        live = slowness[slot // size] > 0.0
-        share[layer, slot] = min(max(best.share[slot], 0.0), 1.0) if live else 0.0
+                settle_all(state, stages[stage], np.int64(40), 1e-6)
+
+
+@kernel
+def _finish_layers(
+    first: int,
+    last: int,
+    old: np.ndarray,
+    placed: np.ndarray,
+    share: np.ndarray,
+    experts: np.ndarray,
+    weight: np.ndarray,
+    slowness: np.ndarray,
+    keep_slots: bool,
+    exact: bool,
+) -> None:
+    """Makes shares exact for a single window, puts experts that stay on a rank into their old slots, and cleans up."""
+    size = placed.shape[1] // slowness.shape[0]
+    for layer in range(first, last):
+        if exact:
+            level_ranks(new_state(placed[layer], share[layer], experts[layer], weight, slowness))
+        if keep_slots:
+            align(placed[layer], share[layer], old[layer], size)
+        for slot in range(placed.shape[1]):
+            live = slowness[slot // size] > 0.0
+            share[layer, slot] = min(max(share[layer, slot], 0.0), 1.0) if live else 0.0
 
 
 @helper
@@ -217,44 +314,40 @@ def _home_of_experts(
     return home, whole
 
 
-@helper
-def _fresh_state(
+@kernel
+def _fresh_layers(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    enough: np.ndarray,
     experts: np.ndarray,
     weight: np.ndarray,
-    old: np.ndarray,
     slowness: np.ndarray,
+    ranks_per_node: int,
     num_groups: int,
-    domain: int,
-    where: np.ndarray,
-    prices: np.ndarray,
-) -> tuple[LayerState, bool]:
-    """A plan from nothing; False where a node has too few live slots for its experts."""
-    num_experts, num_ranks = experts.shape[0], slowness.shape[0]
-    size, num_domains = old.shape[0] // num_ranks, num_ranks // domain
-    load = risk_load(experts, weight)
-    expert = old.copy()
-    node_of = np.zeros(num_experts, dtype=np.int64)
-    if num_groups > 0:
-        node_of = pack_groups(load, num_groups, num_domains)
-    enough = True
-    for block in range(num_domains):
-        ranks, mine = np.empty(domain, dtype=np.int64), np.empty(num_experts, dtype=np.int64)
-        num_live, num_mine = 0, 0
-        for rank in range(block * domain, (block + 1) * domain):
-            if slowness[rank] > 0.0:
-                ranks[num_live] = rank
-                num_live += 1
-        for e in range(num_experts):
-            if node_of[e] == block:
-                mine[num_mine] = e
-                num_mine += 1
-        if num_live * size < num_mine:
-            enough = False
-        else:
-            pack(mine[:num_mine], load, ranks[:num_live], slowness, size, expert)
-    if enough and prices[ELSEWHERE] > 0.0:
-        expert = relabel(expert, where, prices, slowness, domain)
-    state = new_state(expert, np.zeros(old.shape[0]), experts, weight, slowness)
-    if enough:
-        spread_shares(state)
-    return state, enough
+) -> None:
+    """Plans rows first..last-1 of ``placed`` from nothing; ``enough`` is False where a node has too few live slots."""
+    num_experts, num_ranks = experts.shape[1], slowness.shape[0]
+    domain = ranks_per_node if num_groups > 0 else num_ranks
+    size, num_domains = placed.shape[1] // num_ranks, num_ranks // domain
+    ranks, mine = np.empty(domain, dtype=np.int64), np.empty(num_experts, dtype=np.int64)
+    for layer in range(first, last):
+        load = risk_load(experts[layer], weight)
+        node_of = np.zeros(num_experts, dtype=np.int64)
+        if num_groups > 0:
+            node_of = pack_groups(load, num_groups, num_domains)
+        enough[layer] = True
+        for block in range(num_domains):
+            num_live, num_mine = 0, 0
+            for rank in range(block * domain, (block + 1) * domain):
+                if slowness[rank] > 0.0:
+                    ranks[num_live] = rank
+                    num_live += 1
+            for e in range(num_experts):
+                if node_of[e] == block:
+                    mine[num_mine] = e
+                    num_mine += 1
+            if num_live * size < num_mine:
+                enough[layer] = False
+            else:
+                pack(mine[:num_mine], load, ranks[:num_live], slowness, size, placed[layer])

@@ -38,8 +38,8 @@ from equipoise.algorithms.layer_state import (
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
 NUM_HOT = 3  # ranks whose load a step tries to lower
-NUM_COOL = 6  # ranks it tries to put it on
-PATIENCE = 8  # steps without a new best before a stage ends
+NUM_COOL = np.int64(6)  # ranks it tries to put it on, at first
+PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
 _WORTH = 0.25  # of what a change must gain to pay: below, it is not even walked through
@@ -251,14 +251,14 @@ def _step(
     room: int,
     doublings: int,
     least_gain: float,
+    num_cool: int,
     scratch: np.ndarray,
 ) -> bool:
     """Applies the best change among ranks first..last-1; False if none gains ``least_gain`` per price."""
     expert, _, share, replicas, held, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     q = float(1 << doublings)
-    picked = np.empty(NUM_HOT + NUM_COOL, dtype=np.int64)
-    hot, cool = picked[:NUM_HOT], picked[NUM_HOT:]
+    hot, cool = np.empty(NUM_HOT, dtype=np.int64), np.empty(num_cool, dtype=np.int64)
     num_hot = _pick_ranks(ranks, first, last, hot, hot.shape[0], 1.0)
     num_cool = _pick_ranks(ranks, first, last, cool, cool.shape[0], -1.0)
     loads_2, saved = scratch[NUM_HOT], scratch[NUM_HOT + 1]
@@ -339,6 +339,7 @@ def search(
     stages: np.ndarray,
     max_steps: int,
     least_gain: float,
+    most_cool: int,
 ) -> float:
     """Searches from the state's placement and leaves the best one found in it.
 
@@ -351,6 +352,7 @@ def search(
         stages: exponents of the soft maximum, one after the other, as doublings (3 is q = 8).
         max_steps: most changes tried.
         least_gain: part of the cost that a step must gain, even for free; for many ranks less.
+        most_cool: ranks to put load on that a step looks at when the :data:`NUM_COOL` coolest offer nothing.
 
     Returns:
         Expected balance minus the price of the moves.
@@ -375,7 +377,7 @@ def search(
                 value, idle = now, 0
                 copy_placement(expert, share, best_expert, best_share)
             # The second: no balance could pay for the moves made so far.
-            if not changed or idle > PATIENCE or 1.0 - slot_price * price <= value or steps >= max_steps:
+            if not changed or idle > max(PATIENCE, num_ranks // 4) or 1.0 - slot_price * price <= value or steps >= max_steps:
                 break
             steps += 1
             total = 0.0
@@ -393,9 +395,21 @@ def search(
                         hottest = domain
                 heat[hottest] = -1.0
                 first = hottest * ranks_per_domain
-                changed = _step(
-                    state, first, first + ranks_per_domain, where, prices, max_moves - moves, doublings, least, scratch
-                )
+                num_cool = NUM_COOL
+                while not changed and num_cool <= most_cool:
+                    changed = _step(
+                        state,
+                        first,
+                        first + ranks_per_domain,
+                        where,
+                        prices,
+                        max_moves - moves,
+                        doublings,
+                        least,
+                        num_cool,
+                        scratch,
+                    )
+                    num_cool *= 4
                 if changed:
                     break
             price, moves = spent(expert, where, prices)

@@ -18,7 +18,7 @@ from equipoise.topology import EpTopology
 
 Solver = Callable[[PlacementProblem], Placement]
 
-DEFAULT_MOVE_PRICE = 0.15
+DEFAULT_MOVE_PRICE = 0.12
 
 _SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
     {

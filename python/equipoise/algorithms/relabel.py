@@ -5,116 +5,57 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.kernel import helper
-from equipoise.algorithms.order import descending
 
 MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
+_NEVER = 1e9
 
 
-@helper
 def match(cost: np.ndarray) -> np.ndarray:
     """(n,) column of each row of the (n, n) ``cost`` in a cheap perfect matching; optimal up to 64 rows."""
-    return _hungarian(cost) if cost.shape[0] <= MOST_RANKS_MATCHED else _greedy(cost)
+    if len(cost) <= MOST_RANKS_MATCHED:
+        from scipy.optimize import linear_sum_assignment  # here: its import takes longer than most plans
+
+        return linear_sum_assignment(cost)[1]
+    chosen = np.empty(len(cost), dtype=np.int64)
+    free = cost.copy()
+    for row in np.argsort(cost.min(1), kind="stable"):  # rows with the best offer first
+        chosen[row] = free[row].argmin()
+        free[:, chosen[row]] = np.inf
+    return chosen
 
 
-@helper
-def _greedy(cost: np.ndarray) -> np.ndarray:
-    """Rows in order of how clear their best choice is; each takes the cheapest free column."""
-    size = cost.shape[0]
-    least = np.empty(size)
-    for row in range(size):
-        least[row] = -np.inf
-        for column in range(size):
-            least[row] = max(least[row], -cost[row, column])
-    column_of, used = np.empty(size, dtype=np.int64), np.zeros(size, dtype=np.bool_)
-    for row in descending(least):
-        best = -1
-        for column in range(size):
-            if not used[column] and (best < 0 or cost[row, column] < cost[row, best]):
-                best = column
-        used[best] = True
-        column_of[row] = best
-    return column_of
-
-
-@helper
-def _hungarian(cost: np.ndarray) -> np.ndarray:
-    """Least-cost perfect matching by shortest augmenting paths (Kuhn-Munkres with potentials), O(n^3)."""
-    size = cost.shape[0]
-    row_price, column_price = np.zeros(size + 1), np.zeros(size + 1)
-    row_of, previous = np.zeros(size + 1, dtype=np.int64), np.zeros(size + 1, dtype=np.int64)  # 1-based, 0: none
-    for row in range(1, size + 1):
-        row_of[0] = row
-        column = 0
-        slack, used = np.empty(size + 1), np.zeros(size + 1, dtype=np.bool_)
-        for j in range(size + 1):
-            slack[j] = np.inf
-        while row_of[column] != 0:
-            used[column] = True
-            here, delta, following = row_of[column], np.inf, 0
-            for j in range(1, size + 1):
-                if used[j]:
-                    continue
-                reduced = cost[here - 1, j - 1] - row_price[here] - column_price[j]
-                if reduced < slack[j]:
-                    slack[j], previous[j] = reduced, column
-                if slack[j] < delta:
-                    delta, following = slack[j], j
-            for j in range(size + 1):
-                if used[j]:
-                    row_price[row_of[j]] += delta
-                    column_price[j] -= delta
-                else:
-                    slack[j] -= delta
-            column = following
-        while column != 0:
-            row_of[column] = row_of[previous[column]]
-            column = previous[column]
-    column_of = np.empty(size, dtype=np.int64)
-    for column in range(1, size + 1):
-        column_of[row_of[column] - 1] = column - 1
-    return column_of
-
-
-@helper
 def relabel(
-    expert: np.ndarray, where: np.ndarray, prices: np.ndarray, slowness: np.ndarray, ranks_per_domain: int
+    placed: np.ndarray, old: np.ndarray, num_nodes: int, slowness: np.ndarray, node_price: float, keep_nodes: bool
 ) -> np.ndarray:
-    """The plan ``expert`` (P,) with its ranks permuted for the least price of moves.
+    """The layer ``placed`` (P,) with its ranks permuted for the least price of moves from ``old`` (P,).
 
-    Domains (nodes that experts may not leave) are permuted as wholes first, then the ranks inside each. Only ranks of
-    equal speed trade names.
+    Args:
+        slowness: (G,) 1 / speed; only ranks of equal speed trade names.
+        node_price: price of a move whose weights come from another node; within a node it is 1.
+        keep_nodes: ranks that share a node still share one: nodes are permuted as wholes, then the ranks in each.
     """
-    num_ranks = where.shape[0]
-    size, num_domains = expert.shape[0] // num_ranks, num_ranks // ranks_per_domain
-    price = np.zeros((num_ranks, num_ranks))  # of giving rank i what the plan has on rank j
-    for i in range(num_ranks):
-        for j in range(num_ranks):
-            if slowness[i] != slowness[j]:
-                price[i, j] = 1e9
-                continue
-            for slot in range(j * size, (j + 1) * size):
-                price[i, j] += prices[where[i, expert[slot]]]
-    old_domain = np.zeros((num_domains, num_domains))
-    for i in range(num_ranks):
-        for j in range(num_ranks):
-            offset_i, offset_j = i % ranks_per_domain, j % ranks_per_domain
-            alike = price[i, j] if price[i, j] < 1e9 or offset_i == offset_j else 0.0
-            old_domain[i // ranks_per_domain, j // ranks_per_domain] += alike
-    domain_of = match(old_domain)
-    out = expert.copy()
-    for domain in range(num_domains):
-        first, source = domain * ranks_per_domain, domain_of[domain] * ranks_per_domain
-        block = np.empty((ranks_per_domain, ranks_per_domain))
-        for i in range(ranks_per_domain):
-            for j in range(ranks_per_domain):
-                block[i, j] = price[first + i, source + j]
-        rank_of = match(block)
-        for i in range(ranks_per_domain):
-            if slowness[first + i] == 0.0:
-                continue
-            for k in range(size):
-                out[(first + i) * size + k] = expert[(source + rank_of[i]) * size + k]
-    return out
+    num_ranks = len(slowness)
+    rank_of_slot = np.repeat(np.arange(num_ranks), len(old) // num_ranks)
+    on_rank = np.zeros((num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
+    on_rank[rank_of_slot, old] = True
+    on_node = on_rank.reshape(num_nodes, -1, on_rank.shape[1]).any(1).repeat(num_ranks // num_nodes, axis=0)
+    price = np.where(on_rank, 0.0, np.where(on_node, 1.0, node_price))
+    # (old name, new name): of giving a rank what the plan has on another.
+    cost = price[:, placed].reshape(num_ranks, num_ranks, -1).sum(-1)
+    cost[slowness[:, None] != slowness] = _NEVER
+    source = np.arange(num_ranks)
+    if keep_nodes:
+        per_node = num_ranks // num_nodes
+        blocks = cost.reshape(num_nodes, per_node, num_nodes, per_node).transpose(0, 2, 1, 3)
+        alike = (blocks < _NEVER).any(-1).all(-1)
+        node_of = match(np.where(alike, np.minimum(blocks, node_price * len(old)).sum((2, 3)), _NEVER))
+        for node, taken in enumerate(node_of):
+            source[node * per_node : (node + 1) * per_node] = taken * per_node + match(blocks[node, taken])
+    else:
+        source = match(cost)
+    renamed = placed.reshape(num_ranks, -1)[source]
+    renamed[slowness == 0] = old.reshape(num_ranks, -1)[slowness == 0]
+    return renamed.ravel()
 
 
 @helper

@@ -16,7 +16,7 @@ from equipoise.algorithms.kernel import kernel
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
-SHIFT = 3.0  # times larger than all others is the change between windows that counts as a shift
+SHIFT = 5.0  # times larger than all others is the change between windows that counts as a shift
 _NEGLIGIBLE_WEIGHT = 1e-3
 
 
