@@ -35,8 +35,12 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
             if name != "real"
         }
         line = sorted(point for name, point in points.items() if name.startswith("equipoise") and "full" not in name)
-        axis.plot(*zip(points["reweight"], *line, strict=True), color="tab:blue", marker="o", label="equipoise, by price")
-        axis.plot(*points["equipoise"], color="tab:blue", marker="*", markersize=16, linestyle="", label="equipoise, default")
+        axis.plot(
+            *zip(points["reweight"], *line, strict=True), color="tab:blue", marker="o", label="equipoise, by price"
+        )
+        axis.plot(
+            *points["equipoise"], color="tab:blue", marker="*", markersize=16, linestyle="", label="equipoise, default"
+        )
         for name, point in points.items():
             if name.startswith("equipoise,") and "full" not in name:
                 continue

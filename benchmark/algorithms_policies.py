@@ -37,7 +37,7 @@ Policy = Callable[[EpTopology], Plan]
 
 
 def never(_: EpTopology) -> Plan:
-    return lambda windows, current: current
+    return lambda _, current: current
 
 
 def ours(algorithm: str = "equipoise", **options: Any) -> Policy:
@@ -49,9 +49,13 @@ def ours(algorithm: str = "equipoise", **options: Any) -> Policy:
     return make
 
 
+def ours_from_nothing(algorithm: str = "equipoise") -> Policy:
+    return lambda topology: lambda windows, _: rebalance_experts(windows, topology, algorithm=algorithm)
+
+
 def uniform(move_price: float) -> Policy:
-    return lambda topology: lambda windows, current: rebalance_uniform(
-        windows[-OUR_WINDOWS:], topology, current, move_price
+    return lambda topology: (
+        lambda windows, current: rebalance_uniform(windows[-OUR_WINDOWS:], topology, current, move_price)
     )
 
 
@@ -147,7 +151,7 @@ def _sglang(cache: Path) -> tuple[Policy]:
 
 def _sglang_vec(cache: Path) -> tuple[Policy]:
     _stand_in("sglang", "sglang.srt")
-    _stand_in("sglang.srt.utils", get_bool_env_var=lambda name: False)
+    _stand_in("sglang.srt.utils", get_bool_env_var=lambda _: False)
     module = _load("sglang.eplb_deepseek_vec", cache / "sglang/sglang/srt/eplb/eplb_algorithms/deepseek_vec.py")
 
     def plan(windows: np.ndarray, topology: EpTopology) -> torch.Tensor:
@@ -193,7 +197,9 @@ def _ascend(cache: Path) -> tuple[Policy, Policy]:
     def slot_counts(windows: np.ndarray, current: ExpertLocationMetadata) -> np.ndarray:
         """(T, L, G, S): what each slot counted, an expert's tokens split evenly as their dispatch does."""
         p2l = current.physical_to_logical_map.numpy()
-        counted = np.take_along_axis(windows / current.num_replicas.numpy(), np.broadcast_to(p2l, (len(windows), *p2l.shape)), 2)
+        counted = np.take_along_axis(
+            windows / current.num_replicas.numpy(), np.broadcast_to(p2l, (len(windows), *p2l.shape)), 2
+        )
         return counted.reshape(*counted.shape[:2], current.topology.num_ranks, -1)
 
     def table(current: ExpertLocationMetadata) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The load that placement algorithms are compared on: recorded traces cut into windows, and synthetic drift and shift."""
+"""The load that placement algorithms are compared on: recorded traces cut into windows, and synthetic load."""
 
 from __future__ import annotations
 

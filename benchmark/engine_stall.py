@@ -188,8 +188,8 @@ def main() -> None:
             f"{slots * size / 2**20:.0f} MiB of experts a layer and rank, {arguments.ranks} ranks"
         )
         for mode in arguments.modes:
-            results[mode], _ = run_mode(mode, folder, arguments)
-            console.print(f"{mode}: {results[mode]['outcome']}")
+            results[mode], report = run_mode(mode, folder, arguments)
+            console.print(f"{mode}: {report.outcome}" + (f": {report.error}" if report.error else ""))
     show(results, console)
     ratios: dict[str, float] = {}
     if {"sync", "async"} <= results.keys():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import neighbours
-from equipoise.communicator import PeerTensor, TorchCommunicator
+from equipoise.communicator import PeerTensor, Pending, TorchCommunicator
 from equipoise.placement_alignment import slot_order
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
@@ -66,6 +66,7 @@ class EquipoiseMover:
         verification: Verification,
         aligned: bool,
         staged_experts: int,
+        rounds_in_flight: int,
     ) -> None:
         self.name = f"equipoise, {'aligned' if aligned else 'exact map'}, {verification}"
         self._topology = topology
@@ -76,7 +77,12 @@ class EquipoiseMover:
         # Room for small rows, canary and checksum beside the experts' own bytes.
         budget = staged_experts * (largest + 4096) + 65536
         self._updater = ExpertLocationUpdater(
-            self._communicator, topology, weights, verification=verification, staging_bytes=budget
+            self._communicator,
+            topology,
+            weights,
+            verification=verification,
+            staging_bytes=budget,
+            rounds_in_flight=rounds_in_flight,
         )
 
     def migrate(self, new: np.ndarray) -> np.ndarray:
@@ -95,18 +101,18 @@ class EquipoiseMover:
     def record(self, into: list[Message] | None) -> Callable[[], None]:
         if into is None:
             return lambda: None
-        original, batch = self._communicator.exchange, [0]
+        original, batch = self._communicator.post, [0]
 
-        def listening(sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
+        def listening(sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
             into.extend(Message(batch[0], True, peer, tensor.nbytes) for peer, tensor in sends)
             into.extend(Message(batch[0], False, peer, tensor.nbytes) for peer, tensor in recvs)
             batch[0] += 1
-            original(sends, recvs, timeout)
+            return original(sends, recvs)
 
-        self._communicator.exchange = listening  # type: ignore[method-assign]
+        self._communicator.post = listening  # type: ignore[method-assign]
 
         def stop() -> None:
-            self._communicator.exchange = original  # type: ignore[method-assign]
+            self._communicator.post = original  # type: ignore[method-assign]
 
         return stop
 

@@ -28,6 +28,19 @@ STAR_RANKS = 64
 BULK_TAG, CONTROL_TAG = 0, 1
 
 
+class Pending(Protocol):
+    """Messages under way."""
+
+    def wait(self, timeout: float) -> None:
+        """Returns when all of them are through.
+
+        Raises:
+            TransferTimeout: they are not, after ``timeout`` seconds.
+            TransferError: they never will be.
+        """
+        ...
+
+
 @runtime_checkable
 class Communicator(Protocol):
     """Point-to-point transfers and small collectives among ``world_size`` ranks.
@@ -43,12 +56,16 @@ class Communicator(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
-        """Sends and receives contiguous tensors of any dtype and returns when all of them are through.
+    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
+        """Starts to send and receive contiguous tensors of any dtype; none may be touched until it has been waited for.
 
         Messages between two ranks arrive in the order in which they were sent; both sides name the same number of
-        bytes. A tensor may be sent to several peers.
+        bytes. A tensor may be sent to several peers. What was posted first is waited for first.
         """
+        ...
+
+    def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
+        """Posts and waits."""
         ...
 
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
@@ -74,6 +91,19 @@ class Communicator(Protocol):
             TransferError: this communicator cannot.
         """
         ...
+
+
+class _TorchPending:
+    def __init__(self, works: list[dist.Work], what: str) -> None:
+        self._works = works
+        self._what = what
+
+    def wait(self, timeout: float) -> None:
+        try:
+            for work in self._works:
+                work.wait(timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise _translated(error, self._what, timeout) from error
 
 
 class TorchCommunicator:
@@ -109,16 +139,17 @@ class TorchCommunicator:
         return self._group.size()
 
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
-        if not sends and not recvs:
-            return
-        try:
-            for work in self._post(sends, recvs):
-                work.wait(timedelta(seconds=timeout))
-        except RuntimeError as error:
-            peers = sorted({peer for peer, _ in [*sends, *recvs]})
-            raise _translated(error, f"transfer between rank {self.rank} and ranks {peers}", timeout) from error
+        self.post(sends, recvs).wait(timeout)
 
-    def _post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
+    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
+        peers = sorted({peer for peer, _ in [*sends, *recvs]})
+        what = f"transfer between rank {self.rank} and ranks {peers}"
+        try:
+            return _TorchPending(self._start(sends, recvs) if peers else [], what)
+        except RuntimeError as error:
+            raise _translated(error, what, 0.0) from error
+
+    def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
         if self.device.type == "cpu":  # gloo: straight to the group, at a third of the cost of a P2POp each
             works = [self._group.recv([tensor], peer, BULK_TAG) for peer, tensor in recvs]
             return works + [self._group.send([tensor], peer, BULK_TAG) for peer, tensor in sends]

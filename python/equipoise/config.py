@@ -201,8 +201,8 @@ class ReplayConfig:
     window: int = 8
     """Steps in a load window: a plan sees the windows before, its score comes from the windows after."""
 
-    history: int = 1
-    """Past windows a plan looks back on."""
+    history: int = 4
+    """Past windows a plan looks back on. `equipoise` keeps them apart, the published planners add them up."""
 
     rebalance_every: int = 1
     """Windows between two plans."""

@@ -25,6 +25,7 @@ class ExpertStore:
         expert_weights: Sequence[Sequence[torch.Tensor]],
         verification: Verification,
         staging_bytes: int | None,
+        num_outboxes: int,
     ) -> None:
         require_usable(expert_weights, topology.slots_per_rank)
         self._rank = rank
@@ -41,15 +42,15 @@ class ExpertStore:
                 tensors.append(canary)
         with_checksum = verification == "checksum"
         self._layouts = [ExpertLayout.of(tensors, with_checksum=with_checksum) for tensors in self._weights]
-        self.staging = StagingArea(self._layouts, staging_bytes, topology.slots_per_rank, self.device)
+        self.staging = StagingArea(self._layouts, staging_bytes, topology.slots_per_rank, num_outboxes, self.device)
 
-    def outgoing(self, layer_id: int, send: Send) -> list[PeerTensor]:
+    def outgoing(self, layer_id: int, send: Send, outbox: int) -> list[PeerTensor]:
         """The messages of one expert: the packed one, if there is any, then the large rows as they lie."""
         layout = self._layouts[layer_id]
         rows = self._rows(layer_id, send.place)
         messages: list[PeerTensor] = []
         if layout.packed_bytes:
-            packed = self._relayed_head(layout, send.place) if send.place < 0 else self.staging.outbox(layout)
+            packed = self._relayed_head(layout, send.place) if send.place < 0 else self.staging.outbox(outbox, layout)
             if send.place >= 0:
                 for row, field in zip(rows, layout.fields, strict=True):
                     if field.packed:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from equipoise.communicator import PeerTensor
+from equipoise.communicator import PeerTensor, Pending
 from equipoise.errors import TransferError, TransferTimeout
 
 
@@ -32,6 +32,15 @@ class InMemoryHub:
         return [self.communicator(rank) for rank in range(self.world_size)]
 
 
+class _InMemoryPending:
+    def __init__(self, communicator: InMemoryCommunicator, recvs: Sequence[PeerTensor]) -> None:
+        self._communicator = communicator
+        self._recvs = recvs
+
+    def wait(self, timeout: float) -> None:
+        self._communicator.receive(self._recvs, timeout)
+
+
 class InMemoryCommunicator:
     """One rank of an :class:`InMemoryHub`; see :class:`~equipoise.communicator.Communicator`."""
 
@@ -49,11 +58,19 @@ class InMemoryCommunicator:
         return self._hub.world_size
 
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
-        hub, deadline = self._hub, time.monotonic() + timeout
+        self.post(sends, recvs).wait(timeout)
+
+    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
+        hub = self._hub
         with hub.condition:
             for peer, tensor in sends:
                 hub.boxes[self._rank, peer].append(_bytes_of(tensor).clone())
             hub.condition.notify_all()
+        return _InMemoryPending(self, recvs)
+
+    def receive(self, recvs: Sequence[PeerTensor], timeout: float) -> None:
+        """Takes the next messages out of their boxes."""
+        hub, deadline = self._hub, time.monotonic() + timeout
         for peer, tensor in recvs:
             box = hub.boxes[peer, self._rank]
             with hub.condition:

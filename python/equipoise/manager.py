@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from equipoise.algorithms import available_algorithms, check_algorithm
+from equipoise.algorithms import WarmUp, available_algorithms, check_algorithm, warm_up_in_background
 from equipoise.background_planner import BackgroundPlanner, PlanningFailed
 from equipoise.commands import (
     Command,
@@ -43,6 +43,7 @@ from equipoise.dispatch import ExpertDispatcher
 from equipoise.errors import ConfigError, EquipoiseError, PhaseError, TransferError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.fault_injection import FaultInjector
+from equipoise.kernels import compile_kernels
 from equipoise.manager_replies import (
     expert_location_reply,
     mean_or_none,
@@ -186,10 +187,18 @@ class EplbManager:
         self._steps_to_wait = config.eplb_rebalance_num_iterations
         self._stepped = False
         self._watch = _Stopwatch()
+        self._compiling: WarmUp | None = None
 
     def warm_up(self) -> None:
-        """Collective, before serving: opens the connection between every pair of ranks."""
+        """Collective, before serving: opens the connection between every pair of ranks.
+
+        Rank 0 also has its kernels compiled, in a child process, since a compiler in this one would hold up forward
+        passes; a plan that is asked for meanwhile waits in the planner's thread.
+        """
         self._updater.warm_up()
+        if self._communicator.rank == 0:
+            self._compiling = warm_up_in_background("equipoise.kernels")
+            self._planner.prepare(partial(_await_kernels, self._compiling))
 
     # During a forward pass ------------------------------------------------------------------------------------------
 
@@ -242,6 +251,8 @@ class EplbManager:
 
     def close(self) -> None:
         """Ends the threads."""
+        if self._compiling is not None:
+            self._compiling.cancel()
         self._planner.close()
         self._runner.close()
 
@@ -400,3 +411,9 @@ class EplbManager:
             peak_staging_bytes=self._migration.peak_staging_bytes if migrating else 0,
             layers=list(self._migration.profiles) if migrating else [],
         )
+
+
+def _await_kernels(compiling: WarmUp) -> None:
+    """In the planner's thread: what the child process has compiled is loaded, not compiled again."""
+    if compiling.wait():
+        compile_kernels()

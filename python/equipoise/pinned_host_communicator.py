@@ -1,17 +1,18 @@
 """For GPUs that cannot reach each other: bulk tensors travel through pinned host memory over a CPU communicator.
 
-The way is device -> pinned host -> wire -> pinned host -> device. Host buffers are kept and reused; they grow to the
-largest exchange, which a plan with rounds bounds to one expert sent and one received.
+The way is device -> pinned host -> wire -> pinned host -> device. Host buffers are kept and reused; there are
+two for each exchange in flight, as large as the largest one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from equipoise.communicator import Communicator, PeerTensor
+from equipoise.communicator import Communicator, PeerTensor, Pending
 
 
 class PinnedHostCommunicator:
@@ -25,8 +26,9 @@ class PinnedHostCommunicator:
     def __init__(self, inner: Communicator, device: torch.device | str) -> None:
         self._inner = inner
         self.device = torch.device(device)
-        self._outgoing = self._host_buffer(0)
-        self._incoming = self._host_buffer(0)
+        self._free: list[torch.Tensor] = []
+        self.host_bytes = 0
+        """Pinned memory allocated so far."""
 
     @property
     def rank(self) -> int:
@@ -36,25 +38,19 @@ class PinnedHostCommunicator:
     def world_size(self) -> int:
         return self._inner.world_size
 
-    @property
-    def host_bytes(self) -> int:
-        """Pinned memory held."""
-        return self._outgoing.numel() + self._incoming.numel()
-
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
-        self._outgoing, outgoing = self._slices(self._outgoing, sends)
-        self._incoming, incoming = self._slices(self._incoming, recvs)
-        for (_, tensor), host in zip(sends, outgoing, strict=True):
+        self.post(sends, recvs).wait(timeout)
+
+    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
+        outgoing, incoming = self._take_buffer(sends), self._take_buffer(recvs)
+        for (_, tensor), host in zip(sends, outgoing.parts, strict=True):
             host.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
-        self._finish()
-        self._inner.exchange(
-            [(peer, host) for (peer, _), host in zip(sends, outgoing, strict=True)],
-            [(peer, host) for (peer, _), host in zip(recvs, incoming, strict=True)],
-            timeout,
+        self.finish_copies()
+        inner = self._inner.post(
+            [(peer, host) for (peer, _), host in zip(sends, outgoing.parts, strict=True)],
+            [(peer, host) for (peer, _), host in zip(recvs, incoming.parts, strict=True)],
         )
-        for (_, tensor), host in zip(recvs, incoming, strict=True):
-            tensor.view(-1).view(torch.uint8).copy_(host, non_blocking=True)
-        self._finish()
+        return _PinnedPending(self, inner, outgoing, incoming, recvs)
 
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
         if tensor.device.type == "cpu":
@@ -76,17 +72,50 @@ class PinnedHostCommunicator:
     def rebuild(self) -> None:
         self._inner.rebuild()
 
-    def _slices(self, buffer: torch.Tensor, messages: Sequence[PeerTensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A part of ``buffer``, or of a larger one that takes its place, for each message."""
-        sizes = [tensor.numel() * tensor.element_size() for _, tensor in messages]
-        if sum(sizes) > buffer.numel():
-            buffer = self._host_buffer(sum(sizes))
-        return buffer, list(buffer[: sum(sizes)].split(sizes)) if sizes else []
-
-    def _host_buffer(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-
-    def _finish(self) -> None:
+    def finish_copies(self) -> None:
         """The transport below knows no streams: copies must have ended before it starts, and before we return."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+    def give_back(self, buffer: _HostBuffer) -> None:
+        """Keeps a buffer for the next exchange."""
+        self._free.append(buffer.memory)
+
+    def _take_buffer(self, messages: Sequence[PeerTensor]) -> _HostBuffer:
+        """A free buffer, or a larger one in its place, with a part for each message."""
+        sizes = [tensor.numel() * tensor.element_size() for _, tensor in messages]
+        memory = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
+        if sum(sizes) > memory.numel():
+            self.host_bytes += sum(sizes) - memory.numel()
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return _HostBuffer(memory, list(memory[: sum(sizes)].split(sizes)) if sizes else [])
+
+
+@dataclass(frozen=True, eq=False)
+class _HostBuffer:
+    memory: torch.Tensor
+    parts: list[torch.Tensor]
+
+
+class _PinnedPending:
+    def __init__(
+        self,
+        communicator: PinnedHostCommunicator,
+        inner: Pending,
+        outgoing: _HostBuffer,
+        incoming: _HostBuffer,
+        recvs: Sequence[PeerTensor],
+    ) -> None:
+        self._communicator = communicator
+        self._inner = inner
+        self._outgoing, self._incoming = outgoing, incoming
+        self._recvs = recvs
+
+    def wait(self, timeout: float) -> None:
+        self._inner.wait(timeout)
+        for (_, tensor), host in zip(self._recvs, self._incoming.parts, strict=True):
+            tensor.view(-1).view(torch.uint8).copy_(host, non_blocking=True)
+        self._communicator.finish_copies()
+        # Not after a failure: the transport may still write there.
+        self._communicator.give_back(self._incoming)
+        self._communicator.give_back(self._outgoing)

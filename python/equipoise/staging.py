@@ -55,12 +55,13 @@ class ExpertLayout:
 
 
 class StagingArea:
-    """A bounded number of staging slots and one outbox for the packed part of what is being sent.
+    """A bounded number of staging slots, and outboxes for the packed part of what is being sent.
 
     Args:
         layouts: one per layer.
         budget: most bytes it may ever allocate; None: ``default_slots`` slots of the largest layout.
         default_slots: see ``budget``.
+        num_outboxes: experts that may be on their way out at once.
         device: where it lives.
 
     Raises:
@@ -72,10 +73,12 @@ class StagingArea:
         layouts: Sequence[ExpertLayout],
         budget: int | None,
         default_slots: int,
+        num_outboxes: int,
         device: torch.device,
     ) -> None:
         self._device = device
-        self._outbox_bytes = max((layout.packed_bytes for layout in layouts), default=0)
+        self._outbox_stride = max((layout.packed_bytes for layout in layouts), default=0)
+        self._outbox_bytes = num_outboxes * self._outbox_stride
         self._stride = max((layout.slot_bytes for layout in layouts), default=0)
         least = self._outbox_bytes + self._stride
         if budget is not None and budget < least:
@@ -85,7 +88,7 @@ class StagingArea:
             )
         fitting = (budget - self._outbox_bytes) // self._stride if budget is not None and self._stride else None
         self.capacity = default_slots if fitting is None else min(fitting, default_slots)
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     @property
     def allocated_bytes(self) -> int:
@@ -103,9 +106,10 @@ class StagingArea:
         """Gives the memory back; the next :meth:`reserve` allocates it again."""
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def outbox(self, layout: ExpertLayout) -> torch.Tensor:
+    def outbox(self, index: int, layout: ExpertLayout) -> torch.Tensor:
         """(packed_bytes,) uint8."""
-        return self._memory[: layout.packed_bytes]
+        start = index * self._outbox_stride
+        return self._memory[start : start + layout.packed_bytes]
 
     def slot(self, index: int, layout: ExpertLayout) -> torch.Tensor:
         """(slot_bytes,) uint8."""

@@ -202,24 +202,28 @@ def _take_arrivals_with_a_place(
         for rank in range(num_ranks):
             if pending[rank] == 0 or budget[rank] == 0:
                 continue
-            chosen, chosen_source, best = -1, -1, -(1 << 30)
+            chosen, chosen_source, chosen_place, best = -1, -1, -1, -(1 << 30)
             for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank):
                 expert = new[slot]
                 if copies[expert, rank] > 0:
                     continue
-                other = _released_rank(expert, rank, copies, on_node, total, wanted, node_wants, ranks_per_node)
-                # Best is an arrival from a rank that sends little in this step, and among those one that gives a
-                # place to a rank that can use it, most of all a rank in need.
                 source = _likely_source(expert, rank, held, copies, sends, ranks_per_node)
-                worth = 0 if other < 0 or budget[other] == 0 else pending[other]
-                worth -= sends[source] * slots_per_rank
+                if sends[source] >= capacity:
+                    continue
+                place = _free_place(rank, row, new, copies, on_node, total, wanted, node_wants, ranks_per_node, expert)
+                if place < 0:
+                    break
+                # Best is an arrival from a rank that sends little in this step; then one whose own slot is free, so
+                # that nothing has to move aside; then one that gives a place to a rank in need of places.
+                other = _released_rank(expert, rank, copies, on_node, total, wanted, node_wants, ranks_per_node)
+                worth = 0 if other < 0 or budget[other] == 0 else min(pending[other], slots_per_rank - 1)
+                if new[place] == expert:
+                    worth += slots_per_rank
+                worth -= 2 * slots_per_rank * sends[source]
                 if worth > best:
-                    chosen, chosen_source, best = expert, source, worth
-            if sends[chosen_source] >= capacity:
-                continue  # every other choice would send as much
-            place = _free_place(rank, row, new, copies, on_node, total, wanted, node_wants, ranks_per_node, chosen)
-            if place >= 0:
-                _arrive(chosen, rank, place, row, new, copies, on_node, total, pending, budget, ranks_per_node)
+                    chosen, chosen_source, chosen_place, best = expert, source, place, worth
+            if chosen >= 0:
+                _arrive(chosen, rank, chosen_place, row, new, copies, on_node, total, pending, budget, ranks_per_node)
                 sends[chosen_source] += 1
                 progress = True
 

@@ -13,19 +13,21 @@ compared with the plan before anything is sent and again where it lands. ``check
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from equipoise.communicator import Communicator, PeerTensor
+from equipoise.communicator import Communicator, PeerTensor, Pending
 from equipoise.errors import InDoubtError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
 from equipoise.expert_store import ExpertStore
 from equipoise.fault_injection import FaultInjector, NoFaults
 from equipoise.topology import EpTopology
+from equipoise.transfer_pace import Pace
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
-from equipoise.transfer_program import RankProgram, rank_program
+from equipoise.transfer_program import RankProgram, Round, rank_program
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.verification import Verification
 
@@ -59,6 +61,8 @@ class ExpertLocationUpdater:
         verification: see the module.
         staging_bytes: most bytes to allocate for staging; None: the rank's slots of the largest layer.
         timeout: seconds that staging one step may take.
+        rounds_in_flight: rounds of which a rank may be in the middle; 1 keeps its link to one peer each way, more hide
+            the latency between rounds.
         duty: share of the time, in (0, 1], that may go to transfers; the rest of it the updater sleeps between rounds,
             so that forward passes beside it keep the processor and the links.
         vote_grace: seconds beyond ``timeout`` after which a vote is given up.
@@ -79,22 +83,25 @@ class ExpertLocationUpdater:
         verification: Verification = "canary",
         staging_bytes: int | None = None,
         timeout: float = 60.0,
+        rounds_in_flight: int = 1,
         duty: float = 1.0,
         vote_grace: float = VOTE_GRACE_SECONDS,
         faults: FaultInjector | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        assert 0 < duty <= 1, f"{duty=}"
+        assert rounds_in_flight >= 1, f"{rounds_in_flight=}"
+        self._rounds_in_flight = rounds_in_flight
         self._communicator = communicator
         self._topology = topology
         self._timeout = timeout
-        self._rest_per_second = 1.0 / duty - 1.0
+        self._pace = Pace(duty, sleep)
         self._vote_grace = vote_grace
         self._faults = faults if faults is not None else NoFaults()
         self._clock = clock
-        self._sleep = sleep
-        self._store = ExpertStore(communicator.rank, topology, expert_weights, verification, staging_bytes)
+        self._store = ExpertStore(
+            communicator.rank, topology, expert_weights, verification, staging_bytes, rounds_in_flight
+        )
         self._streams = _Streams(self._store.device)
         self.broken: str | None = None
         """Why no further transfer can run; None while one can."""
@@ -224,19 +231,25 @@ class ExpertLocationUpdater:
         self, layer_id: int, program: RankProgram, deadline: float, sent: np.ndarray, received: np.ndarray
     ) -> None:
         fault = self._faults.at("transfer", layer_id)
-        for each in program.rounds:
-            began = self._clock()
-            sends = self._store.outgoing(layer_id, each.send) if each.send else []
+        under_way: deque[tuple[Round, Pending]] = deque()
+        began, moved = self._clock(), 0
+        for number, each in enumerate(program.rounds):
+            while under_way and (len(under_way) == self._rounds_in_flight or _awaits_one_of(each, under_way)):
+                under_way.popleft()[1].wait(max(deadline - self._clock(), 0.001))
+                self._pace.rest(moved, self._clock() - began)
+                began, moved = self._clock(), 0
+            sends = self._store.outgoing(layer_id, each.send, number % self._rounds_in_flight) if each.send else []
             recvs = self._store.incoming(layer_id, each.receive) if each.receive else []
             if fault is not None and sends:
                 sends = [] if fault == "drop" else [(peer, tensor.bitwise_xor(0x55)) for peer, tensor in sends]
                 fault = None
             self._streams.finish()  # what was packed must be there before a transport that knows no streams reads it
-            self._communicator.exchange(sends, recvs, max(deadline - began, 0.001))
+            under_way.append((each, self._communicator.post(sends, recvs)))
+            moved += sum(tensor.nbytes for _, tensor in [*sends, *recvs])
             _count(sends, sent)
             _count(recvs, received)
-            if self._rest_per_second:
-                self._sleep((self._clock() - began) * self._rest_per_second)
+        for _, pending in under_way:
+            pending.wait(max(deadline - self._clock(), 0.001))
 
     def _verify(self, layer_id: int, program: RankProgram) -> None:
         fault = self._faults.at("verify", layer_id)
@@ -307,6 +320,13 @@ class _Streams:
         if self._stream is not None:
             self._last_commit = torch.cuda.Event()
             self._last_commit.record()
+
+
+def _awaits_one_of(each: Round, under_way: Iterable[tuple[Round, Pending]]) -> bool:
+    """Whether a round passes on what a round under way has yet to bring."""
+    if each.send is None or each.send.place >= 0:
+        return False
+    return any(before.receive and before.receive.staging_index == ~each.send.place for before, _ in under_way)
 
 
 def _ballot(failure: Exception | None) -> int:

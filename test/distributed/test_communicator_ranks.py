@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from communicator_conformance import CHECKS
-from equipoise.communicator import TorchCommunicator
+from equipoise.communicator import Communicator, TorchCommunicator
 from equipoise.errors import TransferError
 from equipoise.pinned_host_communicator import PinnedHostCommunicator
 from run_ranks import run_ranks
@@ -20,9 +20,15 @@ def new_gloo_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=LIMIT)
 
 
-def run_all_checks(_rank: int, _world_size: int, pinned: bool) -> list[str]:
+def make(kind: str) -> Communicator:
     communicator = TorchCommunicator(new_gloo_group(), control_group=new_gloo_group(), new_group=new_gloo_group)
-    under_test = PinnedHostCommunicator(communicator, "cpu") if pinned else communicator
+    if kind == "pinned":
+        return PinnedHostCommunicator(communicator, "cpu")
+    return communicator
+
+
+def run_all_checks(_rank: int, _world_size: int, kind: str) -> list[str]:
+    under_test = make(kind)
     passed = []
     for check in CHECKS:
         check(under_test)
@@ -30,9 +36,9 @@ def run_all_checks(_rank: int, _world_size: int, pinned: bool) -> list[str]:
     return passed
 
 
-@pytest.mark.parametrize("pinned", [False, True], ids=["torch", "pinned over torch"])
-def test_conformance(pinned):
-    results = run_ranks(run_all_checks, 4, pinned, timeout=120)
+@pytest.mark.parametrize("kind", ["torch", "pinned"])
+def test_conformance(kind):
+    results = run_ranks(run_all_checks, 4, kind, timeout=120)
     assert results == [[check.__name__ for check in CHECKS]] * 4
 
 

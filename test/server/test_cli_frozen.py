@@ -55,7 +55,7 @@ REPLAY = {
     "--num-redundant-experts": 0,
     "--num-groups": None,
     "--window": 8,
-    "--history": 1,
+    "--history": 4,
     "--rebalance-every": 1,
     "--max-moves-per-layer": None,
     "--expert-bytes": None,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment, linprog
+
 from equipoise.algorithms import rebalance_experts
 from equipoise.algorithms.relabel import match
 from equipoise.algorithms.scenarios import make_scenarios
@@ -12,9 +16,6 @@ from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.metrics import balancedness, rank_load
 from equipoise.topology import EpTopology
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment, linprog
 
 
 def skewed(seed: int, *shape: int) -> np.ndarray:

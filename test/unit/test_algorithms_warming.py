@@ -27,12 +27,13 @@ def test_waiting_gives_up_after_the_timeout(monkeypatch):
     assert slow.done
 
 
-def test_every_kernel_that_a_plan_needs_is_warm(monkeypatch):
+def test_every_kernel_that_a_plan_needs_is_warm():
     """A plan after the warm-up, with every option, compiles nothing."""
     import numpy as np
+    from numba.core import event
+
     from equipoise.algorithms import available_algorithms, rebalance_experts
     from equipoise.topology import EpTopology
-    from numba.core import event
 
     warm_up()
     compiled = []

@@ -14,11 +14,23 @@ LAYERS = [
     {"__init__", "errors", "topology", "config", "atomic_file"},
     {"expert_location", "load_trace", "formats", "metrics", "commands"},
     {"algorithms", "dispatch", "trigger"}
-    | {f"transfer_{part}" for part in ("plan", "sources", "rounds", "schedule", "steps", "program", "report", "table")}
+    | {
+        f"transfer_{part}"
+        for part in ("plan", "sources", "rounds", "pace", "schedule", "steps", "program", "report", "table")
+    }
     | {"placement_alignment"},
     {"communicator", "in_memory_communicator", "pinned_host_communicator", "fault_injection", "expert_store"}
     | {"transfer_worker", "recorder", "staging", "verification", "updater"},
-    {"background_planner", "planning", "migration", "recording", "rebalance_log", "manager_replies", "manager"},
+    {
+        "background_planner",
+        "kernels",
+        "planning",
+        "migration",
+        "recording",
+        "rebalance_log",
+        "manager_replies",
+        "manager",
+    },
     {"engine", "server", "replay", "integrations", "demo_model"},
     {"cli", "__main__"},
 ]

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, kernel
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
+from equipoise.algorithms.kernel import helper, kernel, number
 from equipoise.algorithms.layer_state import new_state, settle_all
 from equipoise.algorithms.layers import for_each_layer
-from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, ON_RANK, origin, search, spent
+from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, origin, search, spent
 from equipoise.algorithms.min_max import level_ranks
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align, relabel
@@ -73,9 +73,9 @@ def solve(problem: PlacementProblem) -> Placement:
         placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
         task = _Task.of(problem)
     if (value == -np.inf).any():
-        layer = int(np.flatnonzero(value == -np.inf)[0])
+        lost = int(np.flatnonzero(value == -np.inf)[0])
         raise ConfigError(
-            f"rank_capacity leaves experts of layer {layer} without a live rank, and max_moves_per_layer="
+            f"rank_capacity leaves experts of layer {lost} without a live rank, and max_moves_per_layer="
             f"{problem.max_moves_per_layer}, num_groups={problem.num_groups} leave no slot to copy them to",
             field="rank_capacity",
         )
@@ -168,7 +168,7 @@ class _Task:
             NO_LIMIT if limit is None or from_nothing else limit,
             np.array(STAGES if several else SINGLE_STAGES),
             # From nothing, with several windows to please, a few steps bring what carries over to the next window.
-            max(24, num_slots // 16) if from_nothing and several else num_slots,
+            max(24, problem.topology.num_ranks // 2) if from_nothing and several else num_slots,
             LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
             NUM_COOL if several or not from_nothing else SINGLE_MOST_COOL,
         )
@@ -176,9 +176,7 @@ class _Task:
     def finish(self, placed: np.ndarray, share: np.ndarray) -> Placement:
         problem = self.problem
         keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
-        self.run(
-            _finish_layers, self.old, placed, share, self.experts, self.weight, self.slowness, keep_slots, exact
-        )
+        self.run(_finish_layers, self.old, placed, share, self.experts, self.weight, self.slowness, keep_slots, exact)
         return Placement(placed, share)
 
 
@@ -262,7 +260,7 @@ def _weigh_layers(
         if lost[layer] == 0:
             spread_shares(state)
             for stage in range(stages.shape[0]):
-                settle_all(state, stages[stage], np.int64(40), 1e-6)
+                settle_all(state, stages[stage], number(40), 1e-6)
 
 
 @kernel
@@ -291,9 +289,7 @@ def _finish_layers(
 
 
 @helper
-def _home_of_experts(
-    expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int
-) -> tuple[np.ndarray, bool]:
+def _home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> tuple[np.ndarray, bool]:
     """(E,) node that holds each expert's group, -1 for none; False where groups are asked for but not whole."""
     home = np.empty(num_experts, dtype=np.int64)
     for e in range(num_experts):

@@ -55,9 +55,7 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
     for _ in range(num_slots - load.shape[0]):
         best = -1
         for expert in range(load.shape[0]):
-            if count[expert] < num_ranks and (
-                best < 0 or load[expert] * count[best] > load[best] * count[expert]
-            ):
+            if count[expert] < num_ranks and (best < 0 or load[expert] * count[best] > load[best] * count[expert]):
                 best = expert
         if best < 0:
             best = 0
@@ -106,15 +104,15 @@ def pack(
 
 @helper
 def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
+    found = False
     for slot in range(first, first + taken):
-        if out[slot] == expert:
-            return True
-    return False
+        found = found or out[slot] == expert
+    return found
 
 
 @helper
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
-    """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens it out."""
+    """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens out."""
     dealt = 0
     for i in descending(count):
         for _ in range(count[i]):

@@ -28,3 +28,9 @@ def helper(function: F) -> F:
     It has no wrappers for Python and no cache of its own: a cached kernel holds all that it calls.
     """
     return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+@helper
+def number(value: int) -> int:
+    """``value`` as a variable: for a literal, numba would compile another version of each function that takes it."""
+    return value

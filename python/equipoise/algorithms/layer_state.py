@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import helper, number
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
 _TINY = 1e-9
@@ -215,7 +215,7 @@ def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float
     size = expert.shape[0] // ranks.shape[0]
     gain = 0.0
     for _ in range(replicas[e, COUNT] - 1):
-        dear, cheap, most, least = np.int64(-1), np.int64(-1), -1.0, np.inf
+        dear, cheap, most, least = number(-1), number(-1), -1.0, np.inf
         slot = replicas[e, FIRST]
         while slot >= 0:
             price = marginal(ranks, experts, slot // size, e, share[slot])
@@ -228,7 +228,7 @@ def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float
         if dear < 0 or source == target or most - least <= tolerance * most:
             break
         has = share[dear]
-        t = best_transfer(ranks, experts, weight, e, source, target, has, share[cheap], doublings, np.int64(6))
+        t = best_transfer(ranks, experts, weight, e, source, target, has, share[cheap], doublings, number(6))
         if t <= 0.0:
             break
         if has - t < _TINY:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import helper, number
 from equipoise.algorithms.layer_state import (
     COST,
     COUNT,
@@ -38,7 +38,7 @@ from equipoise.algorithms.layer_state import (
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
 NUM_HOT = 3  # ranks whose load a step tries to lower
-NUM_COOL = np.int64(6)  # ranks it tries to put it on, at first
+NUM_COOL = 6  # ranks it tries to put it on, at first
 PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
@@ -94,9 +94,7 @@ def _pick_ranks(ranks: np.ndarray, first: int, last: int, picked: np.ndarray, mo
 
 
 @helper
-def _loads(
-    expert: np.ndarray, share: np.ndarray, experts: np.ndarray, rank: int, size: int, out: np.ndarray
-) -> None:
+def _loads(expert: np.ndarray, share: np.ndarray, experts: np.ndarray, rank: int, size: int, out: np.ndarray) -> None:
     """Fills ``out`` (S, scenarios) with what each slot of a rank adds to its load."""
     for k in range(size):
         slot = rank * size + k
@@ -157,10 +155,10 @@ def _most_gain(
 
 @helper
 def _heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
-    """The replica that takes a slot's share most cheaply when the slot gives up its expert; first-order cost (over q)."""
+    """The replica that takes a slot's share most cheaply when the slot is overwritten; first-order cost (over q)."""
     expert, following, share, replicas, _, ranks, experts, _ = state
     e, part = expert[slot], share[slot]
-    best, least = np.int64(-1), np.inf
+    best, least = number(-1), np.inf
     other = replicas[e, FIRST]
     while other >= 0:
         if other != slot:
@@ -188,7 +186,7 @@ def _overwrite_gain(
         saved[0, s], saved[1, s] = ranks[rank, s], ranks[third, s]
     add_share(expert, share, ranks, experts, slot, -freed)
     add_share(expert, share, ranks, experts, heir, freed)
-    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, np.int64(2))
+    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, number(2))
     for s in range(NUM_SCENARIOS):
         less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, SLOWNESS]
         more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, SLOWNESS]
@@ -265,7 +263,7 @@ def _step(
     for i in range(num_hot):
         _loads(expert, share, experts, hot[i], size, scratch[i])
     heirs, freed, hopes, back = np.empty(size, dtype=np.int64), np.empty(size), np.empty(size), np.empty(size)
-    best, slot_1, slot_2, best_heir, best_t = least_gain, np.int64(-1), np.int64(-1), np.int64(-1), 0.0
+    best, slot_1, slot_2, best_heir, best_t = least_gain, number(-1), number(-1), number(-1), 0.0
     for j in range(num_cool):
         rank_2 = cool[j]
         _loads(expert, share, experts, rank_2, size, loads_2)
@@ -318,11 +316,9 @@ def _step(
                         pay = max(price + prices[there] - prices[here], _FREE)
                         more += (there != ON_RANK) - (here != ON_RANK)
                         if more <= room and min(q * (out + back[k]), hope) > best * pay:
-                            gain = _swap_gain(
-                                ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings
-                            )
+                            gain = _swap_gain(ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings)
                             if gain > best * pay:
-                                best, slot_1, slot_2, best_heir = gain / pay, p, slot, np.int64(-1)
+                                best, slot_1, slot_2, best_heir = gain / pay, p, slot, number(-1)
     if slot_1 >= 0:
         _apply(state, slot_1, slot_2, best_heir, best_t, doublings)
     return slot_1 >= 0
@@ -368,7 +364,7 @@ def search(
     value, steps = -np.inf, 0
     for stage in range(stages.shape[0]):
         doublings = stages[stage]
-        settle_all(state, doublings, np.int64(3), 1e-3)
+        settle_all(state, doublings, number(3), 1e-3)
         idle, changed = 0, True
         while True:
             now = expected_balance(ranks, weight) - slot_price * price
@@ -376,9 +372,10 @@ def search(
             if now > value:
                 value, idle = now, 0
                 copy_placement(expert, share, best_expert, best_share)
-            # The second: no balance could pay for the moves made so far.
-            if not changed or idle > max(PATIENCE, num_ranks // 4) or 1.0 - slot_price * price <= value or steps >= max_steps:
+            if not changed or idle > max(PATIENCE, num_ranks // 4) or steps >= max_steps:
                 break
+            if 1.0 - slot_price * price <= value:
+                break  # no balance could pay for the moves made so far
             steps += 1
             total = 0.0
             for domain in range(num_domains):
@@ -395,7 +392,7 @@ def search(
                         hottest = domain
                 heat[hottest] = -1.0
                 first = hottest * ranks_per_domain
-                num_cool = NUM_COOL
+                num_cool = number(NUM_COOL)
                 while not changed and num_cool <= most_cool:
                     changed = _step(
                         state,
@@ -415,6 +412,5 @@ def search(
             price, moves = spent(expert, where, prices)
     copy_placement(best_expert, best_share, expert, share)
     fill(state)
-    settle_all(state, stages[-1], np.int64(3), 1e-3)
+    settle_all(state, stages[-1], number(3), 1e-3)
     return expected_balance(ranks, weight) - slot_price * spent(expert, where, prices)[0]
-

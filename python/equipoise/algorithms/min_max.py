@@ -62,9 +62,7 @@ def level_ranks(state: LayerState) -> None:
         mean = tokens / capacity
         if top - mean <= _LEVEL * top or coolest == hottest:
             return
-        flow = min(
-            (top - mean) / ranks[hottest, SLOWNESS], (mean - ranks[coolest, 0]) / ranks[coolest, SLOWNESS]
-        )
+        flow = min((top - mean) / ranks[hottest, SLOWNESS], (mean - ranks[coolest, 0]) / ranks[coolest, SLOWNESS])
         rank = coolest
         while rank != hottest:
             flow = min(flow, share[give[rank]] * experts[expert[give[rank]], 0])

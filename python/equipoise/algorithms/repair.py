@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import helper, number
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 from equipoise.algorithms.local_search import ON_RANK, overwrite
 
@@ -49,7 +49,7 @@ def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
     for e in range(replicas.shape[0]):
         if replicas[e, COUNT] > 0:
             continue
-        best, least = np.int64(-1), np.inf
+        best, least = number(-1), np.inf
         for slot in range(expert.shape[0]):
             rank, other = slot // size, expert[slot]
             if ranks[rank, SLOWNESS] == 0.0 or replicas[other, COUNT] < 2:
@@ -79,7 +79,7 @@ def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per
         rank, twin = slot // size, expert[slot]
         if ranks[rank, SLOWNESS] == 0.0 or held[rank, twin] < 2:
             continue
-        best, most = np.int64(-1), -1.0
+        best, most = number(-1), -1.0
         for e in range(replicas.shape[0]):
             if held[rank, e] > 0 or (home[e] >= 0 and rank // ranks_per_node != home[e]):
                 continue

@@ -37,12 +37,12 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     any_load = np.empty(load.shape[1], dtype=np.bool_)
     _normalise(load, total, share, any_load)
     share = share[_last_shift(share) :]
-    num_windows = share.shape[0]
+    num_windows = len(share)
     decay = _backtest(share) if num_windows > 1 else 1.0
     weight = decay ** np.arange(num_windows - 1, -1, -1.0)
     weight[weight < _NEGLIGIBLE_WEIGHT * weight.sum()] = 0.0
     weight /= weight.sum()
-    tokens = np.zeros((*load.shape[1:], NUM_SCENARIOS))
+    tokens = np.zeros((load.shape[1], load.shape[2], NUM_SCENARIOS))
     lanes = np.zeros(NUM_SCENARIOS)
     for age in range(min(num_windows, NUM_SCENARIOS)):
         if age == NUM_SCENARIOS - 1 and num_windows > NUM_SCENARIOS:
@@ -139,22 +139,42 @@ def _backtest_error(share: np.ndarray, decay: float) -> float:
 
 @kernel
 def _noise(share: np.ndarray, tokens: np.ndarray, weight: np.ndarray, noise: np.ndarray) -> None:
-    """Variance of each expert's load: proportional to the load, at the rate of the calmest pair of adjacent windows.
+    """Variance of each expert's load, a part proportional to the load (counting) and one to its square (drift).
 
-    The calmest pair, because a shift of the workload is no noise.
+    Both rates are fitted, per layer and over all experts, to the calmest pair of adjacent windows: a shift of the
+    workload is no noise.
     """
     num_windows, num_layers, num_experts = share.shape
     for layer in range(num_layers):
-        rate = np.inf
+        calmest, least = 1, np.inf
         for window in range(1, num_windows):
-            change, both = 0.0, 0.0
+            change = 0.0
             for expert in range(num_experts):
                 gap = share[window, layer, expert] - share[window - 1, layer, expert]
                 change += gap * gap
-                both += share[window, layer, expert] + share[window - 1, layer, expert]
-            rate = min(rate, change / both)
+            if change < least:
+                calmest, least = window, change
+        # Least moments of variance ~ linear * mean + square * mean**2.
+        first, second, third, change, leaning = 0.0, 0.0, 0.0, 0.0, 0.0
+        for expert in range(num_experts):
+            mean = 0.5 * (share[calmest, layer, expert] + share[calmest - 1, layer, expert])
+            gap = share[calmest, layer, expert] - share[calmest - 1, layer, expert]
+            first += mean
+            second += mean * mean
+            third += mean * mean * mean
+            change += 0.5 * gap * gap
+            leaning += 0.5 * gap * gap * mean
+        determinant = first * third - second * second
+        linear, square = change / first, 0.0
+        if determinant > 1e-12 * first * third:
+            linear = (change * third - leaning * second) / determinant
+            square = (leaning * first - change * second) / determinant
+            if square < 0.0:
+                linear, square = change / first, 0.0
+            elif linear < 0.0:
+                linear, square = 0.0, change / second
         for expert in range(num_experts):
             mean = 0.0
             for lane in range(weight.shape[0]):
                 mean += weight[lane] * tokens[layer, expert, lane]
-            noise[layer, expert] = rate * mean
+            noise[layer, expert] = (linear + square * mean) * mean

@@ -6,12 +6,13 @@ on disk. Compiling in the engine's own process would hold the GIL and delay step
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import numpy as np
+
+_COMPILE = "import os, runpy; os.nice(10); runpy.run_module({module!r}, run_name='__main__')"
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class WarmUp:
         self.process.wait()
 
 
-def warm_up_in_background() -> WarmUp:
+def warm_up_in_background(module: str = "equipoise.algorithms.warming") -> WarmUp:
     """Starts compiling all kernels into numba's cache, in a child process of low priority, and returns at once.
 
-    Where the cache is filled already the child ends within a second or two, most of it spent on imports.
+    ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
+    cache is filled already the child ends within a second or two, most of it spent on imports.
     """
     return WarmUp(
         subprocess.Popen(
-            [sys.executable, "-m", "equipoise.algorithms.warming"],
+            [sys.executable, "-c", _COMPILE.format(module=module)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -67,5 +69,4 @@ def warm_up() -> None:
 
 
 if __name__ == "__main__":
-    os.nice(10)
     warm_up()
