@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check format soak clean
+.PHONY: help setup demo test check format soak clean bench-algorithms bench-transfer bench-stall
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -35,6 +35,15 @@ check: $(READY)  ## lint, format and types
 format: $(READY)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-algorithms: $(READY)  ## placement algorithms against the neighbours' own (downloads their wheels)
+	$(BIN)/python benchmark/algorithms.py $(ARGS)
+
+bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own code (downloads their wheels)
+	$(BIN)/python benchmark/transfer.py $(ARGS)
+
+bench-stall: $(READY)  ## how long forward passes wait for a rebalance, in each transfer mode
+	$(BIN)/python benchmark/engine_stall.py $(ARGS)
 
 soak: $(READY)  ## the long versions of the randomised tests
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)

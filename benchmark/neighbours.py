@@ -63,7 +63,7 @@ def load_sglang(cache: Path) -> Any:
         get_global_expert_location_metadata=lambda: None,
     )
     _stand_in("sglang.srt.runtime_context", get_device=lambda: None)
-    _stand_in("sglang.srt.utils", get_bool_env_var=lambda name: False)
+    _stand_in("sglang.srt.utils", get_bool_env_var=lambda _name: False)
     return _load("sglang.srt.eplb.expert_location_updater", root / "sglang/srt/eplb/expert_location_updater.py")
 
 

@@ -3,6 +3,7 @@ against each other before every forward pass."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -154,7 +155,7 @@ def test_periodic_rebalances_follow_a_shifting_load_alike_on_all_ranks() -> None
         assert len(reports) == 8
         steps = [report.forward_pass_id for report in reports]
         assert steps == [report.forward_pass_id for report in results[0]]
-        assert min(after - before for before, after in zip(steps, steps[1:], strict=False)) >= 12
+        assert min(after - before for before, after in pairwise(steps)) >= 12
         assert {report.outcome for report in reports} <= {"committed", "skipped"}
         assert sum(report.outcome == "committed" for report in reports) >= 4
         assert all(report.mean_balancedness_after > 0.8 for report in reports)
