@@ -41,16 +41,22 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
         axis.plot(
             *points["equipoise"], color="tab:blue", marker="*", markersize=16, linestyle="", label="equipoise, default"
         )
+        labels: dict[tuple[float, float], list[str]] = {}
         for name, point in points.items():
-            if name.startswith("equipoise,") and "full" not in name:
+            if name == "equipoise" or (name.startswith("equipoise,") and "full" not in name):
                 continue
-            if name != "equipoise":
-                axis.plot(*point, marker="s", color="tab:gray", linestyle="")
-                axis.annotate(name, point, textcoords="offset points", xytext=(5, -9), fontsize=8)
+            # Policies that plan alike lie on one another: one label for all.
+            near = (at for at in labels if abs(at[0] - point[0]) < 1 and abs(at[1] - point[1]) < 0.001)
+            labels.setdefault(next(near, point), []).append(name)
+        for point, names in labels.items():
+            axis.plot(*point, marker="s", color="tab:gray", linestyle="")
+            left = point[0] > 50
+            place: dict[str, Any] = {"xytext": (-6 if left else 6, -4), "ha": "right" if left else "left"}
+            axis.annotate(", ".join(names), point, textcoords="offset points", fontsize=8, **place)
         axis.set_title(f"{title}: mean of {len(rows)} sequences")
         axis.set_xlabel("slots moved per replan, %")
         axis.set_ylabel("balancedness of the next window")
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="lower center", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

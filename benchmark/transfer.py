@@ -54,6 +54,7 @@ class Setting:
     hidden_size: int
     intermediate_size: int
     staged_experts: int
+    rounds_in_flight: int
     repeats: int
     seed: int
 
@@ -120,13 +121,18 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
         movers.append(make(weights))
         live[movers[-1].name] = weights
 
-    for aligned in (True, False):
-        for verification in ("off", "canary", "checksum"):
-            add(
-                lambda weights, v=verification, a=aligned: EquipoiseMover(
-                    topology, weights, before, verification=v, aligned=a, staged_experts=setting.staged_experts
-                )
+    for aligned, verification in ((True, "canary"), (True, "checksum"), (False, "canary")):
+        add(
+            lambda weights, v=verification, a=aligned: EquipoiseMover(
+                topology,
+                weights,
+                before,
+                verification=v,
+                aligned=a,
+                staged_experts=setting.staged_experts,
+                rounds_in_flight=setting.rounds_in_flight,
             )
+        )
     add(lambda weights: SglangMover(topology, weights, before, cache))
     for batching in (False, True):
         add(lambda weights, b=batching: VllmMover(topology, weights, before, cache, batching=b))
@@ -136,7 +142,7 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
         stop = mover.record(messages)
         reached = mover.migrate(after)
         stop()
-        assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name} left wrong bytes on rank {rank}"
+        assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name}: wrong bytes, rank {rank}"
         mover.migrate(before)
         results[mover.name]["messages"] = [asdict(message) for message in messages]
         results[mover.name]["staging_bytes"] = mover.staging_bytes()
@@ -148,9 +154,7 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
                 reached = mover.migrate(target)
                 results[mover.name]["seconds"].append(time.perf_counter() - start)
             if repeat == setting.repeats - 1:
-                assert is_in_place(live[mover.name], reached, rank, setting), (
-                    f"{mover.name}: wrong bytes on rank {rank}"
-                )
+                assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name}: wrong bytes, rank {rank}"
     return results
 
 
@@ -227,10 +231,11 @@ def main() -> None:
     parser.add_argument("--num-nodes", type=int, default=2)
     parser.add_argument("--slots-per-rank", type=int, default=12)
     parser.add_argument("--num-logical-experts", type=int, default=72)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--intermediate-size", type=int, default=512)
-    parser.add_argument("--staged-experts", type=int, default=4, help="experts that Equipoise may stage per rank")
+    parser.add_argument("--staged-experts", type=int, default=6, help="experts that Equipoise may stage per rank")
+    parser.add_argument("--rounds-in-flight", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -80,7 +80,10 @@ def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pac
         return
     pack_weight = np.zeros(num_packs, dtype=np.float64)
     pack_items = np.zeros(num_packs, dtype=np.int64)
-    for item in descending(weights):
+    order = np.empty(num_items, dtype=np.float64)
+    for item in range(num_items):
+        order[item] = weights[item]
+    for item in descending(order):
         best = -1
         for pack in range(num_packs):
             if pack_items[pack] < room and (best < 0 or pack_weight[pack] < pack_weight[best]):

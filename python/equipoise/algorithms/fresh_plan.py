@@ -113,8 +113,10 @@ def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
 @helper
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
     """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens out."""
-    dealt = 0
-    for i in descending(count):
+    dealt, most = 0, np.empty(count.shape[0])
+    for i in range(count.shape[0]):
+        most[i] = count[i]
+    for i in descending(most):
         for _ in range(count[i]):
             out[ranks[dealt % ranks.shape[0]] * slots_per_rank + dealt // ranks.shape[0]] = experts[i]
             dealt += 1

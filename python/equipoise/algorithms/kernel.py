@@ -33,4 +33,4 @@ def helper(function: F) -> F:
 @helper
 def number(value: int) -> int:
     """``value`` as a variable: for a literal, numba would compile another version of each function that takes it."""
-    return value
+    return value + 0

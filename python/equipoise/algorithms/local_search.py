@@ -285,7 +285,7 @@ def _step(
             for k in range(size):
                 back[k] = _drop(ranks, loads_2, k, rank_2, rank_1)
                 most_back = max(most_back, back[k])
-            hope = _most_gain(ranks, weight, rank_1, rank_2, loads_2, -1, doublings)
+            hope = _most_gain(ranks, weight, rank_1, rank_2, loads_2, number(-1), doublings)
             for k in range(size):
                 if heirs[k] >= 0:
                     hopes[k] = _most_gain(ranks, weight, rank_1, rank_2, loads_2, k, doublings)

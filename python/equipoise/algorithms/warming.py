@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_COMPILE = "import os, runpy; os.nice(10); runpy.run_module({module!r}, run_name='__main__')"
+_COMPILE = "import os, runpy; os.nice(5); runpy.run_module({module!r}, run_name='__main__')"
 
 
 @dataclass(frozen=True)
