@@ -31,7 +31,7 @@ from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread
 from equipoise.algorithms.scenarios import make_scenarios
 from equipoise.errors import ConfigError
 
-NODE_PRICE = 2.0  # of a move whose weights come from another node; within a node it is 1
+NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 4.0  # of an expert's variance, see layer_state.py
 STAGES = (3, 5)  # exponents of the soft maximum: 2**3 = 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
