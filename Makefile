@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check format soak clean bench-algorithms bench-transfer bench-stall
+.PHONY: help setup kernels demo test check format soak clean bench-algorithms bench-transfer bench-stall
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -21,6 +21,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(READY)  ## the virtual environment, with everything pinned
+
+kernels: $(READY)  ## compile numba's kernels again; needed after editing one that others call
+	find python -name '*.nb[ci]' -delete
+	$(BIN)/python -m equipoise.kernels
 
 demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it while it answers
 	$(BIN)/python scripts/demo.py $(ARGS)

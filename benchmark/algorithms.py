@@ -68,6 +68,7 @@ def main() -> int:
     report: dict[str, Any] = {
         "cpu": cpu_name(),
         "num_cpus": os.cpu_count(),
+        "load_average_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "command": " ".join(["python", "benchmark/algorithms.py", *sys.argv[1:]]),
         "default_move_price": DEFAULT_MOVE_PRICE,
@@ -88,7 +89,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "algorithms.json").write_text(json.dumps(report, indent=1) + "\n")
     draw_frontier(report, arguments.out / "algorithms.png")
-    console.print(f"{report['cpu']}; written: {arguments.out}/algorithms.json, {arguments.out}/algorithms.png")
+    console.print(f"{report['cpu']}, load average {os.getloadavg()[0]:.1f}")
+    console.print(f"written: {arguments.out}/algorithms.json, {arguments.out}/algorithms.png")
     return 0
 
 
@@ -202,6 +204,7 @@ def planning_times(others: dict[str, Policy], quick: bool) -> dict[str, float]:
             work = partial(rebalance_experts, load, large, current=given, num_threads=2)
             plan = work()
             result[f"{name}, 2 threads, wall"] = best_of(2, work, time.perf_counter)
+            result[f"{name}, 1 thread, CPU"] = best_of(1, partial(work, num_threads=1))
             result[f"{name}: balancedness"] = mean_balancedness(balancedness(windows[3], plan))
             result[f"{name}: next"] = mean_balancedness(balancedness(windows[4], plan))
         if "vllm" in others:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -37,6 +38,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import neighbours  # noqa: E402
+import transfer_planning  # noqa: E402
 from equipoise.algorithms import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
 from link_rounds import count_rounds  # noqa: E402
@@ -215,6 +217,16 @@ def show(summary: dict[str, dict[str, float]], console: Console) -> None:
     console.print(table)
 
 
+def ratios(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Ours, as the manager uses it, over each of the others: below 1 is ahead."""
+    ours = summary["equipoise, aligned, canary"]
+    return {
+        name: {key: ours[key] / row[key] for key in ours if not key.startswith("seconds_")}
+        for name, row in summary.items()
+        if not name.startswith("equipoise")
+    }
+
+
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -231,8 +243,8 @@ def main() -> None:
     parser.add_argument("--num-nodes", type=int, default=2)
     parser.add_argument("--slots-per-rank", type=int, default=12)
     parser.add_argument("--num-logical-experts", type=int, default=72)
-    parser.add_argument("--num-layers", type=int, default=2)
-    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--intermediate-size", type=int, default=512)
     parser.add_argument("--staged-experts", type=int, default=6, help="experts that Equipoise may stage per rank")
     parser.add_argument("--rounds-in-flight", type=int, default=4)
@@ -242,13 +254,22 @@ def main() -> None:
     cache, json_path = options.pop("cache").resolve(), options.pop("json")
     setting = Setting(**options)
     neighbours.fetch(cache)
-    console = Console()
+    console = Console(width=120)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # it needs a process group of its own kind
+        planning = pool.apply(transfer_planning.measure, (cache,))
+    console.print(
+        f"planning {planning['layers']} layers of {planning['experts']} experts on {planning['ranks']} ranks: "
+        f"{1e3 * planning['equipoise_plan_seconds']:.1f} ms for all ranks; SGLang plans and builds its operations in "
+        f"{1e3 * planning['sglang_plan_and_build_seconds']:.1f} ms on every rank (ratio {planning['plan_ratio']:.2f}); "
+        f"on 512 ranks: {1e3 * planning['equipoise_plan_512_ranks_seconds']:.0f} ms"
+    )
     per_rank = run_ranks(on_rank, setting.num_ranks, setting, cache, timeout=1200, group_timeout=300)
     summary = summarise(per_rank, setting)
     show(summary, console)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"setting": asdict(setting), "cpu": cpu_name(), "torch": torch.__version__, "systems": summary}
+        result = {"setting": asdict(setting), "cpu": cpu_name(), "torch": torch.__version__}
+        result |= {"planning": planning, "systems": summary, "ratios": ratios(summary)}
         json_path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {json_path}")
 

@@ -22,22 +22,30 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
     """Migrates from placement to placement; the weights of one are the start of the next."""
     communicator = TorchCommunicator(dist.group.WORLD)
     rng = np.random.default_rng(seed)
-    done, transfers, nodes = 0, 0, set()
+    done, transfers, steps, nodes = 0, 0, 0, set()
     while done < num_placements:
         topology = random_topology(rng, world_size)
         num_experts = int(rng.integers(1, topology.num_slots + 1))
         specs = LARGE_ROWS if rng.random() < 0.15 else WEIGHT_SPECS
         now = random_map(rng, num_experts, topology, num_layers=2)
         weights = rank_weights(now, rank, topology, specs)
-        verification = "canary" if rng.random() < 0.7 else "off"
-        updater = ExpertLocationUpdater(communicator, topology, weights, verification=verification, timeout=30.0)
+        updater = ExpertLocationUpdater(
+            communicator,
+            topology,
+            weights,
+            verification=str(rng.choice(["off", "canary", "checksum"])),
+            rounds_in_flight=int(rng.integers(1, 4)),
+            timeout=30.0,
+        )
+        budget = int(rng.integers(1, topology.slots_per_rank + 1))
         for _ in range(10):
             small = rng.random() < 0.5
             target = perturbed(rng, now, num_experts) if small else random_map(rng, num_experts, topology, 2)
-            plan = plan_transfer(now, target, topology, num_logical_experts=num_experts)
+            plan = plan_transfer(now, target, topology, num_logical_experts=num_experts, max_staged_experts=budget)
             updater.agree_on(plan)
             for layer in plan.layers:
-                updater.migrate_layer(layer)
+                updater.migrate_layer(layer, on_commit=lambda _: None)
+                steps += len(layer.steps)
             expected = rank_weights(target, rank, topology, specs)
             for layer_id, tensors in enumerate(weights):
                 for index, tensor in enumerate(tensors):
@@ -47,7 +55,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
                     )
             now, done, transfers = target, done + 1, transfers + plan.num_transfers
             nodes.add(topology.num_nodes)
-    return {"placements": done, "transfers": transfers, "node_counts": len(nodes)}
+    return {"placements": done, "transfers": transfers, "steps": steps, "node_counts": len(nodes)}
 
 
 @pytest.mark.parametrize(("world_size", "num_placements"), [(2, 150), (4, 150), (8, 80)])
@@ -56,6 +64,7 @@ def test_hundreds_of_random_placements(world_size, num_placements):
     assert all(result == results[0] for result in results)
     assert results[0]["placements"] >= num_placements
     assert results[0]["transfers"] > num_placements
+    assert results[0]["steps"] > 2 * num_placements, "two layers each, some in several steps"
     assert results[0]["node_counts"] > 1
 
 

@@ -282,6 +282,16 @@ def test_decay_follows_the_load():
     assert make_scenarios(steady[:1], 8.0).decay == 1.0
 
 
+def test_windows_before_a_shift_are_dropped():
+    """A backtest cannot see it: nothing is known after the newest window."""
+    before, after = windows(12, 3, 4, 32), windows(13, 2, 4, 32)
+    newest = make_scenarios(np.concatenate([before, after[:1]]), 8.0)
+    assert newest.weight.tolist() == [1, 0, 0, 0]
+    assert newest.tokens[..., 0] == pytest.approx(after[0] / after[0].sum(1, keepdims=True) * 8)
+    later = make_scenarios(np.concatenate([before, after]), 8.0)
+    assert later.weight[2:].tolist() == [0, 0]
+
+
 def test_scenarios_hold_the_weighted_mean_of_the_windows():
     load = windows(11, 7, 2, 16)
     scenarios = make_scenarios(load, 4.0)

@@ -221,3 +221,52 @@ def test_unusable_weights_are_refused(weights, options, words):
 def test_the_oracle_tells_experts_apart():
     rows = [expert_row(layer, expert, *WEIGHT_SPECS[0]) for layer in range(2) for expert in range(4)]
     assert len({row.numpy().tobytes() for row in rows}) == 8
+
+
+@pytest.mark.parametrize("rounds_in_flight", [1, 3])
+def test_staging_never_exceeds_its_bytes_and_large_layers_move_in_steps(rounds_in_flight):
+    topology = EpTopology(4, 2, 6)
+    rng = np.random.default_rng(11)
+    old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
+    specs = ((torch.float32, (80, 80)), (torch.bfloat16, (4,)))
+    row = 80 * 80 * 4
+    budget = 2 * row + 2048
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology, specs)
+        updater = ExpertLocationUpdater(
+            communicator, topology, weights, staging_bytes=budget, rounds_in_flight=rounds_in_flight
+        )
+        assert updater.max_staged_experts == 2
+        plan = plan_transfer(old, new, topology, max_staged_experts=updater.max_staged_experts)
+        maps = []
+        reports = [
+            updater.migrate_layer(layer, on_commit=lambda step: maps.append(step.new_map)) for layer in plan.layers
+        ]
+        expected = rank_weights(new, communicator.rank, topology, specs)
+        for tensors, right in zip(weights, expected, strict=True):
+            assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
+        assert row < max(report.peak_staging_bytes for report in reports) <= budget
+        assert len(maps) == sum(report.num_steps for report in reports) > len(reports)
+        updater.release_staging()
+        return updater.staging_bytes
+
+    assert results_of(body, 4) == [0] * 4
+
+
+def test_a_duty_below_one_rests_between_rounds():
+    topology = EpTopology(2, 1, 3)
+    old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[3, 4, 5, 0, 1, 2]])
+
+    def body(communicator):
+        ticks, rests = iter(range(1000)), []
+        weights = rank_weights(old, communicator.rank, topology)
+        updater = ExpertLocationUpdater(
+            communicator, topology, weights, duty=0.25, clock=lambda: float(next(ticks)), sleep=rests.append
+        )
+        updater.migrate_layer(plan_transfer(old, new, topology).layers[0])
+        return rests
+
+    for rests in results_of(body, 2):
+        assert rests
+        assert all(rest >= 3.0 for rest in rests), "three times as long as the round took"
