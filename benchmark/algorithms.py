@@ -31,6 +31,7 @@ from rich.table import Table
 from algorithms_plot import draw_frontier
 from algorithms_policies import Policy, baselines, full_replan, never, ours, ours_from_nothing, sources, uniform
 from algorithms_workloads import CONFIGURATIONS, Sequence, real_sequences, synthetic_sequences
+from cpu import cpu_name
 from equipoise.algorithms import DEFAULT_MOVE_PRICE, rebalance_experts
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.metrics import balancedness, mean_balancedness
@@ -92,14 +93,6 @@ def main() -> int:
     console.print(f"{report['cpu']}, load average {os.getloadavg()[0]:.1f}")
     console.print(f"written: {arguments.out}/algorithms.json, {arguments.out}/algorithms.png")
     return 0
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def next_window(sequence: Sequence, policy: Policy) -> dict[str, float]:

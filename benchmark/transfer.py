@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
@@ -39,6 +38,7 @@ from rich.table import Table  # noqa: E402
 
 import neighbours  # noqa: E402
 import transfer_planning  # noqa: E402
+from cpu import cpu_name  # noqa: E402
 from equipoise.algorithms import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
 from link_rounds import count_rounds  # noqa: E402
@@ -225,14 +225,6 @@ def ratios(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         for name, row in summary.items()
         if not name.startswith("equipoise")
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

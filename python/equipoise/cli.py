@@ -83,7 +83,49 @@ class Replay:
         return run_replay(self.replay, list(self.traces), algorithms, self.json, Console())
 
 
-_Command = Annotated[Serve, tyro.conf.subcommand("serve")] | Annotated[Replay, tyro.conf.subcommand("replay")]
+@dataclass(frozen=True)
+class ExplainTransfer:
+    """Show what would move between two placements: who sends which expert to whom, in which round."""
+
+    old: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OLD")]
+    """Placement of now: JSON or .pt with `physical_to_logical_map`, as GET /eplb/expert_location answers."""
+
+    new: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="NEW")]
+    """Placement to reach."""
+
+    num_ranks: int | None = None
+    """Ranks the slots are spread over; from OLD if it says so."""
+
+    num_nodes: int | None = None
+    """Nodes the ranks form; from OLD if it says so, else 1."""
+
+    max_staged_experts: int | None = None
+    """Experts a rank may stage at once; layers that need more move in several steps."""
+
+    layer: int | None = None
+    """Show every transfer of this layer, instead of a line per layer."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from equipoise.transfer_table import explain_transfer
+
+        return explain_transfer(
+            self.old,
+            self.new,
+            Console(),
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            max_staged_experts=self.max_staged_experts,
+            layer_id=self.layer,
+        )
+
+
+_Command = (
+    Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[ExplainTransfer, tyro.conf.subcommand("explain-transfer")]
+)
 
 
 def parse(arguments: Sequence[str]) -> Subcommand:
@@ -149,7 +191,7 @@ def _as_input_error(exit_: SystemExit, said: str, arguments: Sequence[str]) -> I
         if isinstance(cause, InvalidInputError):
             return _naming_the_flag(cause)
         cause = cause.__context__
-    command = next((name for name in ("serve", "replay") if name in arguments[:1]), None)
+    command = next((name for name in ("serve", "replay", "explain-transfer") if name in arguments[:1]), None)
     where = f"equipoise {command} --help" if command else "equipoise --help"
     return ConfigError(f"{_first_section(said)}; see {where}")
 

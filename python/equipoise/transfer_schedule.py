@@ -37,11 +37,11 @@ def schedule_layer(
     else:
         maps = split_into_steps(old, new, num_experts, num_ranks, ranks_per_node, capacity)
     maps.setflags(write=False)  # before the kernels see it: numba compiles read-only arrays apart
-    before = first_slots(old, num_experts, num_ranks)
+    now, before = old, first_slots(old, num_experts, num_ranks)
     for row in maps:
         after = first_slots(row, num_experts, num_ranks)
-        jobs = assign_sources(before, after, ranks_per_node)
+        jobs = assign_sources(now, row, before, after, ranks_per_node)
         table = transfer_table(jobs, assign_rounds(jobs, num_ranks), before, after)
         table.setflags(write=False)
         yield row, table
-        before = after
+        now, before = row, after

@@ -44,32 +44,47 @@ def chunk_of(index: int, num_elements: int, num_chunks: int) -> int:
 
 
 @njit(cache=True)
-def _holder_lists(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks that hold each expert, ascending, in one array with the start of each expert's part."""
-    num_experts, num_ranks = held.shape
-    start = np.zeros(num_experts + 1, np.int32)
+def _rank_lists(row: np.ndarray, first: np.ndarray, but_not: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks that hold each expert in ``row`` and not in ``but_not``, ascending, one expert after the other.
+
+    Args:
+        row: (P,) int32.
+        first: (E, G) int32, its first slots.
+        but_not: (E, G) int32 first slots of another map; without columns, nothing is left out.
+
+    Returns:
+        Where each expert's part starts, (E + 1,) int32, and the ranks, int32.
+    """
+    num_experts, num_ranks = first.shape
+    slots_per_rank = row.size // num_ranks
+    start = np.zeros(num_experts + 2, np.int32)
+    listed = np.zeros(row.size, np.bool_)
+    for slot in range(row.size):
+        expert, rank = row[slot], slot // slots_per_rank
+        listed[slot] = first[expert, rank] == slot and (but_not.shape[1] == 0 or but_not[expert, rank] < 0)
+        start[expert + 2] += listed[slot]
     for expert in range(num_experts):
-        count = 0
-        for rank in range(num_ranks):
-            count += held[expert, rank] >= 0
-        start[expert + 1] = start[expert] + count
-    ranks = np.empty(start[num_experts], np.int32)
-    at = 0
-    for expert in range(num_experts):
-        for rank in range(num_ranks):
-            if held[expert, rank] >= 0:
-                ranks[at] = rank
-                at += 1
-    return start, ranks
+        start[expert + 2] += start[expert + 1]
+    ranks = np.empty(start[num_experts + 1], np.int32)
+    for slot in range(row.size):
+        if listed[slot]:
+            expert = row[slot]
+            ranks[start[expert + 1]] = slot // slots_per_rank
+            start[expert + 1] += 1
+    return start[: num_experts + 1], ranks
 
 
 @njit(cache=True)
-def assign_sources(held: np.ndarray, wanted: np.ndarray, ranks_per_node: int) -> np.ndarray:
+def assign_sources(
+    old: np.ndarray, new: np.ndarray, held: np.ndarray, wanted: np.ndarray, ranks_per_node: int
+) -> np.ndarray:
     """The jobs of a step with their sources.
 
     Args:
-        held: (E, G) int32 from :func:`first_slots` of the map before; every wanted expert is held somewhere.
-        wanted: the same of the map after.
+        old: (P,) int32, the map before; every expert of ``new`` is in it.
+        new: (P,) int32, the map after.
+        held: (E, G) int32 from :func:`first_slots` of ``old``.
+        wanted: the same of ``new``.
         ranks_per_node: ranks of a node.
 
     Returns:
@@ -77,46 +92,43 @@ def assign_sources(held: np.ndarray, wanted: np.ndarray, ranks_per_node: int) ->
         in this same step), in ascending order of (expert, destination rank).
     """
     num_experts, num_ranks = held.shape
-    holder_start, holders = _holder_lists(held)
-    num_jobs = 0
-    for expert in range(num_experts):
-        for rank in range(num_ranks):
-            num_jobs += wanted[expert, rank] >= 0 and held[expert, rank] < 0
+    holder_start, holders = _rank_lists(old, held, held[:, :0])
+    job_start, needy = _rank_lists(new, wanted, held)
+    num_jobs = needy.size
     jobs = np.zeros((num_jobs, 4), np.int32)
     choice = np.zeros((num_jobs, 2), np.int32)  # holders[begin:end] may serve the job
     bundle = np.full(num_jobs, -1, np.int32)  # ranks of the node that wait for this expert, at the first of them
-    at = 0
     for expert in range(num_experts):
         begin, end = holder_start[expert], holder_start[expert + 1]
-        first_of_expert, num_cross = at, 0
-        for node_begin in range(0, num_ranks, ranks_per_node):
-            inside = begin
-            while inside < end and holders[inside] < node_begin:
+        job, num_cross = job_start[expert], 0
+        inside = begin
+        while job < job_start[expert + 1]:
+            node = needy[job] // ranks_per_node
+            first_of_node = job
+            while job < job_start[expert + 1] and needy[job] // ranks_per_node == node:
+                jobs[job, EXPERT] = expert
+                jobs[job, DESTINATION_RANK] = needy[job]
+                job += 1
+            while inside < end and holders[inside] // ranks_per_node < node:
                 inside += 1
             inside_end = inside
-            while inside_end < end and holders[inside_end] < node_begin + ranks_per_node:
+            while inside_end < end and holders[inside_end] // ranks_per_node == node:
                 inside_end += 1
-            first_of_node = at
-            for rank in range(node_begin, node_begin + ranks_per_node):
-                if wanted[expert, rank] >= 0 and held[expert, rank] < 0:
-                    jobs[at, EXPERT] = expert
-                    jobs[at, DESTINATION_RANK] = rank
-                    at += 1
-            num_needy = at - first_of_node
-            if num_needy and inside_end > inside:
-                for i in range(num_needy):
-                    choice[first_of_node + i, 0] = inside
-                    choice[first_of_node + i, 1] = inside_end
-                    source = holders[inside + chunk_of(i, num_needy, inside_end - inside)]
-                    jobs[first_of_node + i, SOURCE_RANK] = source
-            elif num_needy:
+            num_needy = job - first_of_node
+            if inside_end == inside:
                 bundle[first_of_node] = num_needy
                 num_cross += 1
+                continue
+            for i in range(num_needy):
+                choice[first_of_node + i, 0] = inside
+                choice[first_of_node + i, 1] = inside_end
+                source = holders[inside + chunk_of(i, num_needy, inside_end - inside)]
+                jobs[first_of_node + i, SOURCE_RANK] = source
         nth_cross = 0
-        for job in range(first_of_expert, at):
-            if bundle[job] > 0:
-                choice[job, 0], choice[job, 1] = begin, end
-                jobs[job, SOURCE_RANK] = holders[begin + chunk_of(nth_cross, num_cross, end - begin)]
+        for cross in range(job_start[expert], job_start[expert + 1]):
+            if bundle[cross] > 0:
+                choice[cross, 0], choice[cross, 1] = begin, end
+                jobs[cross, SOURCE_RANK] = holders[begin + chunk_of(nth_cross, num_cross, end - begin)]
                 nth_cross += 1
     load = np.zeros(num_ranks, np.int32)
     for job in range(num_jobs):

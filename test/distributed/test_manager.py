@@ -87,7 +87,7 @@ class Host:
 
     def finish(self, ticket: Ticket, hot: int | None) -> Any:
         """Steps, or ticks idly if ``hot`` is None, until the command is answered."""
-        for _ in range(2000):
+        for _ in range(1_000_000):  # the first plan may wait for its kernels to compile; run_ranks ends what never ends
             if ticket.done:
                 return ticket.reply
             if hot is None:
@@ -95,7 +95,7 @@ class Host:
                 self.manager.tick()
             else:
                 self.step(hot)
-        raise AssertionError("no answer in 2000 ticks")
+        raise AssertionError("no answer")
 
 
 def rebalance_while_stepping(rank: int, world_size: int, idle: bool) -> dict[str, Any]:
@@ -192,12 +192,12 @@ def fail_in_the_middle(rank: int, world_size: int, mode: str, fault: Fault) -> d
     for _ in range(4):
         host.step(hot=1)
     before = host.metadata.physical_to_logical_map.clone()
-    failed = host.finish(host.manager.submit(Rebalance()), 1)
+    failed = host.finish(host.manager.submit(Rebalance(force=True)), 1)
     host.check()
     after_failure = host.metadata.physical_to_logical_map.clone()
     assert not torch.equal(after_failure[0], before[0])  # committed before the failure
     assert torch.equal(after_failure[1:], before[1:])
-    repaired = host.finish(host.manager.submit(Rebalance()), 1)
+    repaired = host.finish(host.manager.submit(Rebalance(force=True)), 1)
     host.check()
     return {"failed": failed, "repaired": repaired}
 
@@ -210,7 +210,8 @@ def test_after_a_failure_the_old_layers_serve_on_and_the_next_rebalance_succeeds
     for result in results:
         assert result["failed"].outcome == "failed"
         assert "layer 1 was not migrated" in result["failed"].error
-        assert (result["repaired"].outcome, result["repaired"].error) == ("committed", None)
+        repaired = result["repaired"]
+        assert (repaired.outcome, repaired.error) == ("committed", None), repaired.reason
 
 
 def record_and_dump(rank: int, world_size: int, directory: str) -> dict[str, Any]:

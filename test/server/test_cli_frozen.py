@@ -49,6 +49,8 @@ SERVE = {
     "--dump-dir": ".",
 }
 
+EXPLAIN_TRANSFER = {"--num-ranks", "--num-nodes", "--max-staged-experts", "--layer"}
+
 REPLAY = {
     "--num-ranks": 8,
     "--num-nodes": 1,
@@ -86,7 +88,12 @@ def test_options_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"), [("serve", set(SERVE)), ("replay", set(REPLAY) | REPLAY_ONLY_ON_THE_COMMAND_LINE)]
+    ("command", "flags"),
+    [
+        ("serve", set(SERVE)),
+        ("replay", set(REPLAY) | REPLAY_ONLY_ON_THE_COMMAND_LINE),
+        ("explain-transfer", EXPLAIN_TRANSFER),
+    ],
 )
 def test_help_lists_every_flag_and_no_other(command: str, flags: set[str]) -> None:
     assert flags_in_help(command) == flags

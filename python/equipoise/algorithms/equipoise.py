@@ -38,7 +38,7 @@ SINGLE_STAGES = (3, 6)  # the same where there is one window
 SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
-SINGLE_MOST_COOL = 96  # ranks that a step looks at then
+SINGLE_MOST_COOL = 24  # ranks that a step looks at then
 NO_LIMIT = 1 << 60
 
 
