@@ -270,3 +270,37 @@ def test_a_duty_below_one_rests_between_rounds():
     for rests in results_of(body, 2):
         assert rests
         assert all(rest >= 3.0 for rest in rests), "three times as long as the round took"
+
+
+class Watching:
+    """A communicator that checks, when messages are waited for, that nobody has changed what was being sent."""
+
+    def __init__(self, communicator):
+        self._inner = communicator
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def post(self, sends, recvs):
+        inner, posted = self._inner.post(sends, recvs), [(tensor, tensor.clone()) for _, tensor in sends]
+
+        class Pending:
+            def wait(self, timeout):
+                inner.wait(timeout)
+                assert all(torch.equal(now, then) for now, then in posted)
+
+        return Pending()
+
+
+@pytest.mark.parametrize("rounds_in_flight", [1, 2, 5])
+def test_what_is_under_way_is_not_overwritten(rounds_in_flight):
+    topology = EpTopology(4, 2, 6)
+    rng = np.random.default_rng(4)
+    old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        migrate(Watching(communicator), topology, old, new, weights, rounds_in_flight=rounds_in_flight)
+        assert_weights(weights, new, communicator.rank, topology)
+
+    results_of(body, 4)
