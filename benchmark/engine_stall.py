@@ -158,14 +158,14 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--experts", type=int, default=28, help="logical experts")
     parser.add_argument("--redundant", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=688)
     parser.add_argument("--requests", type=int, default=4, help="decoding at any time")
-    parser.add_argument("--steps", type=int, default=150, help="measured before the rebalance")
+    parser.add_argument("--steps", type=int, default=100, help="measured before the rebalance")
     parser.add_argument("--duty", type=float, default=0.2, help="share of the time for background transfers")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--profile", action="store_true", help="print where the time of each rebalance went")
