@@ -11,7 +11,7 @@ PACKAGE = Path(equipoise.__file__).parent
 
 # Lowest layer first; a file may import from its own layer and from those before it. Listed by first path component.
 LAYERS = [
-    {"__init__", "errors", "topology", "config", "atomic_file"},
+    {"__init__", "errors", "topology", "config", "atomic_file", "cpus"},
     {"expert_location", "load_trace", "formats", "metrics", "commands"},
     {"algorithms", "dispatch", "trigger"}
     | {

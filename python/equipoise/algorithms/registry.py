@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import MappingProxyType
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from equipoise.algorithms import deepseek, equipoise
 from equipoise.algorithms.problem import Placement, PlacementProblem
+from equipoise.cpus import available_cpus
 from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.metrics import LoadLike
@@ -89,7 +89,7 @@ def rebalance_experts(
         max_moves_per_layer=max_moves_per_layer,
         rank_capacity=rank_capacity,
         move_price=move_price,
-        num_threads=len(os.sched_getaffinity(0)) if num_threads is None else num_threads,
+        num_threads=available_cpus() if num_threads is None else num_threads,
     )
     placed, weights = _solver(algorithm)(problem)
     if current is not None and max_moves_per_layer is not None:

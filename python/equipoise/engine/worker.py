@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from equipoise.commands import RebalanceReport
 from equipoise.communicator import TorchCommunicator
 from equipoise.config import ServeConfig
+from equipoise.cpus import available_cpus
 from equipoise.engine.blueprint import ModelBlueprint
 from equipoise.engine.experts import EpContext, shares
 from equipoise.engine.frontend import Frontend
@@ -51,7 +52,7 @@ class RankWorker:
         num_ranks = config.engine.ep_size
         self._rank, self._num_ranks = rank, num_ranks
         device = torch.device("cuda", rank) if blueprint.device_type == "cuda" else torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        torch.set_num_threads(max(1, available_cpus() // num_ranks))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         groups = _process_groups(rank, num_ranks, rendezvous, device)
