@@ -65,7 +65,7 @@ def balancedness_of_rank_load(per_rank: np.ndarray) -> np.ndarray:
     """Mean over maximum along the last axis; NaN where no token was seen."""
     top = per_rank.max(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(top > 0, (per_rank / top[..., None]).mean(-1), np.nan)
+        return (per_rank / top[..., None]).mean(-1)  # 0 / 0 is the NaN that is meant
 
 
 def balancedness(load: LoadLike, metadata: ExpertLocationMetadata) -> torch.Tensor:

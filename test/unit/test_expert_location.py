@@ -116,6 +116,15 @@ def test_integrity_check_prints_both_sides() -> None:
         metadata.check_integrity()
 
 
+def test_fewer_replicas_leave_nothing_of_the_many_before() -> None:
+    live = ExpertLocationMetadata.trivial(1, 7, TOPOLOGY, max_replicas=6)
+    crowded = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0]], 7, TOPOLOGY)
+    spread = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]], 7, TOPOLOGY)
+    for placement in (crowded, spread):
+        live.update_layers_(placement, [0])
+        live.check_integrity()
+
+
 def test_an_update_that_does_not_fit_changes_nothing() -> None:
     live = ExpertLocationMetadata.trivial(1, 10, TOPOLOGY, max_replicas=2)
     crowded = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]], 10, TOPOLOGY)

@@ -113,16 +113,7 @@ class SamplingBody(_Body):
             ConfigError: a value out of range; ``field`` is its path in the request.
         """
         try:
-            return make_sampling(
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                stop=self.stop,
-                stop_token_ids=self.stop_token_ids,
-                ignore_eos=self.ignore_eos,
-                seed=self.sampling_seed,
-            )
+            return _sampling_of(self, max_new_tokens=self.max_new_tokens, seed=self.sampling_seed)
         except ConfigError as error:
             name = "sampling_seed" if error.field == "seed" else error.field
             raise _renamed(error, f"sampling_params.{name}") from None
@@ -191,16 +182,7 @@ class CompletionBody(_Body):
             ConfigError: a value out of range; ``field`` is its name in the request.
         """
         try:
-            return make_sampling(
-                max_new_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                stop=self.stop,
-                stop_token_ids=self.stop_token_ids,
-                ignore_eos=self.ignore_eos,
-                seed=self.seed,
-            )
+            return _sampling_of(self, max_new_tokens=self.max_tokens, seed=self.seed)
         except ConfigError as error:
             raise _renamed(error, "max_tokens" if error.field == "max_new_tokens" else error.field) from None
 
@@ -221,6 +203,20 @@ class RebalanceBody(_Body):
 def _renamed(error: ConfigError, field: str | None) -> ConfigError:
     """The engine's complaint about a value, under the name that the client gave it."""
     return ConfigError(f"{field}{str(error).removeprefix(error.field or '')}", field=field)
+
+
+def _sampling_of(body: SamplingBody | CompletionBody, *, max_new_tokens: Any, seed: Any) -> SamplingParams:
+    """What both request shapes say alike, with what they call by different names."""
+    return make_sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=body.stop,
+        stop_token_ids=body.stop_token_ids,
+        ignore_eos=body.ignore_eos,
+        seed=seed,
+    )
 
 
 def make_sampling(**given: Any) -> SamplingParams:
