@@ -87,7 +87,7 @@ class EquipoiseMover:
 
     def migrate(self, new: np.ndarray) -> np.ndarray:
         if self._aligned:
-            order = slot_order(self._now, new, self._topology, relabel_ranks=True)
+            order = slot_order(self._now, new, self._topology, relabel="ranks")
             new = np.take_along_axis(new, order, axis=1)
         plan = plan_transfer(self._now, new, self._topology, max_staged_experts=self._updater.max_staged_experts)
         for layer in plan.layers:

@@ -47,10 +47,10 @@ def run_round(
     index: int, rank: int, programs: list[RankProgram], live: np.ndarray, staged: list[np.ndarray]
 ) -> tuple[int, int, int] | None:
     """What ``rank`` receives in a round: (sender, staging index, expert that its sender really has there)."""
-    mine = next((each for each in programs[rank].rounds if each.index == index), None)
+    mine = next((each for each in programs[rank].rounds if each.number == index), None)
     if mine is None or mine.receive is None:
         return None
-    theirs = next(each for each in programs[mine.receive.peer].rounds if each.index == index)
+    theirs = next(each for each in programs[mine.receive.peer].rounds if each.number == index)
     assert theirs.send is not None
     assert theirs.send.peer == rank
     place = theirs.send.place

@@ -8,7 +8,7 @@ import torch
 
 from equipoise.communicator import PeerTensor
 from equipoise.errors import VerificationError
-from equipoise.staging import CHECKSUM_BYTES, ExpertLayout, StagingArea, require_usable, row_bytes_of
+from equipoise.staging import CHECKSUM_BYTES, ExpertLayout, StagedExpert, StagingArea, require_usable, row_views
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferStep
 from equipoise.transfer_program import Copy, RankProgram, Receive, Send
@@ -25,7 +25,7 @@ class ExpertStore:
         expert_weights: Sequence[Sequence[torch.Tensor]],
         verification: Verification,
         staging_bytes: int | None,
-        num_outboxes: int,
+        rounds_in_flight: int,
     ) -> None:
         require_usable(expert_weights, topology.slots_per_rank)
         self._rank = rank
@@ -40,45 +40,49 @@ class ExpertStore:
                 canary = torch.zeros(topology.slots_per_rank, dtype=torch.int64, device=self.device)
                 self._canaries.append(canary)
                 tensors.append(canary)
+        self._rows = [
+            [list(rows) for rows in zip(*(row_views(tensor) for tensor in tensors), strict=True)]
+            for tensors in self._weights
+        ]
         with_checksum = verification == "checksum"
         self._layouts = [ExpertLayout.of(tensors, with_checksum=with_checksum) for tensors in self._weights]
-        self.staging = StagingArea(self._layouts, staging_bytes, topology.slots_per_rank, num_outboxes, self.device)
+        self._large_fields = [layout.large_fields for layout in self._layouts]
+        self.staging = StagingArea(
+            self._layouts, staging_bytes, rounds_in_flight, topology.slots_per_rank, rounds_in_flight, self.device
+        )
+
+    def message_bytes(self, layer_id: int) -> int:
+        """Bytes that travel for one expert of a layer."""
+        return self._layouts[layer_id].message_bytes
 
     def outgoing(self, layer_id: int, send: Send, outbox: int) -> list[PeerTensor]:
-        """The messages of one expert: the packed one, if there is any, then the large rows as they lie."""
-        layout = self._layouts[layer_id]
-        rows = self._rows(layer_id, send.place)
-        messages: list[PeerTensor] = []
-        if layout.packed_bytes:
-            packed = self._relayed_head(layout, send.place) if send.place < 0 else self.staging.outbox(outbox, layout)
-            if send.place >= 0:
-                for row, field in zip(rows, layout.fields, strict=True):
-                    if field.packed:
-                        packed[field.offset : field.offset + field.num_bytes].copy_(row)
-                if self._verification == "checksum":
-                    _write_int(packed, checksum(rows))
-            messages.append((send.peer, packed))
-        messages += [
-            (send.peer, row) for row, field in zip(rows, layout.fields, strict=True) if row.numel() and not field.packed
-        ]
+        """The messages of one expert: the packed one, if there is any, then the large rows as they lie.
+
+        A relay passes on what it received as it is, checksum included, so that damage on the way shows.
+        """
+        if send.place < 0:
+            return [(send.peer, message) for message in self._staged(layer_id, send.place).messages]
+        rows = self._rows[layer_id][send.place]
+        messages = [(send.peer, rows[number]) for number in self._large_fields[layer_id]]
+        if self._layouts[layer_id].packed_bytes:
+            head, packed_rows = self.staging.outbox(layer_id, outbox)
+            for number, packed in packed_rows:
+                packed.copy_(rows[number])
+            if self._verification == "checksum":
+                _write_int(head, checksum(rows))
+            messages.insert(0, (send.peer, head))
         return messages
 
     def incoming(self, layer_id: int, receive: Receive) -> list[PeerTensor]:
         """Where the messages of one expert land, in staging."""
-        layout = self._layouts[layer_id]
-        slot = self.staging.slot(receive.staging_index, layout)
-        messages = [(receive.peer, slot[: layout.packed_bytes])] if layout.packed_bytes else []
-        messages += [
-            (receive.peer, slot[field.offset : field.offset + field.num_bytes])
-            for field in layout.fields
-            if field.num_bytes and not field.packed
-        ]
-        return messages
+        staged = self.staging.slot(layer_id, receive.staging_index)
+        return [(receive.peer, message) for message in staged.messages]
 
     def copy(self, layer_id: int, copy: Copy) -> None:
         """Carries out one copy of a commit, all tensors of the expert."""
-        rows = self._rows(layer_id, copy.source)
-        for target, source in zip(self._rows(layer_id, copy.destination), rows, strict=True):
+        for target, source in zip(
+            self._rows_at(layer_id, copy.destination), self._rows_at(layer_id, copy.source), strict=True
+        ):
             target.copy_(source)
 
     def check_live(self, layer_id: int, step: TransferStep) -> Exception | None:
@@ -107,11 +111,10 @@ class ExpertStore:
         """
         if not self._canaries:
             return
-        layout = self._layouts[layer_id]
         for each in program.rounds:
             if each.receive is None:
                 continue
-            rows = self._rows(layer_id, ~each.receive.staging_index)
+            head, rows, _ = self.staging.slot(layer_id, each.receive.staging_index)
             found, expected = int(rows[-1].view(torch.int64)), canary_of(layer_id, each.receive.expert)
             if found != expected:
                 raise VerificationError(
@@ -119,7 +122,7 @@ class ExpertStore:
                     f"what arrived is {describe_canary(found)}"
                 )
             if self._verification == "checksum":
-                sent, landed = _read_int(self.staging.slot(each.receive.staging_index, layout)), checksum(rows)
+                sent, landed = _read_int(head), checksum(rows)
                 if sent != landed:
                     raise VerificationError(
                         f"{describe_canary(expected)} from rank {each.receive.peer} is damaged: "
@@ -135,24 +138,20 @@ class ExpertStore:
     def wipe_staged(self, layer_id: int, program: RankProgram) -> None:
         """Loses the first staged expert (fault injection)."""
         if any(each.receive for each in program.rounds):
-            self.staging.slot(0, self._layouts[layer_id]).zero_()
+            for message in self.staging.slot(layer_id, 0).messages:
+                message.zero_()
 
     def damage_staged(self, layer_id: int, program: RankProgram) -> None:
         """Flips bits of the first staged expert's first tensor (fault injection)."""
         if any(each.receive for each in program.rounds):
-            self._rows(layer_id, ~0)[0][:1].bitwise_xor_(0x55)
+            self.staging.slot(layer_id, 0).rows[0][:1].bitwise_xor_(0x55)
 
-    def _relayed_head(self, layout: ExpertLayout, place: int) -> torch.Tensor:
-        """The packed message as it was received: a relay passes its checksum on, so damage on the way shows."""
-        return self.staging.slot(~place, layout)[: layout.packed_bytes]
+    def _staged(self, layer_id: int, place: int) -> StagedExpert:
+        return self.staging.slot(layer_id, ~place)
 
-    def _rows(self, layer_id: int, place: int) -> list[torch.Tensor]:
+    def _rows_at(self, layer_id: int, place: int) -> list[torch.Tensor]:
         """The bytes of an expert's rows, (bytes,) uint8 views, in a live slot or (``place < 0``) a staging slot."""
-        if place >= 0:
-            return [row_bytes_of(tensor, place) for tensor in self._weights[layer_id]]
-        layout = self._layouts[layer_id]
-        slot = self.staging.slot(~place, layout)
-        return [slot[field.offset : field.offset + field.num_bytes] for field in layout.fields]
+        return self._rows[layer_id][place] if place >= 0 else self._staged(layer_id, place).rows
 
 
 def _write_int(packed: torch.Tensor, value: int) -> None:

@@ -109,8 +109,9 @@ def plan_rebalance(
         )
     except InvalidInputError as error:
         return result(Decision("skip", "planning failed"), before, error=str(error), seconds=clock() - start)
-    # Which slot of a rank, and which rank of a node, changes nothing for the load, but for what must move.
-    planned = align_placement(current, planned)
+    # Names of slots and ranks change nothing for the load, but much for what must move.
+    grouped = num_groups is not None or algorithm == "deepseek_hierarchical"
+    planned = align_placement(current, planned, relabel="nodes" if grouped else "ranks")
     seconds = clock() - start
     after = balancedness(load, planned).numpy()
     mean_after = mean_balancedness(after)

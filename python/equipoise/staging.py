@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,7 +36,16 @@ class ExpertLayout:
     fields: tuple[Field, ...]  # in the order of the layer's tensors
     packed_bytes: int  # length of the packed message: checksum, small rows and padding; 0: there is none
     slot_bytes: int  # bytes of a staging slot
-    row_bytes: int  # bytes of the rows alone
+
+    @property
+    def large_fields(self) -> list[int]:
+        """Numbers of the fields that travel as messages of their own."""
+        return [number for number, field in enumerate(self.fields) if field.num_bytes and not field.packed]
+
+    @property
+    def message_bytes(self) -> int:
+        """What travels for one expert."""
+        return self.packed_bytes + sum(self.fields[number].num_bytes for number in self.large_fields)
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], *, with_checksum: bool = False) -> ExpertLayout:
@@ -51,16 +61,34 @@ class ExpertLayout:
             if packed:
                 packed_bytes = at
         fields = tuple(Field(offsets[i], size, size < PACK_BELOW_BYTES) for i, size in enumerate(sizes))
-        return cls(fields, packed_bytes, at, sum(sizes))
+        return cls(fields, packed_bytes, at)
+
+
+class StagedExpert(NamedTuple):
+    """One staging slot: views of its bytes, (bytes,) uint8 each."""
+
+    head: torch.Tensor  # the packed message
+    rows: list[torch.Tensor]  # in the order of the layout's fields
+    messages: list[torch.Tensor]  # what travels, in order: the head unless it is empty, then the large rows
+
+
+class Outbox(NamedTuple):
+    """Where the packed message of an expert that is sent from a live slot is put together; views as above."""
+
+    head: torch.Tensor
+    packed_rows: list[tuple[int, torch.Tensor]]  # number of the field, its part of the head
 
 
 class StagingArea:
     """A bounded number of staging slots, and outboxes for the packed part of what is being sent.
 
+    Views are made once and kept, since a step would spend more time on making them than on all the rest.
+
     Args:
         layouts: one per layer.
         budget: most bytes it may ever allocate; None: ``default_slots`` slots of the largest layout.
         default_slots: see ``budget``.
+        most_slots: more than these are never needed.
         num_outboxes: experts that may be on their way out at once.
         device: where it lives.
 
@@ -73,10 +101,14 @@ class StagingArea:
         layouts: Sequence[ExpertLayout],
         budget: int | None,
         default_slots: int,
+        most_slots: int,
         num_outboxes: int,
         device: torch.device,
     ) -> None:
         self._device = device
+        kinds = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
+        self._layouts = list(kinds)
+        self._kind_of_layer = [kinds[layout] for layout in layouts]
         self._outbox_stride = max((layout.packed_bytes for layout in layouts), default=0)
         self._outbox_bytes = num_outboxes * self._outbox_stride
         self._stride = max((layout.slot_bytes for layout in layouts), default=0)
@@ -87,39 +119,69 @@ class StagingArea:
                 field="eplb_staging_bytes",
             )
         fitting = (budget - self._outbox_bytes) // self._stride if budget is not None and self._stride else None
-        self.capacity = default_slots if fitting is None else min(fitting, default_slots)
+        self.capacity = min(default_slots if fitting is None else fitting, most_slots)
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._slots: dict[tuple[int, int], StagedExpert] = {}
+        self._outboxes: dict[tuple[int, int], Outbox] = {}
 
     @property
     def allocated_bytes(self) -> int:
         return self._memory.numel()
 
     def reserve(self, num_slots: int) -> None:
-        """Makes room for ``num_slots`` staging slots, at most ``capacity``; what was staged before is lost."""
-        assert num_slots <= self.capacity, f"{num_slots=} {self.capacity=}"
+        """Makes room for ``num_slots`` staging slots; what was staged before is lost.
+
+        Raises:
+            ConfigError: more than ``capacity``.
+        """
+        if num_slots > self.capacity:
+            raise ConfigError(
+                f"the plan stages {num_slots} experts at once on a rank whose staging holds {self.capacity}: plan with "
+                f"max_staged_experts={self.capacity}, or raise eplb_staging_bytes",
+                field="max_staged_experts",
+            )
         needed = self._outbox_bytes + num_slots * self._stride
         if needed > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first: never both at once
+            self.release()  # the old one goes first: never both at once
             self._memory = torch.empty(needed, dtype=torch.uint8, device=self._device)
 
     def release(self) -> None:
         """Gives the memory back; the next :meth:`reserve` allocates it again."""
+        self._slots.clear()
+        self._outboxes.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def outbox(self, index: int, layout: ExpertLayout) -> torch.Tensor:
-        """(packed_bytes,) uint8."""
-        start = index * self._outbox_stride
-        return self._memory[start : start + layout.packed_bytes]
+    def outbox(self, layer_id: int, index: int) -> Outbox:
+        """Outbox ``index`` for an expert of a layer."""
+        kind = self._kind_of_layer[layer_id]
+        if (kind, index) not in self._outboxes:
+            layout = self._layouts[kind]
+            head = self._part(index * self._outbox_stride, layout.packed_bytes)
+            packed = [(number, field) for number, field in enumerate(layout.fields) if field.packed]
+            self._outboxes[kind, index] = Outbox(
+                head, [(number, head[field.offset : field.offset + field.num_bytes]) for number, field in packed]
+            )
+        return self._outboxes[kind, index]
 
-    def slot(self, index: int, layout: ExpertLayout) -> torch.Tensor:
-        """(slot_bytes,) uint8."""
-        start = self._outbox_bytes + index * self._stride
-        return self._memory[start : start + layout.slot_bytes]
+    def slot(self, layer_id: int, index: int) -> StagedExpert:
+        """Staging slot ``index`` for an expert of a layer."""
+        kind = self._kind_of_layer[layer_id]
+        if (kind, index) not in self._slots:
+            layout = self._layouts[kind]
+            whole = self._part(self._outbox_bytes + index * self._stride, layout.slot_bytes)
+            rows = [whole[field.offset : field.offset + field.num_bytes] for field in layout.fields]
+            head = whole[: layout.packed_bytes]
+            large = [rows[number] for number in layout.large_fields]
+            self._slots[kind, index] = StagedExpert(head, rows, [head, *large] if layout.packed_bytes else large)
+        return self._slots[kind, index]
+
+    def _part(self, start: int, num_bytes: int) -> torch.Tensor:
+        return self._memory[start : start + num_bytes]
 
 
-def row_bytes_of(tensor: torch.Tensor, slot: int) -> torch.Tensor:
-    """The bytes of one live row as a (bytes,) uint8 view: writing to it writes the tensor."""
-    return tensor[slot : slot + 1].view(-1).view(torch.uint8)
+def row_views(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The bytes of each row of a live tensor as (bytes,) uint8 views: writing to one writes the tensor."""
+    return [row.view(-1).view(torch.uint8) for row in tensor.unbind(0)]
 
 
 def require_usable(expert_weights: Sequence[Sequence[torch.Tensor]], slots_per_rank: int) -> None:

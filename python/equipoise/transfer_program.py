@@ -8,12 +8,16 @@ in a cycle need one spare staging slot, whatever their number.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numba import njit
+
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferStep
+
+_NOWHERE = np.iinfo(np.int32).min
 
 
 def staging_place(index: int) -> int:
@@ -38,11 +42,10 @@ class Copy(NamedTuple):
     destination: int  # place
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """At most one send and one receive."""
 
-    index: int
+    number: int
     send: Send | None
     receive: Receive | None
 
@@ -59,55 +62,121 @@ class RankProgram:
 def rank_program(step: TransferStep, rank: int, topology: EpTopology) -> RankProgram:
     """Derives the part of ``rank``."""
     slots = topology.slots_of_rank(rank)
-    table = step.transfer_table
-    mine = table[
-        ((table[:, 2] >= slots.start) & (table[:, 2] < slots.stop))
-        | ((table[:, 3] >= slots.start) & (table[:, 3] < slots.stop))
-    ]
-    sends: dict[int, Send] = {}
-    receives: dict[int, Receive] = {}
-    staged: dict[int, int] = {}  # expert -> staging index
-    for round_index, expert, source, destination, relayed in mine.tolist():
-        source_rank, destination_rank = topology.rank_of_slot(source), topology.rank_of_slot(destination)
-        if destination_rank == rank:
-            staged[expert] = len(staged)
-            receives[round_index] = Receive(source_rank, expert, staged[expert])
+    received, messages = _messages(step.transfer_table, slots.start, topology.slots_per_rank)
+    rounds: list[Round] = []
+    for number, is_send, *message in messages.tolist():
+        if not rounds or rounds[-1].number != number:
+            rounds.append(Round(number, None, None))
+        if is_send:
+            rounds[-1] = Round(number, Send(*message), rounds[-1].receive)
         else:
-            place = staging_place(staged[expert]) if relayed else topology.local_slot(source)
-            sends[round_index] = Send(destination_rank, expert, place)
-    rounds = tuple(Round(i, sends.get(i), receives.get(i)) for i in sorted(sends.keys() | receives.keys()))
-    copies = _commit_copies(
-        step.old_map[slots.start : slots.stop].tolist(), step.new_map[slots.start : slots.stop].tolist(), staged
+            rounds[-1] = Round(number, rounds[-1].send, Receive(*message))
+    copies, needs_spare = _commit_copies(
+        step.old_map[slots.start : slots.stop], step.new_map[slots.start : slots.stop], received
     )
-    spare = any(copy.destination < 0 for copy in copies)
-    return RankProgram(rounds, copies, max(len(staged), int(spare)))
+    num_staging_slots = max(len(received), int(needs_spare))
+    return RankProgram(tuple(rounds), tuple(Copy(*copy) for copy in copies.tolist()), num_staging_slots)
 
 
-def _commit_copies(before: list[int], after: list[int], staged: dict[int, int]) -> tuple[Copy, ...]:
-    """Copies that turn ``before`` (expert per live slot) plus staging into ``after``."""
-    place_of = {expert: slot for slot, expert in reversed(list(enumerate(before)))}
-    place_of.update((expert, staging_place(index)) for expert, index in staged.items())
-    source = {slot: place_of[new] for slot, (old, new) in enumerate(zip(before, after, strict=True)) if old != new}
-    readers: dict[int, int] = defaultdict(int)
-    for place in source.values():
-        readers[place] += 1
-    copies = []
+@njit(cache=True)
+def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a rank sends and receives, in the order of the table.
+
+    Args:
+        table: (transfers, 5) int32, columns of :class:`~equipoise.transfer_plan.ExpertTransfer`, in round order.
+        first_slot: of the rank.
+        slots_per_rank: ``S``.
+
+    Returns:
+        The experts that it receives, (receives,) int32 by staging index; and (messages, 5) int32 with the columns
+        round, 1 for a send and 0 for a receive, and those of :class:`Send` or :class:`Receive`.
+    """
+    rank = first_slot // slots_per_rank
+    messages = np.empty((table.shape[0], 5), np.int32)
+    received = np.empty(table.shape[0], np.int32)
+    num_messages, num_received = 0, 0
+    for transfer in range(table.shape[0]):
+        source, destination = table[transfer, 2], table[transfer, 3]
+        is_send = source // slots_per_rank == rank
+        if not is_send and destination // slots_per_rank != rank:
+            continue
+        row = messages[num_messages]
+        num_messages += 1
+        row[0], row[1], row[3] = table[transfer, 0], is_send, table[transfer, 1]
+        if is_send:
+            row[2], row[4] = destination // slots_per_rank, source - first_slot
+            if table[transfer, 4]:
+                index = 0
+                while received[index] != row[3]:  # it has arrived in an earlier round
+                    index += 1
+                row[4] = ~index
+        else:
+            row[2], row[4] = source // slots_per_rank, num_received
+            received[num_received] = row[3]
+            num_received += 1
+    return received[:num_received], messages[:num_messages]
+
+
+@njit(cache=True)
+def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Copies that turn ``before`` plus staging into ``after``.
+
+    Args:
+        before: (S,) int32, the expert of each live slot.
+        after: (S,) int32.
+        received: int32, the expert of each staging slot in use.
+
+    Returns:
+        (copies, 2) int32 with the columns of :class:`Copy`, and whether a cycle needs a staging slot for itself.
+    """
+    size = before.size
+    source = np.full(size, _NOWHERE, np.int32)
+    readers = np.zeros(size, np.int32)
+    left = 0
+    for slot in range(size):
+        if before[slot] == after[slot]:
+            continue
+        left += 1
+        for index in range(received.size):
+            if received[index] == after[slot]:
+                source[slot] = ~index
+                break
+        if source[slot] == _NOWHERE:
+            place = 0
+            while before[place] != after[slot]:
+                place += 1
+            source[slot] = place
+            readers[place] += 1
+    copies = np.empty((2 * left, 2), np.int32)
+    done = 0
     # A slot whose old content nobody waits for can be written; that releases its source, and so on down the chain.
-    ready = [slot for slot in source if not readers[slot]]
-    while ready:
-        slot = ready.pop()
-        place = source.pop(slot)
-        copies.append(Copy(place, slot))
-        readers[place] -= 1
-        if place in source and not readers[place]:
-            ready.append(place)
+    for end in range(size):
+        slot = end
+        while source[slot] != _NOWHERE and readers[slot] == 0:
+            place = source[slot]
+            copies[done, 0], copies[done, 1] = place, slot
+            done += 1
+            source[slot] = _NOWHERE
+            if place < 0:
+                break
+            readers[place] -= 1
+            slot = place
     # What is left are cycles. Staging has been emptied by now, so its first slot serves as the spare.
-    while source:
-        start, place = source.popitem()
-        copies.append(Copy(start, staging_place(0)))
+    needs_spare = False
+    for start in range(size):
+        if source[start] == _NOWHERE:
+            continue
+        needs_spare = True
+        copies[done, 0], copies[done, 1] = start, ~0
+        done += 1
         slot = start
-        while place != start:
-            copies.append(Copy(place, slot))
-            slot, place = place, source.pop(place)
-        copies.append(Copy(staging_place(0), slot))
-    return tuple(copies)
+        while source[slot] != start:
+            place = source[slot]
+            copies[done, 0], copies[done, 1] = place, slot
+            done += 1
+            source[slot] = _NOWHERE
+            slot = place
+        copies[done, 0], copies[done, 1] = ~0, slot
+        done += 1
+        source[slot] = _NOWHERE
+    return copies[:done], needs_spare

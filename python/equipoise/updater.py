@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from equipoise.communicator import Communicator, PeerTensor, Pending
+from equipoise.communicator import Communicator, Pending
 from equipoise.errors import InDoubtError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
 from equipoise.expert_store import ExpertStore
 from equipoise.fault_injection import FaultInjector, NoFaults
@@ -59,10 +59,10 @@ class ExpertLocationUpdater:
         expert_weights: ``[layer][i]``, the live tensors of this rank, each (slots_per_rank, ...) with contiguous rows,
             of any dtype. They are written by commits only.
         verification: see the module.
-        staging_bytes: most bytes to allocate for staging; None: the rank's slots of the largest layer.
+        staging_bytes: most bytes to allocate for staging; None: an expert of the largest layer per round in flight.
         timeout: seconds that staging one step may take.
         rounds_in_flight: rounds of which a rank may be in the middle; 1 keeps its link to one peer each way, more hide
-            the latency between rounds.
+            the latency between rounds. With a ``duty`` it is 1: what is under way moves on while the updater rests.
         duty: share of the time, in (0, 1], that may go to transfers; the rest of it the updater sleeps between rounds,
             so that forward passes beside it keep the processor and the links.
         vote_grace: seconds beyond ``timeout`` after which a vote is given up.
@@ -83,7 +83,7 @@ class ExpertLocationUpdater:
         verification: Verification = "canary",
         staging_bytes: int | None = None,
         timeout: float = 60.0,
-        rounds_in_flight: int = 1,
+        rounds_in_flight: int = 4,
         duty: float = 1.0,
         vote_grace: float = VOTE_GRACE_SECONDS,
         faults: FaultInjector | None = None,
@@ -91,7 +91,7 @@ class ExpertLocationUpdater:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         assert rounds_in_flight >= 1, f"{rounds_in_flight=}"
-        self._rounds_in_flight = rounds_in_flight
+        self._rounds_in_flight = rounds_in_flight if duty == 1.0 else 1
         self._communicator = communicator
         self._topology = topology
         self._timeout = timeout
@@ -232,7 +232,7 @@ class ExpertLocationUpdater:
     ) -> None:
         fault = self._faults.at("transfer", layer_id)
         under_way: deque[tuple[Round, Pending]] = deque()
-        began, moved = self._clock(), 0
+        began, moved, expert_bytes = self._clock(), 0, self._store.message_bytes(layer_id)
         for number, each in enumerate(program.rounds):
             while under_way and (len(under_way) == self._rounds_in_flight or _awaits_one_of(each, under_way)):
                 under_way.popleft()[1].wait(max(deadline - self._clock(), 0.001))
@@ -245,9 +245,12 @@ class ExpertLocationUpdater:
                 fault = None
             self._streams.finish()  # what was packed must be there before a transport that knows no streams reads it
             under_way.append((each, self._communicator.post(sends, recvs)))
-            moved += sum(tensor.nbytes for _, tensor in [*sends, *recvs])
-            _count(sends, sent)
-            _count(recvs, received)
+            if each.send:
+                sent[each.send.peer] += expert_bytes
+                moved += expert_bytes
+            if each.receive:
+                received[each.receive.peer] += expert_bytes
+                moved += expert_bytes
         for _, pending in under_way:
             pending.wait(max(deadline - self._clock(), 0.001))
 
@@ -345,8 +348,3 @@ def _words(failure: Exception | None) -> str:
     if failure is None:
         return ""
     return str(failure) if isinstance(failure, TransferError) else f"{type(failure).__name__}: {failure}"
-
-
-def _count(messages: Sequence[PeerTensor], per_rank: np.ndarray) -> None:
-    for peer, tensor in messages:
-        per_rank[peer] += tensor.numel()

@@ -35,9 +35,10 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
             weights,
             verification=str(rng.choice(["off", "canary", "checksum"])),
             rounds_in_flight=int(rng.integers(1, 4)),
+            staging_bytes=1 << 24 if rng.random() < 0.3 else None,
             timeout=30.0,
         )
-        budget = 1 if rng.random() < 0.6 else topology.slots_per_rank
+        budget = 1 if rng.random() < 0.5 else updater.max_staged_experts
         for _ in range(10):
             small = rng.random() < 0.5
             target = perturbed(rng, now, num_experts) if small else random_map(rng, num_experts, topology, 2)

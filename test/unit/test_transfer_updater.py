@@ -18,9 +18,9 @@ from run_threads import results_of, run_threads
 
 def migrate(communicator, topology, old, new, weights, **options):
     updater = ExpertLocationUpdater(communicator, topology, weights, **options)
-    plan = plan_transfer(old, new, topology)
+    plan = plan_transfer(old, new, topology, max_staged_experts=updater.max_staged_experts)
     updater.agree_on(plan)
-    return [updater.migrate_layer(layer) for layer in plan.layers]
+    return [updater.migrate_layer(layer, on_commit=lambda _: None) for layer in plan.layers]
 
 
 def assert_weights(weights, p2l, rank, topology):
@@ -304,3 +304,17 @@ def test_what_is_under_way_is_not_overwritten(rounds_in_flight):
         assert_weights(weights, new, communicator.rank, topology)
 
     results_of(body, 4)
+
+
+def test_a_plan_that_stages_more_than_there_is_room_for_says_how_to_plan():
+    topology = EpTopology(2, 1, 4)
+    old, new = np.arange(8)[None], np.roll(np.arange(8), 4)[None]
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, topology)
+        updater = ExpertLocationUpdater(communicator, topology, weights, rounds_in_flight=2)
+        with pytest.raises(TransferError, match=r"stages 4 experts .* holds 2: plan with max_staged_experts=2"):
+            updater.migrate_layer(plan_transfer(old, new, topology).layers[0])
+        assert_weights(weights, old, communicator.rank, topology)
+
+    results_of(body, 2)
