@@ -78,6 +78,15 @@ def rank_program(step: TransferStep, rank: int, topology: EpTopology) -> RankPro
     return RankProgram(tuple(rounds), tuple(Copy(*copy) for copy in copies.tolist()), num_staging_slots)
 
 
+def compile_program_kernels() -> None:
+    """Compiles what :func:`rank_program` needs, or loads it from numba's cache, so that no transfer waits for it."""
+    topology = EpTopology(2, 1, 1)
+    old, new, table = (np.array(values, np.int32) for values in ([0, 1], [1, 0], [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]))
+    for array in (old, new, table):
+        array.setflags(write=False)  # as a plan's arrays are: numba compiles read-only arrays apart
+    rank_program(TransferStep(old, new, table), 0, topology)
+
+
 @njit(cache=True)
 def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
     """What a rank sends and receives, in the order of the table.

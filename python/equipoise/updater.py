@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,9 +28,9 @@ from equipoise.fault_injection import FaultInjector, NoFaults
 from equipoise.topology import EpTopology
 from equipoise.transfer_pace import Pace
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
-from equipoise.transfer_program import RankProgram, Round, rank_program
+from equipoise.transfer_program import RankProgram, Round, compile_program_kernels, rank_program
 from equipoise.transfer_report import LayerTransferReport
-from equipoise.verification import Verification
+from equipoise.verification import Verification, checksum
 
 # A rank that failed at once votes at once, and waits for those that find out by their timeout. A vote that is given up
 # too early would leave ranks in doubt whether the others committed; a rank that died is noticed without waiting.
@@ -94,6 +95,7 @@ class ExpertLocationUpdater:
         self._rounds_in_flight = rounds_in_flight if duty == 1.0 else 1
         self._communicator = communicator
         self._topology = topology
+        self._verification = verification
         self._timeout = timeout
         self._pace = Pace(duty, sleep)
         self._vote_grace = vote_grace
@@ -117,7 +119,10 @@ class ExpertLocationUpdater:
         return self._store.staging.allocated_bytes
 
     def warm_up(self) -> None:
-        """Collective. Sends a byte between every pair of ranks, so that no connection is set up mid-serving."""
+        """Collective. What is slow the first time: a byte between every pair of ranks, and compiled kernels."""
+        compile_program_kernels()
+        if self._verification == "checksum":
+            checksum([torch.zeros(8, dtype=torch.uint8)])
         world_size, rank = self._communicator.world_size, self._communicator.rank
         sent = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
         landed = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
@@ -310,8 +315,10 @@ class _Streams:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last_commit: torch.cuda.Event | None = None
 
-    def beside_the_forward_pass(self) -> torch.cuda.StreamContext:
-        if self._stream is not None and self._last_commit is not None:
+    def beside_the_forward_pass(self) -> AbstractContextManager[object]:
+        if self._stream is None:
+            return nullcontext()
+        if self._last_commit is not None:
             self._stream.wait_event(self._last_commit)
         return torch.cuda.stream(self._stream)
 
