@@ -84,6 +84,31 @@ def sums_over_ranks(communicator: Communicator) -> None:
     assert bool((large == size * (size - 1) / 2).all())
 
 
+def a_posted_sum_arrives_beside_other_traffic(communicator: Communicator) -> None:
+    size, rank = communicator.world_size, communicator.rank
+    first, second = torch.tensor([rank, 1]), torch.tensor([10 * rank])
+    pending = communicator.post_sum(first)
+    assert communicator.broadcast_object(rank, 1) == 1
+    also = communicator.post_sum(second)
+    communicator.barrier()
+    pending.wait(20.0)
+    also.wait(20.0)
+    assert first.tolist() == [size * (size - 1) // 2, size]
+    assert second.tolist() == [10 * (size * (size - 1) // 2)]
+
+
+def posting_a_sum_waits_for_nobody(communicator: Communicator) -> None:
+    start = time.monotonic()
+    if communicator.rank == 0:
+        time.sleep(0.5)
+    value = torch.ones(1, dtype=torch.int64)
+    pending = communicator.post_sum(value)
+    assert communicator.rank == 0 or time.monotonic() - start < 0.4
+    pending.wait(20.0)
+    assert time.monotonic() - start > 0.4
+    assert int(value) == communicator.world_size
+
+
 def objects_travel(communicator: Communicator) -> None:
     values = communicator.all_gather_object({"rank": communicator.rank, "pad": "x" * 1000 * communicator.rank})
     assert [v["rank"] for v in values] == list(range(communicator.world_size))
@@ -113,7 +138,7 @@ def a_barrier_waits_for_the_last(communicator: Communicator) -> None:
 
 def a_missing_message_is_a_transfer_error_and_rebuild_helps(communicator: Communicator) -> None:
     me, size = communicator.rank, communicator.world_size
-    to, frm = (me + 1) % size, (me - 1) % size
+    frm = (me - 1) % size
     landed = torch.zeros(8, dtype=torch.uint8)
     start = time.monotonic()
     with pytest.raises(TransferError) as caught:  # nobody sends: a timeout, or the hang-up of a peer that timed out
@@ -122,6 +147,16 @@ def a_missing_message_is_a_transfer_error_and_rebuild_helps(communicator: Commun
     kinds = communicator.all_gather_object(type(caught.value).__name__)
     assert TransferTimeout.__name__ in kinds
     communicator.rebuild()
+    exchange_around(communicator)
+    communicator.rebuild(control=True)
+    exchange_around(communicator)
+    assert communicator.all_gather_object(me) == list(range(size))
+
+
+def exchange_around(communicator: Communicator) -> None:
+    me, size = communicator.rank, communicator.world_size
+    to, frm = (me + 1) % size, (me - 1) % size
+    landed = torch.zeros(8, dtype=torch.uint8)
     communicator.exchange([(to, torch.full((8,), me, dtype=torch.uint8))], [(frm, landed)], 20.0)
     assert landed.tolist() == [frm] * 8
 
@@ -135,6 +170,8 @@ CHECKS = (
     one_tensor_can_go_to_several_peers,
     an_empty_exchange_returns,
     sums_over_ranks,
+    a_posted_sum_arrives_beside_other_traffic,
+    posting_a_sum_waits_for_nobody,
     objects_travel,
     what_was_gathered_is_ones_own,
     a_barrier_waits_for_the_last,

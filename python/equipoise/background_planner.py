@@ -6,12 +6,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from equipoise.communicator import Communicator
+import torch
+
+from equipoise.communicator import Communicator, Pending
 
 Result = TypeVar("Result")
 
 _IDLE_WAIT_SECONDS = 0.005
 """How long a poll without a forward pass beside it waits for the thread, instead of spinning."""
+
+_SLOWEST_STEP_SECONDS = 600.0
+"""How long a rank may take from one poll to the next."""
 
 
 class PlanningFailed(Exception):
@@ -29,6 +34,7 @@ class BackgroundPlanner(Generic[Result]):
         self._communicator = communicator
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-planner")
         self._job: Future[Result] | None = None
+        self._ended: tuple[torch.Tensor, Pending] | None = None  # rank 0's word, on its way since the last poll
 
     def prepare(self, job: Callable[[], object]) -> None:
         """Runs something before the first plan, on rank 0 only; a plan that is asked for meanwhile waits behind it."""
@@ -41,7 +47,9 @@ class BackgroundPlanner(Generic[Result]):
             self._job = self._executor.submit(job)
 
     def poll(self, *, idle: bool) -> Result | None:
-        """Collective: one small broadcast. The result, on every rank, in the first poll after the job has ended.
+        """Collective. The result, on every rank, in the second poll after the job has ended.
+
+        Whether it has ended travels beside the forward pass between two polls, so that nobody waits for it.
 
         Args:
             idle: no forward pass runs between polls: wait a little for the job.
@@ -49,18 +57,28 @@ class BackgroundPlanner(Generic[Result]):
         Raises:
             PlanningFailed: the job did.
         """
+        if self._ended is not None:
+            ended, pending = self._ended
+            self._ended = None
+            pending.wait(_SLOWEST_STEP_SECONDS)
+            if ended:
+                return self._share()
+        ended = torch.tensor([self._job is not None and self._has_ended(self._job, idle)], dtype=torch.int64)
+        self._ended = ended, self._communicator.post_sum(ended, _SLOWEST_STEP_SECONDS)
+        return None
+
+    def _share(self) -> Result:
         message: tuple[Result | None, str | None] | None = None
-        if self._job is not None and self._has_ended(self._job, idle):
+        if self._job is not None:
             failure = self._job.exception()
             message = (None, f"{type(failure).__name__}: {failure}") if failure else (self._job.result(), None)
             self._job = None
         message = self._communicator.broadcast_object(message, src=0)
-        if message is None:
-            return None
+        assert message is not None
         result, failed = message
         if failed is not None:
             raise PlanningFailed(failed)
-        return result
+        return result  # type: ignore[return-value]
 
     def close(self) -> None:
         """Ends the thread; a job under way runs out, its result is dropped."""

@@ -6,8 +6,8 @@ same decisions without talking. Rank 0's reply is the one that reaches the opera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 Phase = Literal["collecting", "planning", "migrating", "failed"]
 Action = Literal["skip", "reweight", "migrate"]
@@ -62,7 +62,21 @@ class GetSteps:
     since: int = 0
 
 
-Command = StartRecording | StopRecording | DumpRecording | Rebalance | GetStatus | GetExpertLocation | GetSteps
+@dataclass(frozen=True)
+class GetStepTotals:
+    """All steps in sums. Reply: list[StepTotals], one for each phase that a step has been in."""
+
+
+Command = (
+    StartRecording
+    | StopRecording
+    | DumpRecording
+    | Rebalance
+    | GetStatus
+    | GetExpertLocation
+    | GetSteps
+    | GetStepTotals
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,28 @@ class RebalanceReport:
 
 
 @dataclass(frozen=True)
+class RebalanceTotals:
+    """Sums over every rebalance that has ended since start, requested or not: they never fall."""
+
+    by_outcome: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(get_args(Outcome), 0))
+    moves: int = 0  # of committed rebalances; a failed one does not know how far it got
+    cross_node_moves: int = 0
+    moved_bytes: int = 0
+    stall_seconds: float = 0.0
+
+    def plus(self, report: RebalanceReport) -> RebalanceTotals:
+        """These totals with one more rebalance."""
+        committed = report.outcome == "committed"
+        return RebalanceTotals(
+            by_outcome={**self.by_outcome, report.outcome: self.by_outcome[report.outcome] + 1},
+            moves=self.moves + committed * sum(report.moves),
+            cross_node_moves=self.cross_node_moves + committed * sum(report.cross_node_moves),
+            moved_bytes=self.moved_bytes + report.bytes_moved,
+            stall_seconds=self.stall_seconds + report.stall_seconds,
+        )
+
+
+@dataclass(frozen=True)
 class StatusReply:
     phase: Phase
     enable_eplb: bool
@@ -149,6 +185,7 @@ class StatusReply:
     num_nodes: int
     num_rebalances: int  # committed since start
     layers_pending: int
+    totals: RebalanceTotals
     last_report: RebalanceReport | None
     error: str | None  # why the phase is failed, or the last migration failed
 
@@ -171,3 +208,17 @@ class StepRecord:
     seconds: float  # forward pass and everything balancing added to it
     num_tokens: int
     phase: Phase
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over every forward pass since start that was in one phase: they never fall."""
+
+    phase: Phase
+    num_tokens: int
+    seconds: float
+    durations: dict[float, int]  # steps of at most so many seconds, and of more than the bound before; the last is inf
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.durations.values())

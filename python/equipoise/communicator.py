@@ -3,29 +3,29 @@
 Two kinds of traffic are kept apart. **Bulk**: :meth:`Communicator.exchange`, expert weights between pairs of ranks.
 **Control**: small collectives by which ranks agree. A bulk transfer that fails or times out may leave its transport
 unusable (gloo closes the connections); the control group survives that, so the ranks can still vote, and
-:meth:`Communicator.rebuild` makes a new bulk group.
+:meth:`Communicator.rebuild` makes a new bulk group, or both anew if a vote has broken off too.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
-from equipoise.errors import TransferError, TransferTimeout
+from equipoise.errors import TransferError, transport_error
+from equipoise.small_sums import PostedSum, sum_by_way_of_rank_0_
 
 PeerTensor = tuple[int, torch.Tensor]
 
-# Sums of at most this many bytes over at most this many ranks go by way of rank 0.
-STAR_BYTES = 4096
-STAR_RANKS = 64
+# Sums of at most this many bytes over at most this many ranks are not left to the group's ring; see small_sums.py.
+SMALL_SUM_BYTES = 4096
+SMALL_SUM_RANKS = 64
 
-BULK_TAG, CONTROL_TAG = 0, 1
+BULK_TAG = 0
 
 
 class Pending(Protocol):
@@ -72,6 +72,15 @@ class Communicator(Protocol):
         """Replaces ``tensor`` by its sum over all ranks."""
         ...
 
+    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
+        """Starts to replace a CPU ``tensor`` by its sum over all ranks, beside what the caller does until it waits.
+
+        Args:
+            tensor: not to be touched until it has been waited for.
+            timeout: seconds that the slowest rank may take until it joins.
+        """
+        ...
+
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
         """Every rank's ``value`` (picklable), in rank order."""
         ...
@@ -84,8 +93,11 @@ class Communicator(Protocol):
         """Returns once every rank has called it."""
         ...
 
-    def rebuild(self) -> None:
+    def rebuild(self, *, control: bool = False) -> None:
         """Collective. Replaces the bulk transport after a failure; messages of before are lost.
+
+        Args:
+            control: the control group as well. No thread of any rank may be in one of its collectives.
 
         Raises:
             TransferError: this communicator cannot.
@@ -103,7 +115,7 @@ class _TorchPending:
             for work in self._works:
                 work.wait(timedelta(seconds=timeout))
         except RuntimeError as error:
-            raise _translated(error, self._what, timeout) from error
+            raise transport_error(error, self._what, timeout) from error
 
 
 class TorchCommunicator:
@@ -115,6 +127,7 @@ class TorchCommunicator:
         control_group: a gloo group of the same ranks for the collectives on CPU tensors and objects; ``group``
             itself if None. Apart from ``group``, it survives a failed transfer.
         new_group: makes a fresh bulk group of the same ranks, called by all of them; None: cannot be rebuilt.
+        new_control_group: the same for the control group.
     """
 
     def __init__(
@@ -124,10 +137,12 @@ class TorchCommunicator:
         *,
         control_group: dist.ProcessGroup | None = None,
         new_group: Callable[[], dist.ProcessGroup] | None = None,
+        new_control_group: Callable[[], dist.ProcessGroup] | None = None,
     ) -> None:
         self._group = group
         self._control = control_group if control_group is not None else group
         self._new_group = new_group
+        self._new_control_group = new_control_group
         self.device = torch.device(device)
 
     @property
@@ -147,7 +162,7 @@ class TorchCommunicator:
         try:
             return _TorchPending(self._start(sends, recvs) if peers else [], what)
         except RuntimeError as error:
-            raise _translated(error, what, 0.0) from error
+            raise transport_error(error, what, 0.0) from error
 
     def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
         if self.device.type == "cpu":  # gloo: straight to the group, at a third of the cost of a P2POp each
@@ -159,49 +174,24 @@ class TorchCommunicator:
 
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
         on_cpu = tensor.device.type == "cpu"
-        if on_cpu and tensor.nbytes <= STAR_BYTES and 1 < self.world_size <= STAR_RANKS:
-            self._all_reduce_by_star(tensor, timeout)
+        if on_cpu and tensor.nbytes <= SMALL_SUM_BYTES and 1 < self.world_size <= SMALL_SUM_RANKS:
+            sum_by_way_of_rank_0_(self._control, tensor, timeout)
             return
         options = dist.AllreduceOptions()
         options.timeout = timedelta(seconds=timeout)
         group = self._control if on_cpu else self._group
         self._finish(lambda: group.allreduce([tensor], options), "all_reduce", timeout)
 
-    def _all_reduce_by_star(self, tensor: torch.Tensor, timeout: float) -> None:
-        """By way of rank 0: two hops instead of the ring's 2 (G - 1), each of which would wake every process.
-
-        Rank 0's answer starts with eight bytes: 0, or 1 + the rank that it has lost, so that all learn of it at once.
-        """
-        group, limit = self._control, timedelta(seconds=timeout)
-        answer = torch.zeros(8 + tensor.nbytes, dtype=torch.uint8)
-        lost, result = answer[:8].view(torch.int64), answer[8:].view(tensor.dtype).view(tensor.shape)
-        peers = range(1, self.world_size)
-        waits_for = 0
+    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
+        what = f"all_reduce on rank {self.rank}"
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=timeout)
         try:
-            if self.rank != 0:
-                group.send([tensor], 0, CONTROL_TAG).wait(limit)
-                group.recv([answer], 0, CONTROL_TAG).wait(limit)
-                if int(lost):
-                    raise TransferError(f"rank {int(lost) - 1} has failed or left")
-                tensor.copy_(result)
-                return
-            parts = torch.empty(self.world_size - 1, *tensor.shape, dtype=tensor.dtype)
-            works = []
-            for waits_for in peers:
-                works.append(group.recv([parts[waits_for - 1]], waits_for, CONTROL_TAG))
-            for waits_for in peers:
-                works[waits_for - 1].wait(limit)
-            tensor += parts.sum(0, dtype=tensor.dtype)
-            result.copy_(tensor)
-            for work in [group.send([answer], peer, CONTROL_TAG) for peer in peers]:
-                work.wait(limit)
+            if tensor.nbytes > SMALL_SUM_BYTES or self.world_size > SMALL_SUM_RANKS:
+                return _TorchPending([self._control.allreduce([tensor], options)], what)
+            return PostedSum(self._control, tensor)
         except RuntimeError as error:
-            if self.rank == 0:
-                lost.fill_(1 + waits_for)
-                for other in peers:
-                    with suppress(RuntimeError):
-                        group.send([answer], other, CONTROL_TAG).wait(timedelta(seconds=1))
-            raise _translated(error, f"all_reduce on rank {self.rank} with rank {waits_for}", timeout) from error
+            raise transport_error(error, what, timeout) from error
 
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
         payload = _to_bytes(value)
@@ -225,11 +215,18 @@ class TorchCommunicator:
     def barrier(self, timeout: float = 60.0) -> None:
         self.all_reduce_sum_(torch.zeros(1, dtype=torch.int64), timeout)
 
-    def rebuild(self) -> None:
+    def rebuild(self, *, control: bool = False) -> None:
         if self._new_group is None:
             raise TransferError("the transfer's process group is broken, and its host gave no way to make a new one")
-        self._group = self._new_group()
-        self.barrier()  # nobody uses it before everybody has it
+        if control and self._new_control_group is None:
+            raise TransferError("the transfer's control group is broken, and its host gave no way to make a new one")
+        try:
+            if control and self._new_control_group is not None:
+                self._control = self._new_control_group()
+            self._group = self._new_group()
+        except RuntimeError as error:
+            raise transport_error(error, f"new process groups on rank {self.rank}", 0.0) from error
+        self.barrier()  # nobody uses them before everybody has them
 
     def _broadcast(self, tensor: torch.Tensor, src: int, timeout: float) -> None:
         options = dist.BroadcastOptions()
@@ -242,14 +239,7 @@ class TorchCommunicator:
         try:
             start().wait(timedelta(seconds=timeout))
         except RuntimeError as error:
-            raise _translated(error, f"{what} on rank {self.rank}", timeout) from error
-
-
-def _translated(error: RuntimeError, what: str, timeout: float) -> TransferError:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "timed out" in text.lower() or "timeout" in text.lower():
-        return TransferTimeout(f"{what} did not finish within {timeout:g} s: {text}")
-    return TransferError(f"{what} failed: {text}")
+            raise transport_error(error, f"{what} on rank {self.rank}", timeout) from error
 
 
 def _to_bytes(value: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@
     │   ├── TraceError         a recorded load file: truncated, unknown format, hostile
     │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
     ├── PhaseError             the call is fine, but not now (HTTP 409)
-    ├── InDoubtError           this rank cannot know whether the others committed: it must stop serving
+    ├── InDoubtError           this rank cannot know whether the others could commit: it may not
     └── TransferError          a migration did not happen; the old layer serves on
         ├── PlanMismatchError  ranks hold different plans; nothing was moved
         ├── VerificationError  what arrived is not what was sent
@@ -61,9 +61,10 @@ class PhaseError(EquipoiseError):
 
 
 class InDoubtError(EquipoiseError):
-    """The vote on a layer broke off: some ranks may have committed it, others not. Serving on could answer wrongly.
+    """The vote on a layer broke off: some ranks may hold that all could commit it, others not.
 
-    Not a :class:`TransferError`: nothing serves on. It comes when a rank has died or hung, so the group is lost anyway.
+    Not a :class:`TransferError`, which all ranks raise alike: a rank in doubt has to ask the others by another way, as
+    the runners do, before it commits.
     """
 
 
@@ -81,3 +82,11 @@ class VerificationError(TransferError):
 
 class TransferTimeout(TransferError):
     """A peer did not answer within the timeout."""
+
+
+def transport_error(error: RuntimeError, what: str, timeout: float) -> TransferError:
+    """What a transport raised, as one of ours; ``what`` was under way and could take ``timeout`` seconds."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return TransferTimeout(f"{what} did not finish within {timeout:g} s: {text}")
+    return TransferError(f"{what} failed: {text}")

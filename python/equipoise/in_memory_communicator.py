@@ -14,6 +14,8 @@ import torch
 from equipoise.communicator import PeerTensor, Pending
 from equipoise.errors import TransferError, TransferTimeout
 
+_Collective = tuple[int, int]  # how often the ranks have started over, number since
+
 
 class InMemoryHub:
     """What the ranks share: mail boxes between pairs and the values of the collective under way."""
@@ -22,8 +24,8 @@ class InMemoryHub:
         self.world_size = world_size
         self.condition = threading.Condition()
         self.boxes: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
-        self.gathering: dict[int, dict[int, Any]] = defaultdict(dict)  # number of the collective -> rank -> value
-        self.taken: dict[int, int] = defaultdict(int)
+        self.gathering: dict[_Collective, dict[int, Any]] = defaultdict(dict)  # rank -> value
+        self.taken: dict[_Collective, int] = defaultdict(int)
 
     def communicator(self, rank: int) -> InMemoryCommunicator:
         return InMemoryCommunicator(self, rank)
@@ -41,6 +43,20 @@ class _InMemoryPending:
         self._communicator.receive(self._recvs, timeout)
 
 
+class _InMemorySum:
+    def __init__(
+        self, communicator: InMemoryCommunicator, tensor: torch.Tensor, number: _Collective, timeout: float
+    ) -> None:
+        self._communicator = communicator
+        self._tensor = tensor
+        self._number = number
+        self._timeout = timeout
+
+    def wait(self, timeout: float) -> None:
+        values = self._communicator.values_of(self._number, min(timeout, self._timeout))
+        self._tensor.copy_(torch.stack(values).sum(0))
+
+
 class InMemoryCommunicator:
     """One rank of an :class:`InMemoryHub`; see :class:`~equipoise.communicator.Communicator`."""
 
@@ -48,6 +64,7 @@ class InMemoryCommunicator:
         self._hub = hub
         self._rank = rank
         self._num_collectives = 0
+        self._num_rebuilt = 0
 
     @property
     def rank(self) -> int:
@@ -87,6 +104,9 @@ class InMemoryCommunicator:
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
         tensor.copy_(torch.stack(self._gather(tensor.clone(), timeout)).sum(0))
 
+    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
+        return _InMemorySum(self, tensor, self.join(tensor.clone()), timeout)
+
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
         return [copy.deepcopy(each) for each in self._gather(copy.deepcopy(value), timeout)]
 
@@ -97,7 +117,9 @@ class InMemoryCommunicator:
     def barrier(self, timeout: float = 60.0) -> None:
         self._gather(None, timeout)
 
-    def rebuild(self) -> None:
+    def rebuild(self, *, control: bool = False) -> None:
+        if control:  # a rank may have left out a collective: count anew
+            self._num_rebuilt, self._num_collectives = self._num_rebuilt + 1, 0
         self.barrier()
         with self._hub.condition:
             for peer in range(self.world_size):
@@ -105,12 +127,22 @@ class InMemoryCommunicator:
         self.barrier()
 
     def _gather(self, value: Any, timeout: float) -> list[Any]:
-        hub, number = self._hub, self._num_collectives
+        return self.values_of(self.join(value), timeout)
+
+    def join(self, value: Any) -> _Collective:
+        """Brings this rank's value to the next collective; returns which one that is."""
+        hub, number = self._hub, (self._num_rebuilt, self._num_collectives)
         self._num_collectives += 1
         with hub.condition:
-            values = hub.gathering[number]
-            values[self._rank] = value
+            hub.gathering[number][self._rank] = value
             hub.condition.notify_all()
+        return number
+
+    def values_of(self, number: _Collective, timeout: float) -> list[Any]:
+        """All ranks' values of a collective, once all have joined."""
+        hub = self._hub
+        with hub.condition:
+            values = hub.gathering[number]
             if not hub.condition.wait_for(lambda: len(values) == hub.world_size, timeout):
                 missing = sorted(set(range(hub.world_size)) - values.keys())
                 raise TransferTimeout(f"ranks {missing} did not join a collective within {timeout:g} s")

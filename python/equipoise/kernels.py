@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms import warm_up
+from equipoise.algorithms import WarmUp, warm_up, warm_up_in_background
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.placement_alignment import align_placement
 from equipoise.topology import EpTopology
@@ -20,6 +20,20 @@ def compile_kernels() -> None:
     new = ExpertLocationMetadata.from_physical_to_logical(np.roll(p2l, 5, axis=1), 8, topology)
     for staged in (1, topology.slots_per_rank):  # a tight budget takes a path of its own
         plan_transfer(old, align_placement(old, new), topology, max_staged_experts=staged)
+
+
+def compile_kernels_in_background() -> WarmUp:
+    """Has a child process compile them, at once and beside whatever this one does."""
+    return warm_up_in_background("equipoise.kernels")
+
+
+def load_compiled_kernels(compiling: WarmUp) -> None:
+    """Waits for the child and loads what it has compiled; nothing if it failed: a plan compiles what it needs.
+
+    For the thread that plans, not for one that serves.
+    """
+    if compiling.wait():
+        compile_kernels()
 
 
 if __name__ == "__main__":

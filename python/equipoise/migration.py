@@ -16,7 +16,7 @@ from equipoise.errors import TransferError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.transfer_plan import TransferPlan, TransferStep
 from equipoise.transfer_report import LayerTransferReport
-from equipoise.transfer_worker import TransferRunner
+from equipoise.transfer_runner import TransferRunner
 
 _IDLE_WAIT_SECONDS = 0.001
 """Pause between two looks at a transfer when no forward pass runs."""
@@ -85,7 +85,11 @@ class Migration:
         """
         commits = 0
         while self._runner.active and (self._limit is None or commits < self._limit):
-            state = self._runner.poll(self._communicator)
+            try:
+                state = self._runner.poll(self._communicator)
+            except TransferError as error:
+                self.layers_pending = 0
+                raise MigrationBroken(f"the ranks cannot agree any more: {error}") from error
             if state == "broken":
                 self.layers_pending = 0
                 raise MigrationBroken(self._runner.error or "the transfer of another rank is broken")

@@ -60,6 +60,9 @@ class PinnedHostCommunicator:
         self._inner.all_reduce_sum_(on_host, timeout)
         tensor.copy_(on_host)
 
+    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
+        return self._inner.post_sum(tensor, timeout)
+
     def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
         return self._inner.all_gather_object(value, timeout)
 
@@ -69,8 +72,8 @@ class PinnedHostCommunicator:
     def barrier(self, timeout: float = 60.0) -> None:
         self._inner.barrier(timeout)
 
-    def rebuild(self) -> None:
-        self._inner.rebuild()
+    def rebuild(self, *, control: bool = False) -> None:
+        self._inner.rebuild(control=control)
 
     def finish_copies(self) -> None:
         """The transport below knows no streams: copies must have ended before it starts, and before we return."""

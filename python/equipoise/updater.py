@@ -106,7 +106,7 @@ class ExpertLocationUpdater:
         )
         self._streams = _Streams(self._store.device)
         self.broken: str | None = None
-        """Why no further transfer can run; None while one can."""
+        """Why no further transfer can run before :meth:`recover`; None while one can."""
 
     @property
     def max_staged_experts(self) -> int:
@@ -154,7 +154,7 @@ class ExpertLocationUpdater:
 
         Raises:
             TransferError: on every rank; the step that failed changed nothing anywhere.
-            InDoubtError: the vote broke off; this rank must stop.
+            InDoubtError: the vote broke off; see :meth:`recover`.
         """
         assert on_commit is not None or len(layer_plan.steps) == 1
         report: LayerTransferReport | None = None
@@ -172,7 +172,7 @@ class ExpertLocationUpdater:
         Raises:
             TransferError: on every rank, if any of them failed; VerificationError if what arrived is not what was
                 sent, TransferTimeout if a peer did not answer in time. Live weights are as they were.
-            InDoubtError: the vote broke off; this rank must stop.
+            InDoubtError: the vote broke off. This rank may not commit before it knows that all others will too.
         """
         start = self._clock()
         program = rank_program(step, self._communicator.rank, self._topology)
@@ -223,6 +223,19 @@ class ExpertLocationUpdater:
             self._store.copy(staged.layer_id, copy)
         self._streams.committed()
         return replace(staged.report, commit_seconds=self._clock() - start)
+
+    def recover(self) -> None:
+        """Collective, after an InDoubtError on any rank, once none of them is inside a transfer: makes new groups.
+
+        Raises:
+            TransferError: there is no way to; :attr:`broken` says why.
+        """
+        try:
+            self._communicator.rebuild(control=True)
+        except TransferError as error:
+            self.broken = f"{error} (after: {self.broken})"
+            raise
+        self.broken = None
 
     def forget_canaries(self, layer_ids: Sequence[int]) -> None:
         """Takes the canaries of these layers from the next plan again: their weights were loaded anew by the host."""

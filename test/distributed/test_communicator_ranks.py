@@ -21,7 +21,12 @@ def new_gloo_group() -> dist.ProcessGroup:
 
 
 def make(kind: str) -> Communicator:
-    communicator = TorchCommunicator(new_gloo_group(), control_group=new_gloo_group(), new_group=new_gloo_group)
+    communicator = TorchCommunicator(
+        new_gloo_group(),
+        control_group=new_gloo_group(),
+        new_group=new_gloo_group,
+        new_control_group=new_gloo_group,
+    )
     if kind == "pinned":
         return PinnedHostCommunicator(communicator, "cpu")
     return communicator
@@ -46,6 +51,8 @@ def rebuild_without_a_way(_rank: int, _world_size: int) -> str:
     communicator = TorchCommunicator(dist.group.WORLD)
     with pytest.raises(TransferError, match="no way to make a new one") as caught:
         communicator.rebuild()
+    with pytest.raises(TransferError, match="control group is broken, and its host gave no way"):
+        TorchCommunicator(dist.group.WORLD, new_group=new_gloo_group).rebuild(control=True)
     return str(caught.value)
 
 

@@ -15,10 +15,19 @@ from typing import Any
 import pytest
 
 from engine_loop import plain_greedy, serve_config
-from equipoise.commands import GetStatus, GetSteps, Rebalance, StartRecording, StopRecording
+from equipoise.commands import (
+    DumpRecording,
+    GetStatus,
+    GetSteps,
+    GetStepTotals,
+    Rebalance,
+    StartRecording,
+    StopRecording,
+)
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
 from equipoise.engine import Engine, EngineDeadError, GenerateRequest, SamplingParams, TokenEvent
 from equipoise.errors import ConfigError, PhaseError
+from equipoise.load_trace import LoadTrace
 from tiny_models import make_tiny_model
 
 PROMPTS = [[7], list(range(40, 52)), [5, 9, 200, 13] * 15, [30, 31, 32], [1, 2], [250] * 20]
@@ -200,6 +209,55 @@ class TestControl:
         whole = (model / "model.safetensors").stat().st_size
         assert len(engine.weight_bytes) == 4
         assert all(read < 0.65 * whole for read in engine.weight_bytes)
+
+
+def test_a_fresh_engine_has_seen_no_load_and_tells_what_its_rebalances_cost(model: Path) -> None:
+    lines: list[str] = []
+    config = ServeConfig(EngineConfig(str(model), ep_size=2, device="cpu"), EplbConfig(profile=True))
+    engine = Engine.launch(config, on_progress=lines.append)
+
+    async def run() -> None:
+        status = await engine.control(GetStatus())
+        assert (status.window_steps, status.mean_balancedness) == (0, None), "warming up is no load"
+        assert await engine.control(GetSteps()) == await engine.control(GetStepTotals()) == []
+        await events_of(engine, "a", PROMPTS[0])
+        status = await engine.control(GetStatus())
+        # One token a step: it is one rank's, and every step counts.
+        assert (status.window_steps, sum(status.rank_load[0])) == (NUM_TOKENS, 2 * NUM_TOKENS)
+        (totals,) = await engine.control(GetStepTotals())
+        assert (totals.num_steps, totals.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
+        assert (await engine.control(Rebalance(dry_run=True))).outcome in ("dry_run", "skipped")
+
+    try:
+        asyncio.run(asyncio.wait_for(run(), 60))
+        assert wait_until(lambda: "steps waited, in all" in lines[-1], 5), lines
+        assert lines[-1].startswith("rebalance after step ")
+    finally:
+        engine.close()
+
+
+def test_replicas_take_turns_from_step_to_step(model: Path, tmp_path: Path) -> None:
+    engine = Engine.launch(
+        ServeConfig(
+            EngineConfig(str(model), ep_size=2, device="cpu"),
+            EplbConfig(ep_num_redundant_experts=8, expert_distribution_recorder_mode="per_pass"),
+        )
+    )
+
+    async def run() -> str:
+        await engine.control(StartRecording())
+        await events_of(engine, "a", [7], max_new_tokens=60, temperature=1.0, seed=1)
+        return (await engine.control(DumpRecording(str(tmp_path)))).path
+
+    try:
+        trace = LoadTrace.open(asyncio.run(asyncio.wait_for(run(), 60)))
+    finally:
+        engine.close()
+    assert trace.physical_count is not None
+    seen = trace.physical_count.sum(axis=0).reshape(trace.num_layers, 2, 8)  # expert e lies in slots e and e + 8
+    often = seen.sum(axis=1) >= 10
+    assert often.any()
+    assert (seen.min(axis=1)[often] > 0).all(), "one of two equal replicas had nothing to do"
 
 
 class TestEnds:

@@ -13,11 +13,14 @@ from equipoise.commands import (
     DumpReply,
     GetStatus,
     GetSteps,
+    GetStepTotals,
     Rebalance,
     RebalanceProfile,
     RebalanceReport,
+    RebalanceTotals,
     StatusReply,
     StepRecord,
+    StepTotals,
 )
 from equipoise.engine.messages import EngineDeadError
 from equipoise.engine.requests import GenerateRequest, TokenEvent
@@ -81,7 +84,8 @@ class FakeEngine:
         self.commands: list[Command] = []
         self.raises: EquipoiseError | None = None  # by the next command
         self.report = REPORT
-        self.num_rebalances = 1
+        self.totals = RebalanceTotals()
+        self.steps = [StepTotals("collecting", 20, 0.05, {0.01: 3, 0.1: 2, float("inf"): 0})]
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self.error is not None:
@@ -120,6 +124,8 @@ class FakeEngine:
         if isinstance(command, GetSteps):
             steps = [StepRecord(id_, 0.01, 4, "collecting") for id_ in range(5)]
             return [step for step in steps if step.forward_pass_id >= command.since]
+        if isinstance(command, GetStepTotals):
+            return self.steps
         return None
 
     def status(self) -> StatusReply:
@@ -139,7 +145,8 @@ class FakeEngine:
             num_physical_experts=6,
             num_ranks=2,
             num_nodes=1,
-            num_rebalances=self.num_rebalances,
+            num_rebalances=self.totals.by_outcome["committed"],
+            totals=self.totals,
             layers_pending=0,
             last_report=self.report,
             error=None,

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from equipoise.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StopRecording
+from equipoise.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StepRecord, StopRecording
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
 from equipoise.errors import ConfigError, PhaseError, TransferError
 from equipoise.server.app import create_app
+from equipoise.server.jsonable import jsonable
 from server.fake_engine import REPORT, FakeEngine
 from server.http_server import error_of, running_server, sse_events
 
@@ -133,6 +135,33 @@ class TestBatch:
             assert "'mine' is already running" in error_of(client.post("/generate", json=body), 400, "rid")
 
 
+class TestAnswers:
+    def test_one_rid_for_a_batch_is_numbered(self, client: httpx.Client) -> None:
+        body = {"text": ["a", "b"], "rid": "mine", "sampling_params": {"max_new_tokens": 1}}
+        answers = client.post("/generate", json=body).json()
+        assert [answer["meta_info"]["id"] for answer in answers] == ["mine_0", "mine_1"]
+
+    def test_a_refused_prompt_has_the_name_the_client_gave_it(self, client: httpx.Client) -> None:
+        assert error_of(client.post("/v1/completions", json={"prompt": "a" * 65}), 400, "prompt").startswith("prompt: ")
+        error_of(client.post("/generate", json={"text": "a" * 65}), 400, "text")
+        error_of(client.post("/generate", json={"input_ids": [1] * 65, "stream": True}), 400, "input_ids")
+
+    @pytest.mark.parametrize("wanted", [True, False, None])
+    def test_a_stream_tells_its_usage_if_asked(self, client: httpx.Client, wanted: bool | None) -> None:
+        body = {"prompt": "abc", "max_tokens": 2, "stream": True}
+        if wanted is not None:
+            body["stream_options"] = {"include_usage": wanted}
+        events = sse_events(client, "/v1/completions", body)
+        assert [event["choices"][0]["text"] for event in events if event["choices"]] == ["$", "%"]
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        assert [event["usage"] for event in events if "usage" in event] == ([usage] if wanted else [])
+
+    def test_what_json_has_no_word_for_is_null(self) -> None:
+        value = {"a": float("nan"), 1: (float("inf"), 2.0), "b": StepRecord(3, float("-inf"), 4, "planning")}
+        step = {"forward_pass_id": 3, "seconds": None, "num_tokens": 4, "phase": "planning"}
+        assert jsonable(value) == {"a": None, "1": [None, 2.0], "b": step}
+
+
 class TestAdmin:
     def test_rebalance_hands_over_its_options(self, engine: FakeEngine, client: httpx.Client) -> None:
         body = {"algorithm": "deepseek", "dry_run": True, "max_moves_per_layer": 4}
@@ -189,10 +218,10 @@ class TestAdmin:
 
 
 class TestMetrics:
-    def test_figures(self, client: httpx.Client) -> None:
+    def test_figures(self, engine: FakeEngine, client: httpx.Client) -> None:
         client.post("/generate", json={"text": "abc", "sampling_params": {"max_new_tokens": 4}})
         client.post("/generate", json={"input_ids": [1] * 65})
-        client.post("/eplb/rebalance")
+        engine.totals = engine.totals.plus(REPORT)
         for _ in range(2):  # a second scrape counts nothing twice
             text = client.get("/metrics").text
         for line in (
@@ -214,16 +243,49 @@ class TestMetrics:
             'equipoise_steps_total{phase="collecting"} 5.0',
             "equipoise_step_tokens_total 20.0",
             'equipoise_step_seconds_count{phase="collecting"} 5.0',
+            'equipoise_step_seconds_sum{phase="collecting"} 0.05',
+            'equipoise_step_seconds_bucket{le="0.01",phase="collecting"} 3.0',
+            'equipoise_step_seconds_bucket{le="0.1",phase="collecting"} 5.0',
+            'equipoise_step_seconds_bucket{le="+Inf",phase="collecting"} 5.0',
         ):
             assert line in text.splitlines()
         assert 'layer="1"' not in text, "a layer without tokens has no balancedness"
 
-    def test_committed_rebalances_between_two_scrapes_are_all_counted(
+    def test_nothing_between_two_scrapes_is_lost(self, engine: FakeEngine, client: httpx.Client) -> None:
+        assert "equipoise_moves_total 0.0" in client.get("/metrics").text.splitlines()
+        failed = dataclasses.replace(REPORT, outcome="failed", bytes_received_per_rank=[0, 0], error="a peer left")
+        for report in (REPORT, REPORT, failed, REPORT, dataclasses.replace(failed, outcome="skipped")):
+            engine.totals = engine.totals.plus(report)
+        lines = client.get("/metrics").text.splitlines()
+        for line in (
+            'equipoise_rebalances_total{outcome="committed"} 3.0',
+            'equipoise_rebalances_total{outcome="failed"} 1.0',
+            'equipoise_rebalances_total{outcome="skipped"} 1.0',
+            'equipoise_rebalances_total{outcome="dry_run"} 0.0',
+            "equipoise_moves_total 6.0",
+            "equipoise_cross_node_moves_total 3.0",
+            "equipoise_moved_bytes_total 90.0",
+            "equipoise_stall_seconds_total 0.025",
+        ):
+            assert line in lines
+
+    def test_every_sum_is_a_counter_named_total(self, client: httpx.Client) -> None:
+        client.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 1}})
+        families = list(text_string_to_metric_families(client.get("/metrics").text))
+        kinds = {family.name: family.type for family in families}
+        sums = {name for name, kind in kinds.items() if kind == "counter"}
+        assert {f"equipoise_{name}" for name in ("rebalances", "moves", "moved_bytes", "steps", "requests")} <= sums
+        for family in families:
+            assert family.documentation
+            for sample in family.samples:
+                counts = sample.name.endswith(("_total", "_count", "_bucket", "_sum"))
+                assert counts == (family.type in ("counter", "histogram")), sample
+
+    def test_an_engine_that_dies_while_it_is_asked_fails_no_scrape(
         self, engine: FakeEngine, client: httpx.Client
     ) -> None:
-        client.get("/metrics")
-        engine.num_rebalances = 4
-        assert 'equipoise_rebalances_total{outcome="committed"} 4.0' in client.get("/metrics").text
+        engine.raises = TransferError("just now")
+        assert client.get("/metrics").status_code == 200
 
     def test_two_servers_in_a_process_do_not_meet(self) -> None:
         for _ in range(2):

@@ -11,7 +11,6 @@ from scipy.optimize import linear_sum_assignment, linprog
 
 from equipoise.algorithms import rebalance_experts
 from equipoise.algorithms.relabel import match
-from equipoise.algorithms.scenarios import make_scenarios
 from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.metrics import balancedness, rank_load
@@ -272,35 +271,6 @@ def test_an_empty_window_says_nothing():
     load[1] = 0
     plan = rebalance_experts(load, topology)
     assert float(balancedness(load[0] + load[2], plan).mean()) > 0.9
-
-
-def test_decay_follows_the_load():
-    steady = windows(10, 6, 4, 32)
-    assert make_scenarios(steady, 8.0).decay == 1.0
-    shifting = np.concatenate([windows(seed, 1, 4, 32) for seed in range(3)]).repeat(2, axis=0)
-    assert make_scenarios(shifting, 8.0).decay == 0.02
-    assert make_scenarios(steady[:1], 8.0).decay == 1.0
-
-
-def test_windows_before_a_shift_are_dropped():
-    """A backtest cannot see it: nothing is known after the newest window."""
-    before, after = windows(12, 3, 4, 32), windows(13, 2, 4, 32)
-    newest = make_scenarios(np.concatenate([before, after[:1]]), 8.0)
-    assert newest.weight.tolist() == [1, 0, 0, 0]
-    assert newest.tokens[..., 0] == pytest.approx(after[0] / after[0].sum(1, keepdims=True) * 8)
-    later = make_scenarios(np.concatenate([before, after]), 8.0)
-    assert later.weight[2:].tolist() == [0, 0]
-
-
-def test_scenarios_hold_the_weighted_mean_of_the_windows():
-    load = windows(11, 7, 2, 16)
-    scenarios = make_scenarios(load, 4.0)
-    assert scenarios.weight.sum() == pytest.approx(1)
-    assert scenarios.tokens.sum(1)[:, scenarios.weight > 0] == pytest.approx(4.0)
-    share = load / load.sum(2, keepdims=True) * 4
-    weight = scenarios.decay ** np.arange(6, -1, -1.0)
-    expected = (share * (weight / weight.sum())[:, None, None]).sum(0)
-    assert (scenarios.tokens * scenarios.weight).sum(2) == pytest.approx(expected)
 
 
 @settings(max_examples=40, deadline=None)

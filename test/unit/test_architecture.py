@@ -19,8 +19,15 @@ LAYERS = [
         for part in ("plan", "sources", "rounds", "pace", "schedule", "steps", "program", "report", "table")
     }
     | {"placement_alignment"},
-    {"communicator", "in_memory_communicator", "pinned_host_communicator", "fault_injection", "expert_store"}
-    | {"transfer_worker", "recorder", "staging", "verification", "updater"},
+    {
+        "communicator",
+        "small_sums",
+        "in_memory_communicator",
+        "pinned_host_communicator",
+        "fault_injection",
+        "expert_store",
+    }
+    | {"transfer_worker", "transfer_runner", "recorder", "staging", "verification", "updater"},
     {
         "background_planner",
         "kernels",
@@ -29,6 +36,9 @@ LAYERS = [
         "recording",
         "rebalance_log",
         "manager_replies",
+        "rebalance_timing",
+        "rebalancing",
+        "manager_commands",
         "manager",
     },
     {"engine", "server", "replay", "integrations", "demo_model"},
@@ -96,7 +106,7 @@ def test_core_reads_no_environment_and_keeps_no_global_state(path: Path) -> None
 
 def test_torch_distributed_only_where_it_belongs() -> None:
     for path in FILES:
-        if component(path) in ("communicator", "engine", "integrations"):
+        if component(path) in ("communicator", "small_sums", "engine", "integrations"):
             continue
         assert "torch.distributed" not in path.read_text().replace("``torch.distributed``", ""), path.name
 

@@ -141,3 +141,19 @@ def test_a_stop_string_ends_the_answer_before_it() -> None:
         events += scheduler.complete(batch, model.step(batch))
     assert "".join(event.text_delta for event in events) == "".join(chr(0x4E00 + i) for i in tokens[:2])
     assert [event.finish_reason for event in events] == [None, None, None, "stop"]
+
+
+def test_prompts_get_on_however_many_requests_decode() -> None:
+    scheduler = Scheduler(
+        num_rows=3, max_model_len=64, step_tokens=2, eos_token_ids=(), decode=lambda ids: "x" * len(ids)
+    )
+    for rid in ("a", "b"):
+        scheduler.add(GenerateRequest(rid, (1,), SamplingParams(max_new_tokens=30)))
+    scheduler.add(GenerateRequest("prompt", (1, 2, 3, 4), SamplingParams(max_new_tokens=30)))
+    fed = []
+    for _ in range(4):
+        batch = scheduler.next_batch()
+        assert batch is not None
+        fed.append([segment.length for segment in batch.segments])
+        scheduler.complete(batch, [5] * len(batch.sampled))
+    assert fed == [[1, 1, 1]] * 4, "the two that decode fill a step, and yet the third moves"

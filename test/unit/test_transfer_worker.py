@@ -13,7 +13,8 @@ from equipoise.fault_injection import Fault, ScheduledFaults
 from equipoise.in_memory_communicator import InMemoryHub
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
-from equipoise.transfer_worker import InlineRunner, TransferWorker
+from equipoise.transfer_runner import InlineRunner
+from equipoise.transfer_worker import TransferWorker
 from equipoise.updater import ExpertLocationUpdater
 from placements import perturbed, random_map, rank_weights, same_bytes
 from run_threads import results_of
@@ -157,7 +158,7 @@ def test_a_worker_that_hangs_is_reported_on_every_rank():
     assert not any(active for _, active in results)
 
 
-def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank(monkeypatch):
+def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     old = np.arange(12)[None]
     hub = InMemoryHub(4)
@@ -166,17 +167,25 @@ def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank(monkeypatch):
         weights = rank_weights(old, communicator.rank, TOPOLOGY)
         own = hub.communicator(communicator.rank)
         updater = ExpertLocationUpdater(own, TOPOLOGY, weights, timeout=0.3, vote_grace=0.3)
+        stage = updater.stage
         if communicator.rank == 2:
             updater.stage = lambda *_: 1 / 0
         runner = TransferWorker(updater)
-        runner.start(plan_transfer(old, np.roll(old, 3, axis=1), TOPOLOGY))
-        with pytest.raises(RuntimeError, match="broken"):
+        new = np.roll(old, 3, axis=1)
+        runner.start(plan_transfer(old, new, TOPOLOGY))
+        with pytest.raises(TransferError, match="nobody committed.*rank 2: ZeroDivisionError") as caught:
             drive(runner, communicator, lambda *_: None)
+        assert not runner.active
+        updater.stage = stage
+        runner.start(plan_transfer(old, new, TOPOLOGY))
+        drive(runner, communicator, lambda *_: None)
+        expected = rank_weights(new, communicator.rank, TOPOLOGY)
+        assert all(same_bytes(a, b) for a, b in zip(weights[0], expected[0], strict=True))
         runner.close()
-        return runner.error
+        return str(caught.value)
 
-    results = results_of(body, 4)
-    assert "ZeroDivisionError" in results[2]
+    told = results_of(body, 4)
+    assert told == [told[0]] * 4
 
 
 def test_commit_waits_for_no_one():

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_COMPILE = "import os, runpy; os.nice(5); runpy.run_module({module!r}, run_name='__main__')"
+# The child's standard input is a pipe that its parent never writes to: it ends when the parent does, however that was.
+_COMPILE = """
+import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+os.nice(5)
+runpy.run_module({module!r}, run_name="__main__")
+"""
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,20 @@ class WarmUp:
     def cancel(self) -> None:
         """Ends the child process; a shutdown does not wait for a compiler."""
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 def warm_up_in_background(module: str = "equipoise.algorithms.warming") -> WarmUp:
     """Starts compiling all kernels into numba's cache, in a child process of low priority, and returns at once.
 
     ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
-    cache is filled already the child ends within a second or two, most of it spent on imports.
+    cache is filled already the child ends within a second or two, most of it spent on imports. It never outlives
+    this process, and imports nothing that happens to lie in the current directory (-P).
     """
     return WarmUp(
         subprocess.Popen(
-            [sys.executable, "-c", _COMPILE.format(module=module)],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-P", "-c", _COMPILE.format(module=module)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import torch
 
-from equipoise.commands import Command, GetSteps, Phase, StepRecord
+from equipoise.commands import Command, GetSteps, GetStepTotals, Phase, StepRecord
 from equipoise.config import EngineConfig
 from equipoise.engine.blueprint import ModelBlueprint
 from equipoise.engine.layout import StepBatch
@@ -19,9 +18,8 @@ from equipoise.engine.plan_channel import StepPlan
 from equipoise.engine.requests import TokenEvent
 from equipoise.engine.sampler import Sampler
 from equipoise.engine.scheduler import Scheduler
+from equipoise.engine.step_log import StepLog
 from equipoise.manager import Ticket
-
-_STEPS_KEPT = 10_000
 
 
 class Frontend:
@@ -45,19 +43,18 @@ class Frontend:
         self._commands: list[Control] = []
         self._called: list[int] = []  # call ids of the commands of the last plan
         self._open: list[tuple[int, Ticket]] = []
-        self._steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
+        self._steps = StepLog()
         self._step_began = 0.0
         self._stop = False
         self._send(Ready(blueprint.max_model_len, blueprint.vocab_size, blueprint.eos_token_ids, weight_bytes))
 
     def next_plan(self, *, idle: bool) -> StepPlan:
         """The next turn of all ranks. ``idle``: without requests and commands there is nothing to do: sleep."""
-        while True:
-            nothing_to_do = not (self._scheduler.has_work or self._commands or self._stop)
-            if self._pipe.poll(None if nothing_to_do and idle else 0):
-                self._take(self._receive())
-                continue
-            break
+        while not self._stop:  # a pipe that the launcher has closed would be ready for ever
+            nothing_to_do = not (self._scheduler.has_work or self._commands)
+            if not self._pipe.poll(None if nothing_to_do and idle else 0):
+                break
+            self._take(self._receive())
         self._step_began = time.perf_counter()
         commands, self._commands = self._commands, []
         self._called = [control.call_id for control in commands]
@@ -82,7 +79,7 @@ class Frontend:
             tokens.append(likeliest if sampler.is_greedy else sampler.draw(row))
         self._tell(self._scheduler.complete(batch, tokens))
         seconds = time.perf_counter() - self._step_began
-        self._steps.append(StepRecord(forward_pass_id, seconds, batch.num_tokens, phase))
+        self._steps.note(StepRecord(forward_pass_id, seconds, batch.num_tokens, phase))
 
     def log(self, text: str) -> None:
         """Shows the operator something."""
@@ -104,8 +101,9 @@ class Frontend:
     def _take_command(self, control: Control) -> None:
         command: Command = control.command
         if isinstance(command, GetSteps):
-            steps = [step for step in self._steps if step.forward_pass_id >= command.since]
-            self._send(Reply(control.call_id, steps))
+            self._send(Reply(control.call_id, self._steps.since(command.since)))
+        elif isinstance(command, GetStepTotals):
+            self._send(Reply(control.call_id, self._steps.totals()))
         else:
             self._commands.append(control)
 

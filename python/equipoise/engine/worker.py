@@ -187,5 +187,9 @@ def _bulk_backend(device: torch.device) -> str:
 
 def _communicator(bulk: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> TorchCommunicator:
     return TorchCommunicator(
-        bulk, device, control_group=control, new_group=lambda: dist.new_group(backend=_bulk_backend(device))
+        bulk,
+        device,
+        control_group=control,
+        new_group=lambda: dist.new_group(backend=_bulk_backend(device)),
+        new_control_group=lambda: dist.new_group(backend="gloo"),
     )

@@ -12,6 +12,7 @@
     admin.py             POST /eplb/rebalance, GET /eplb/*, the record calls
     info.py              GET /health, /v1/models, /server_info, /metrics
     prometheus.py        what /metrics shows
+    engine_figures.py    of that, what the engine says of itself
     launch.py            serve(config): port, model, readiness line, signals
 
 The package is imported without torch; only :func:`equipoise.server.launch.serve` loads an engine.

@@ -45,7 +45,6 @@ async def rebalance(request: Request, body: RebalanceBody | None = None) -> JSON
     command = Rebalance(wish.algorithm, wish.dry_run, wish.max_moves_per_layer)
     # Shielded: an operator who hangs up must not leave the ranks with half a command.
     report: RebalanceReport = await asyncio.shield(asyncio.ensure_future(request.app.state.engine.control(command)))
-    request.app.state.metrics.saw_report(report)
     if report.outcome == "failed":
         failure = error_body(report.error or report.reason, "TransferError")
         return JSONResponse({**failure, "report": jsonable(report)}, status_code=500)

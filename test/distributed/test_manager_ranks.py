@@ -17,6 +17,7 @@ from equipoise.commands import (
     GetStatus,
     Rebalance,
     RebalanceReport,
+    RebalanceTotals,
     StartRecording,
     StopRecording,
 )
@@ -137,7 +138,7 @@ def test_a_requested_rebalance_moves_experts_between_steps(world_size: int, idle
         assert report.bytes_sent_per_rank == results[0]["report"].bytes_sent_per_rank
 
 
-def rebalance_periodically(rank: int, world_size: int) -> list[RebalanceReport]:
+def rebalance_periodically(rank: int, world_size: int) -> tuple[list[RebalanceReport], RebalanceTotals]:
     host = Host(rank, world_size, enable_eplb=True, eplb_rebalance_num_iterations=12)
     found: list[RebalanceReport] = []
     for _ in range(20_000):  # the first plan may wait for its kernels to compile
@@ -146,19 +147,28 @@ def rebalance_periodically(rank: int, world_size: int) -> list[RebalanceReport]:
             found.append(host.manager.last_report)
             if len(found) == 8:
                 break
-    return found
+    return found, host.manager.submit(GetStatus()).reply.totals
 
 
 def test_periodic_rebalances_follow_a_shifting_load_alike_on_all_ranks() -> None:
     results = run_ranks(rebalance_periodically, 4)
-    for reports in results:
+    for reports, totals in results:
         assert len(reports) == 8
         steps = [report.forward_pass_id for report in reports]
-        assert steps == [report.forward_pass_id for report in results[0]]
+        assert steps == [report.forward_pass_id for report in results[0][0]]
         assert min(after - before for before, after in pairwise(steps)) >= 12
         assert {report.outcome for report in reports} <= {"committed", "skipped"}
         assert sum(report.outcome == "committed" for report in reports) >= 4
         assert all(report.mean_balancedness_after > 0.8 for report in reports)
+        # Nobody asked in between: what there is to sum up is kept where rebalances end.
+        committed = [report for report in reports if report.outcome == "committed"]
+        assert totals.by_outcome == {
+            "committed": len(committed), "skipped": 8 - len(committed), "dry_run": 0, "failed": 0,
+        }  # fmt: skip
+        assert totals.moves == sum(sum(report.moves) for report in committed) > 0
+        assert totals.cross_node_moves == sum(sum(report.cross_node_moves) for report in committed)
+        assert totals.moved_bytes == sum(report.bytes_moved for report in reports) > 0
+        assert totals.stall_seconds == pytest.approx(sum(report.stall_seconds for report in reports))
 
 
 def hold_back(rank: int, world_size: int) -> list[RebalanceReport]:

@@ -1,0 +1,108 @@
+"""The child process that compiles kernels, and that it compiles all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from equipoise.algorithms import warm_up_in_background
+
+_SLOW_COMPILER = """
+import fcntl, os, time
+held = open({lock!r}, "w")
+fcntl.flock(held, fcntl.LOCK_EX)
+open({started!r}, "w").close()
+time.sleep(60)
+"""
+_PARENT = """
+import sys, threading
+from equipoise.algorithms import warm_up_in_background
+threading.Thread(target=warm_up_in_background, args=("slow_compiler",)).start()
+sys.stdin.read()
+"""
+_REBALANCE = """
+import gc, time
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.algorithms import available_algorithms
+from equipoise.config import EplbConfig
+from equipoise.kernels import compile_kernels
+from equipoise.planning import plan_rebalance
+
+def loaded():
+    kernels = [each for each in gc.get_objects() if isinstance(each, Dispatcher)]
+    return {(kernel.py_func.__name__, str(types)) for kernel in kernels for types in kernel.overloads}
+
+compile_kernels()
+before = loaded()
+assert before
+topology = EpTopology.for_experts(16, 8, 4, 2)
+current = ExpertLocationMetadata.trivial(3, 16, topology, max_replicas=9)
+windows = np.random.default_rng(3).integers(0, 50, (2, 3, 16))
+for algorithm in available_algorithms():
+    for staged in (1, 6):
+        planned = plan_rebalance(
+            windows, current, EplbConfig(ep_num_redundant_experts=8), algorithm=algorithm, request=None,
+            window_steps=2, num_groups=None, max_staged_experts=staged, clock=time.perf_counter,
+        )
+        assert planned.transfer is not None or algorithm in ("reweight", "static"), algorithm
+print("missing:", *sorted(loaded() - before))
+"""
+
+
+def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    lock, started = tmp_path / "lock", tmp_path / "started"
+    (tmp_path / "slow_compiler.py").write_text(_SLOW_COMPILER.format(lock=str(lock), started=str(started)))
+    search_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": search_path}
+    )
+    try:
+        assert _within(60, started.exists)
+        time.sleep(0.2)  # the thread that started the child is long gone: the child outlives a thread, not a process
+        assert not _is_free(lock)
+    finally:
+        parent.kill()
+        parent.communicate()
+    assert _within(5, lambda: _is_free(lock)), "the child outlives its parent"
+
+
+def test_the_child_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "numpy.py").write_text("raise SystemExit('this is not numpy')")
+    (tmp_path / "small_compiler.py").write_text("import numpy; assert numpy.__version__")
+    monkeypatch.chdir(tmp_path)
+    assert warm_up_in_background("small_compiler").wait(60) is False, "not even the module itself"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "small_compiler.py").rename(tmp_path / "elsewhere" / "small_compiler.py")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    assert warm_up_in_background("small_compiler").wait(60)
+
+
+def test_a_rebalance_after_the_warm_up_finds_every_kernel_loaded() -> None:
+    """In a process of its own: what other tests have used before must not count, nor what lies in numba's cache."""
+    done = subprocess.run([sys.executable, "-P", "-c", _REBALANCE], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["missing:"]
+
+
+def _within(seconds: float, condition) -> bool:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
