@@ -5,7 +5,8 @@ Per layer: the shares of the placement in force settle on the load to come (scen
 nothing (fresh_plan.py), its ranks renamed after the old ones (relabel.py), is searched as well, and the better of the
 two wins. Without a placement in force, moves are free and only the plan from nothing is made.
 
-`reweight` does the first of these alone: it moves nothing.
+`reweight` does the first of these alone: it moves nothing. How far off the forecast is (risk.py) sets the price of
+risk, and the exponent of the soft maximum where weights alone are solved.
 
 A single window is no sample to spread risk over. There the shares are finished by the exact least maximum for the
 placement (min_max.py).
@@ -13,6 +14,7 @@ placement (min_max.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,12 +30,14 @@ from equipoise.algorithms.min_max import level_ranks
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align, relabel
 from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread_shares
-from equipoise.algorithms.scenarios import make_scenarios
+from equipoise.algorithms.risk import exponents
+from equipoise.algorithms.scenarios import make_scenarios, mean_load
 from equipoise.errors import ConfigError
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
-RISK_PRICE = 4.0  # of an expert's variance, see layer_state.py
-STAGES = (3, 5)  # exponents of the soft maximum: 2**3 = 8, then 32
+RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails
+STAGES = (2, 3, 5)  # exponents of the soft maximum: 2**2 = 4, then 8, then 32
+ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
 SINGLE_STAGES = (3, 6)  # the same where there is one window
 SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
@@ -59,19 +63,18 @@ def solve(problem: PlacementProblem) -> Placement:
     else:
         retried = np.arange(problem.num_layers)
     if retried.size:
-        task = task.take(retried)
-        fresh, enough = task.old.copy(), np.zeros(len(retried), dtype=np.bool_)
-        task.run(_fresh_layers, fresh, enough, task.experts, task.weight, task.slowness, *task.shape)
+        part = task.take(retried)
+        fresh, enough = part.old.copy(), np.zeros(len(retried), dtype=np.bool_)
+        part.run(_fresh_layers, fresh, enough, part.experts, part.weight, part.slowness, *part.shape)
         if problem.current is not None:
             nodes, grouped = problem.topology.num_nodes, problem.grouped
             for layer in np.flatnonzero(enough):
-                fresh[layer] = relabel(fresh[layer], task.old[layer], nodes, task.slowness, NODE_PRICE, grouped)
-        fresh_share, fresh_value = np.zeros_like(task.old_share), np.where(enough, value[retried], np.inf)
-        task.improve(fresh, fresh_share, fresh_value)
+                fresh[layer] = relabel(fresh[layer], part.old[layer], nodes, part.slowness, NODE_PRICE, grouped)
+        fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
+        part.improve(fresh, fresh_share, fresh_value)
         better = enough & (fresh_value > value[retried])
         chosen = retried[better]
         placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
-        task = _Task.of(problem)
     if (value == -np.inf).any():
         lost = int(np.flatnonzero(value == -np.inf)[0])
         raise ConfigError(
@@ -90,7 +93,8 @@ def solve_weights(problem: PlacementProblem) -> Placement:
     """
     task = _Task.of(problem)
     share, lost = task.old_share.copy(), np.zeros(problem.num_layers, dtype=np.int64)
-    task.run(_weigh_layers, task.old, share, task.experts, task.weight, task.slowness, np.array(STAGES), lost)
+    doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
+    task.run(_weigh_layers, task.old, share, task.experts, task.weight, task.slowness, doublings, lost)
     if lost.any():
         raise ConfigError(
             f"rank_capacity leaves experts of layer {int(np.flatnonzero(lost)[0])} without a live rank, and weights "
@@ -111,6 +115,7 @@ class _Task:
     weight: np.ndarray  # (S,) of the scenarios
     any_load: np.ndarray  # (L,) bool
     slowness: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
+    exponent: np.ndarray  # (L,) of the soft maximum, that fits the forecast's error
     prices: np.ndarray  # (3,) of a move by where the expert was
 
     @classmethod
@@ -126,8 +131,12 @@ class _Task:
             old = problem.current.physical_to_logical_map.cpu().numpy().copy()
             old_share = problem.current.dispatch_weights.cpu().numpy().astype(np.float64)
             prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
-        experts = np.concatenate([scenarios.tokens, scenarios.noise[..., None] * RISK_PRICE], axis=2)
-        return cls(problem, old, old_share, experts, scenarios.weight, scenarios.any_load, slowness, prices)
+        live = int((slowness > 0).sum())
+        mean = mean_load(scenarios.tokens, scenarios.weight)
+        exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
+        noise = scenarios.noise * (RISK_PRICE * 0.5 * (exponent[:, None] - 1.0))
+        experts = np.concatenate([scenarios.tokens, noise[..., None]], axis=2)
+        return cls(problem, old, old_share, experts, scenarios.weight, scenarios.any_load, slowness, exponent, prices)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,6 +150,7 @@ class _Task:
             old=self.old[layers],
             old_share=self.old_share[layers],
             experts=self.experts[layers],
+            exponent=self.exponent[layers],
             any_load=self.any_load[layers],
         )
 
@@ -250,17 +260,19 @@ def _weigh_layers(
     experts: np.ndarray,
     weight: np.ndarray,
     slowness: np.ndarray,
-    stages: np.ndarray,
+    doublings: np.ndarray,
     lost: np.ndarray,
 ) -> None:
-    """Re-solves rows first..last-1 of ``share`` (L, P), in place; ``lost`` counts experts without a live rank."""
+    """Re-solves rows first..last-1 of ``share`` (L, P), in place, with exponents ``2 ** doublings`` (L,).
+
+    ``lost`` (L,) takes the number of experts without a live rank.
+    """
     for layer in range(first, last):
         state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
         lost[layer] = lost_experts(state)
         if lost[layer] == 0:
             spread_shares(state)
-            for stage in range(stages.shape[0]):
-                settle_all(state, stages[stage], number(40), 1e-6)
+            settle_all(state, doublings[layer], number(40), 1e-6)
 
 
 @kernel

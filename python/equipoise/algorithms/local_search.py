@@ -42,8 +42,8 @@ NUM_COOL = 6  # ranks it tries to put it on, at first
 PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
 ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
-_WORTH = 0.25  # of what a change must gain to pay: below, it is not even walked through
-_MANY_RANKS = 32  # beyond, one step is a smaller part of the whole, and may gain as much less
+WORTH = 0.3  # of what a change must gain to pay: below, it is not even walked through
+MANY_RANKS = 32  # beyond, one step is a smaller part of the whole, and may gain as much less
 
 
 @helper
@@ -347,7 +347,7 @@ def search(
         max_moves: hard limit on moves.
         stages: exponents of the soft maximum, one after the other, as doublings (3 is q = 8).
         max_steps: most changes tried.
-        least_gain: part of the cost that a step must gain, even for free; for many ranks less.
+        least_gain: part of the cost that a step must gain, even for free; for many ranks less, as it is of any step.
         most_cool: ranks to put load on that a step looks at when the :data:`NUM_COOL` coolest offer nothing.
 
     Returns:
@@ -383,7 +383,8 @@ def search(
                 for rank in range(domain * ranks_per_domain, (domain + 1) * ranks_per_domain):
                     heat[domain] = max(heat[domain], ranks[rank, COST])
                     total += ranks[rank, COST]
-            least = total * max(least_gain * min(_MANY_RANKS / num_ranks, 1.0), _WORTH * slot_price * (1 << doublings))
+            pays = max(least_gain, WORTH * slot_price * (1 << doublings))
+            least = total * pays * min(MANY_RANKS / num_ranks, 1.0)
             changed = False
             for _ in range(num_domains):
                 hottest = 0

@@ -1,9 +1,14 @@
 """Scenarios: what the next window may look like, drawn from the windows that were.
 
 A sum of windows hides how they differ. Each window stays apart, scaled so that a perfectly balanced rank carries 1,
-and is weighted by ``decay ** age``. The decay is picked per plan by one-step backtest: each window but the first is
-predicted from the ones before it, and the decay with the least squared error wins. Steady load picks 1 (all windows
-count alike), restless load .02 (only the last one does). Windows from before a shift of the workload are dropped.
+and is weighted by ``decay ** age``. Windows from before a shift of the workload are dropped.
+
+What differs from one window to the next is split in two: *counting*, whose square grows with an expert's load m (a
+window holds so many tokens), and *drift*, whose square grows with m squared (an expert gains or loses popularity).
+Counting averages out over windows, drift does not: where all is counting, the mean of the windows predicts best, and
+where all is drift, the last one does. The decay is picked per plan by one-step backtest: each window but the first is
+predicted from the ones before it, and the decay with the least squared error wins; with two or three windows to test
+on, that is a noisy choice, and the split leans on it. The same split says how far off a prediction will be.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import kernel
+from equipoise.algorithms.kernel import helper, kernel
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
 SHIFT = 5.0  # times larger than all others is the change between windows that counts as a shift
+LEANING = 0.3  # part by which a backtest's error counts more for a decay that is 1 off what drift and counting say
 _NEGLIGIBLE_WEIGHT = 1e-3
 
 
@@ -25,7 +31,7 @@ class Scenarios(NamedTuple):
 
     tokens: np.ndarray  # (L, E, NUM_SCENARIOS) float64; an expert's load, where a mean rank has 1
     weight: np.ndarray  # (NUM_SCENARIOS,) float64, sums to 1; 0 for scenarios that are not in use
-    noise: np.ndarray  # (L, E) float64, variance of an expert's load from window to window; 0 for a single window
+    noise: np.ndarray  # (L, E) float64, variance of an expert's next load around the forecast; 0 for a single window
     any_load: np.ndarray  # (L,) bool; False for a layer that saw no token
     decay: float
 
@@ -36,9 +42,14 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     share = np.empty(load.shape)
     any_load = np.empty(load.shape[1], dtype=np.bool_)
     _normalise(load, total, share, any_load)
-    share = share[_last_shift(share) :]
+    first = _last_shift(share)
+    # Nothing but one window after a shift: those before it still tell how load changes.
+    told = share[first:] if first < num_windows - 1 else share[:first]
+    counting, drift = np.zeros(load.shape[1]), np.zeros(load.shape[1])
+    part = _fit_changes(told, counting, drift) if len(told) > 1 else 0.0
+    share = share[first:]
     num_windows = len(share)
-    decay = _backtest(share) if num_windows > 1 else 1.0
+    decay = _backtest(share, 1.0 - part) if num_windows > 1 else 1.0
     weight = decay ** np.arange(num_windows - 1, -1, -1.0)
     weight[weight < _NEGLIGIBLE_WEIGHT * weight.sum()] = 0.0
     weight /= weight.sum()
@@ -54,10 +65,18 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         else:
             lanes[age] = weight[-1 - age]
             tokens[..., age] = share[-1 - age]
-    noise = np.zeros(load.shape[1:])
-    if num_windows > 1:
-        _noise(share, tokens, lanes, noise)
+    mean = mean_load(tokens, lanes)
+    # A forecast from several windows has less counting noise of its own, and as much drift as one.
+    noise = (0.5 * (1.0 + float((lanes * lanes).sum())) * counting[:, None] + drift[:, None] * mean) * mean
     return Scenarios(tokens, lanes, noise, any_load, decay)
+
+
+def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(L, E) mean over the scenarios; added up in one order everywhere, which a matrix product is not."""
+    mean = np.zeros(tokens.shape[:2])
+    for scenario in range(NUM_SCENARIOS):
+        mean += weight[scenario] * tokens[..., scenario]
+    return mean
 
 
 @kernel
@@ -116,9 +135,14 @@ def _change(share: np.ndarray, window: int) -> float:
     return total
 
 
-def _backtest(share: np.ndarray) -> float:
-    errors = [_backtest_error(share, decay) for decay in DECAYS]
-    return DECAYS[errors.index(min(errors))]
+def _backtest(share: np.ndarray, expected: float) -> float:
+    """The decay of :data:`DECAYS` that would have predicted best; ``expected`` settles what is nearly a tie."""
+
+    def error(decay: float) -> tuple[float, float]:
+        off = abs(decay - expected)
+        return _backtest_error(share, decay) * (1.0 + LEANING * off), off
+
+    return min(DECAYS, key=error)
 
 
 @kernel
@@ -138,43 +162,43 @@ def _backtest_error(share: np.ndarray, decay: float) -> float:
 
 
 @kernel
-def _noise(share: np.ndarray, tokens: np.ndarray, weight: np.ndarray, noise: np.ndarray) -> None:
-    """Variance of each expert's load, a part proportional to the load (counting) and one to its square (drift).
+def _fit_changes(share: np.ndarray, counting: np.ndarray, drift: np.ndarray) -> float:
+    """Splits the squared change of a load m from window to window into ``counting * m + drift * m * m``.
 
-    Both rates are fitted, per layer and over all experts, to the calmest pair of adjacent windows: a shift of the
-    workload is no noise.
+    Least squares of change / m, so that neither the hottest experts nor the coldest decide alone; m is the mean of
+    the two windows. Fills both rates, (L,), from each layer's calmest pair of windows: a shift of the workload that
+    was not found is no noise. Returns drift's part of all change, 0 to 1, in all pairs and layers.
     """
     num_windows, num_layers, num_experts = share.shape
+    pooled = np.zeros(5)
+    sums = np.empty(5)
     for layer in range(num_layers):
-        calmest, least = 1, np.inf
+        least = np.inf
         for window in range(1, num_windows):
-            change = 0.0
+            sums[:] = 0.0
             for expert in range(num_experts):
+                mean = 0.5 * (share[window, layer, expert] + share[window - 1, layer, expert])
                 gap = share[window, layer, expert] - share[window - 1, layer, expert]
-                change += gap * gap
-            if change < least:
-                calmest, least = window, change
-        # Least moments of variance ~ linear * mean + square * mean**2.
-        first, second, third, change, leaning = 0.0, 0.0, 0.0, 0.0, 0.0
-        for expert in range(num_experts):
-            mean = 0.5 * (share[calmest, layer, expert] + share[calmest - 1, layer, expert])
-            gap = share[calmest, layer, expert] - share[calmest - 1, layer, expert]
-            first += mean
-            second += mean * mean
-            third += mean * mean * mean
-            change += 0.5 * gap * gap
-            leaning += 0.5 * gap * gap * mean
-        determinant = first * third - second * second
-        linear, square = change / first, 0.0
-        if determinant > 1e-12 * first * third:
-            linear = (change * third - leaning * second) / determinant
-            square = (leaning * first - change * second) / determinant
-            if square < 0.0:
-                linear, square = change / first, 0.0
-            elif linear < 0.0:
-                linear, square = 0.0, change / second
-        for expert in range(num_experts):
-            mean = 0.0
-            for lane in range(weight.shape[0]):
-                mean += weight[lane] * tokens[layer, expert, lane]
-            noise[layer, expert] = (linear + square * mean) * mean
+                if mean > 0.0:
+                    sums[0] += 1.0
+                    sums[1] += mean
+                    sums[2] += mean * mean
+                    sums[3] += gap * gap / mean
+                    sums[4] += gap * gap
+            for i in range(5):
+                pooled[i] += sums[i]
+            if sums[4] < least:
+                least = sums[4]
+                part = _drift_part(sums)
+                counting[layer], drift[layer] = (1.0 - part) * sums[4] / sums[1], part * sums[4] / sums[2]
+    return _drift_part(pooled)
+
+
+@helper
+def _drift_part(sums: np.ndarray) -> float:
+    """Drift's part of the squared change, from the sums of 1, m, m * m, change / m and change."""
+    determinant = sums[0] * sums[2] - sums[1] * sums[1]
+    if determinant <= 1e-12 * sums[0] * sums[2] or sums[4] <= 0.0:
+        return 0.0
+    square = (sums[4] * sums[0] - sums[3] * sums[1]) / determinant
+    return min(max(square * sums[2] / sums[4], 0.0), 1.0)

@@ -66,7 +66,7 @@ def warm_up_in_background(module: str = "equipoise.algorithms.warming") -> WarmU
 
 
 def warm_up() -> None:
-    """Compiles, or loads from the cache, every kernel; about 10 s the first time, under half a second later."""
+    """Compiles, or loads from the cache, every kernel; some 15 s the first time, about half a second later."""
     from equipoise.algorithms.registry import available_algorithms, rebalance_experts
     from equipoise.topology import EpTopology
 
