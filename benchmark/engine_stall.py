@@ -163,15 +163,15 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=28, help="logical experts")
     parser.add_argument("--redundant", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=688)
-    parser.add_argument("--requests", type=int, default=4, help="decoding at any time")
+    parser.add_argument("--intermediate", type=int, default=1376)
+    parser.add_argument("--requests", type=int, default=2, help="decoding at any time")
     parser.add_argument("--steps", type=int, default=100, help="measured before the rebalance")
     parser.add_argument("--duty", type=float, default=0.2, help="share of the time for background transfers")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--profile", action="store_true", help="print where the time of each rebalance went")
     parser.add_argument("--json", type=Path, default=Path("out/engine_stall.json"))
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"

@@ -80,7 +80,11 @@ class ExpertDispatcher:
         device = metadata.physical_to_logical_map.device
         # Advances on the device, so that a captured CUDA graph does not freeze it.
         self._next_token = torch.zeros((), dtype=torch.int64, device=device)
-        self._nearest = nearest_replicas(metadata.logical_to_physical_map, metadata.topology, rank)
+        self._nearest = (
+            nearest_replicas(metadata.logical_to_physical_map, metadata.topology, rank)
+            if algorithm == "static"
+            else None
+        )
 
     def dispatch(self, layer_id: int, topk_ids: torch.Tensor) -> torch.Tensor:
         """Slots for the chosen experts of a batch.
@@ -93,7 +97,7 @@ class ExpertDispatcher:
             (T, K) int64 slots; -1 stays -1.
         """
         experts = topk_ids.clamp(min=0)
-        if self._algorithm == "static":
+        if self._nearest is not None:
             slots = self._nearest[layer_id][experts]
         else:
             num_tokens, num_choices = topk_ids.shape
@@ -113,7 +117,7 @@ class ExpertDispatcher:
 
     def refresh(self, layer_ids: list[int]) -> None:
         """Takes note that the live maps of these layers changed (in place, as the maps do)."""
-        if layer_ids:
+        if layer_ids and self._nearest is not None:
             index = torch.tensor(layer_ids, device=self._nearest.device)
             maps = self._metadata.logical_to_physical_map[index]
             self._nearest[index] = nearest_replicas(maps, self._metadata.topology, self._rank)
