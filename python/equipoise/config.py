@@ -49,7 +49,8 @@ class EplbConfig:
     checksum of its content as well."""
 
     eplb_staging_bytes: int | None = None
-    """Most bytes a rank may hold in staging while it receives; None: one rank's slots of the largest layer."""
+    """Most bytes a rank may hold in staging while it receives, at least one expert; None: four experts of the largest
+    layer. A layer of which a rank receives more moves in several steps, each committed by itself."""
 
     eplb_transfer_timeout: float = 60.0
     """Seconds a layer's transfer may take before it is given up and the old layer serves on."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from equipoise.algorithms import WarmUp, warm_up, warm_up_in_background
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.placement_alignment import align_placement
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
+from equipoise.transfer_program import compile_program_kernels
+from equipoise.verification import checksum
 
 
 def compile_kernels() -> None:
-    """Compiles, or loads from numba's cache, what planning a placement and its transfer needs."""
+    """Compiles, or loads from numba's cache, what planning and carrying out a rebalance needs."""
     warm_up()
     topology = EpTopology(4, 2, 3)
     old = ExpertLocationMetadata.trivial(2, 8, topology)
@@ -20,6 +23,8 @@ def compile_kernels() -> None:
     new = ExpertLocationMetadata.from_physical_to_logical(np.roll(p2l, 5, axis=1), 8, topology)
     for staged in (1, topology.slots_per_rank):  # a tight budget takes a path of its own
         plan_transfer(old, align_placement(old, new), topology, max_staged_experts=staged)
+    compile_program_kernels()
+    checksum([torch.zeros(8, dtype=torch.uint8)])
 
 
 def compile_kernels_in_background() -> WarmUp:

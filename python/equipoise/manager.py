@@ -31,6 +31,7 @@ from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.fault_injection import FaultInjector
 from equipoise.kernels import compile_kernels_in_background, load_compiled_kernels
+from equipoise.layer_vote import VOTE_GRACE_SECONDS
 from equipoise.manager_commands import CommandDesk, Ticket
 from equipoise.migration import Migration
 from equipoise.planning import PlannedRebalance
@@ -38,7 +39,7 @@ from equipoise.rebalancing import Rebalancing
 from equipoise.recording import LoadRecording
 from equipoise.transfer_runner import InlineRunner
 from equipoise.transfer_worker import TransferWorker
-from equipoise.updater import VOTE_GRACE_SECONDS, ExpertLocationUpdater
+from equipoise.updater import ExpertLocationUpdater
 
 __all__ = ["EngineAdapter", "EplbManager", "Ticket"]
 

@@ -15,30 +15,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from equipoise.communicator import Communicator, Pending
-from equipoise.errors import InDoubtError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
+from equipoise.errors import PlanMismatchError
 from equipoise.expert_store import ExpertStore
 from equipoise.fault_injection import FaultInjector, NoFaults
+from equipoise.layer_vote import VOTE_GRACE_SECONDS, LayerVote
+from equipoise.side_stream import SideStream
 from equipoise.topology import EpTopology
 from equipoise.transfer_pace import Pace
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
 from equipoise.transfer_program import RankProgram, Round, compile_program_kernels, rank_program
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.verification import Verification, checksum
-
-# A rank that failed at once votes at once, and waits for those that find out by their timeout. A vote that is given up
-# too early would leave ranks in doubt whether the others committed; a rank that died is noticed without waiting.
-VOTE_GRACE_SECONDS = 30.0
-
-# What a rank votes; the highest one cast decides which error all of them raise.
-_FINE, _FAILED, _TIMED_OUT, _NOT_WHAT_WAS_SENT = range(4)
-_ERRORS = {_FAILED: TransferError, _TIMED_OUT: TransferTimeout, _NOT_WHAT_WAS_SENT: VerificationError}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +91,18 @@ class ExpertLocationUpdater:
         self._verification = verification
         self._timeout = timeout
         self._pace = Pace(duty, sleep)
-        self._vote_grace = vote_grace
         self._faults = faults if faults is not None else NoFaults()
         self._clock = clock
         self._store = ExpertStore(
             communicator.rank, topology, expert_weights, verification, staging_bytes, rounds_in_flight
         )
-        self._streams = _Streams(self._store.device)
-        self.broken: str | None = None
+        self._vote = LayerVote(communicator, timeout + vote_grace, self._faults)
+        self._stream = SideStream(self._store.device)
+
+    @property
+    def broken(self) -> str | None:
         """Why no further transfer can run before :meth:`recover`; None while one can."""
+        return self._vote.broken
 
     @property
     def max_staged_experts(self) -> int:
@@ -180,18 +176,18 @@ class ExpertLocationUpdater:
         received = np.zeros(self._topology.num_ranks, np.int64)
         failure: Exception | None = None
         transferred: float | None = None
-        with self._streams.beside_the_forward_pass():
+        with self._stream.beside_the_forward_pass():
             try:
                 # A rank whose live slots are not what the plan says still takes part: its peers wait for it.
                 failure = self._store.check_live(layer_id, step)
                 self._store.staging.reserve(program.num_staging_slots)
                 self._transfer(layer_id, program, start + self._timeout, sent, received)
-                self._streams.finish()
+                self._stream.finish()
                 transferred = self._clock()
                 self._verify(layer_id, program)
             except Exception as error:
                 failure = failure or error
-            failure = self._vote(layer_id, failure)
+            failure = self._vote.cast(layer_id, failure)
         ended = self._clock()
         transferred = ended if transferred is None else transferred
         if failure is not None:
@@ -221,7 +217,7 @@ class ExpertLocationUpdater:
         self._faults.at("commit", staged.layer_id)
         for copy in staged.program.copies:
             self._store.copy(staged.layer_id, copy)
-        self._streams.committed()
+        self._stream.committed()
         return replace(staged.report, commit_seconds=self._clock() - start)
 
     def recover(self) -> None:
@@ -230,12 +226,7 @@ class ExpertLocationUpdater:
         Raises:
             TransferError: there is no way to; :attr:`broken` says why.
         """
-        try:
-            self._communicator.rebuild(control=True)
-        except TransferError as error:
-            self.broken = f"{error} (after: {self.broken})"
-            raise
-        self.broken = None
+        self._vote.recover()
 
     def forget_canaries(self, layer_ids: Sequence[int]) -> None:
         """Takes the canaries of these layers from the next plan again: their weights were loaded anew by the host."""
@@ -261,7 +252,7 @@ class ExpertLocationUpdater:
             if fault is not None and sends:
                 sends = [] if fault == "drop" else [(peer, tensor.bitwise_xor(0x55)) for peer, tensor in sends]
                 fault = None
-            self._streams.finish()  # what was packed must be there before a transport that knows no streams reads it
+            self._stream.finish()  # what was packed must be there before a transport that knows no streams reads it
             under_way.append((each, self._communicator.post(sends, recvs)))
             if each.send:
                 sent[each.send.peer] += expert_bytes
@@ -280,91 +271,9 @@ class ExpertLocationUpdater:
             self._store.damage_staged(layer_id, program)
         self._store.check_staged(layer_id, program)
 
-    def _vote(self, layer_id: int, failure: Exception | None) -> TransferError | None:
-        """None if no rank failed, else the same kind of error on all of them."""
-        try:
-            if self._faults.at("vote", layer_id) == "drop":
-                self.broken = f"the vote on layer {layer_id} was not cast"
-                raise InDoubtError(self.broken)
-        except RuntimeError as error:
-            failure = failure or error
-        votes = torch.zeros(self._communicator.world_size, dtype=torch.int64)
-        votes[self._communicator.rank] = _ballot(failure)
-        words: list[str] = []
-        try:
-            self._communicator.all_reduce_sum_(votes, self._timeout + self._vote_grace)
-            if votes.any():
-                words = self._communicator.all_gather_object(_words(failure), self._timeout + self._vote_grace)
-        except TransferError as error:
-            reason = "" if failure is None else f"; this rank had failed before: {_words(failure)}"
-            self.broken = f"the vote on layer {layer_id} broke off: {error}{reason}"
-            raise InDoubtError(self.broken) from error
-        if not words:
-            return None
-        worst = int(votes.max())
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(words) if text)
-        if ((votes == _FAILED) | (votes == _TIMED_OUT)).any():
-            self._rebuild(told)
-        result = _ERRORS[worst](f"layer {layer_id} was not migrated: {told}")
-        result.__cause__ = failure
-        return result
-
-    def _rebuild(self, told: str) -> None:
-        """Replaces the bulk transport, which a failed exchange may have left with half a message."""
-        try:
-            self._communicator.rebuild()
-        except TransferError as error:
-            self.broken = f"{error} (after: {told})"
-
-
-class _Streams:
-    """Keeps staging and commits in order on a GPU; does nothing on a CPU.
-
-    Staging runs on a stream of its own, beside the forward pass, and waits for the last commit, which read the staging
-    slots and wrote the live ones. A commit runs on the caller's stream after staging has finished.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last_commit: torch.cuda.Event | None = None
-
-    def beside_the_forward_pass(self) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        if self._last_commit is not None:
-            self._stream.wait_event(self._last_commit)
-        return torch.cuda.stream(self._stream)
-
-    def finish(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def committed(self) -> None:
-        if self._stream is not None:
-            self._last_commit = torch.cuda.Event()
-            self._last_commit.record()
-
 
 def _awaits_one_of(each: Round, under_way: Iterable[tuple[Round, Pending]]) -> bool:
     """Whether a round passes on what a round under way has yet to bring."""
     if each.send is None or each.send.place >= 0:
         return False
     return any(before.receive and before.receive.staging_index == ~each.send.place for before, _ in under_way)
-
-
-def _ballot(failure: Exception | None) -> int:
-    match failure:
-        case None:
-            return _FINE
-        case VerificationError():
-            return _NOT_WHAT_WAS_SENT
-        case TransferTimeout():
-            return _TIMED_OUT
-        case _:
-            return _FAILED
-
-
-def _words(failure: Exception | None) -> str:
-    if failure is None:
-        return ""
-    return str(failure) if isinstance(failure, TransferError) else f"{type(failure).__name__}: {failure}"

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from equipoise.communicator import TorchCommunicator
 from equipoise.errors import TransferError
 from equipoise.fault_injection import Fault, InjectedFault, ScheduledFaults
+from equipoise.layer_vote import VOTE_GRACE_SECONDS
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
 from equipoise.transfer_runner import InlineRunner, TransferRunner
 from equipoise.transfer_worker import TransferWorker
-from equipoise.updater import VOTE_GRACE_SECONDS, ExpertLocationUpdater
+from equipoise.updater import ExpertLocationUpdater
 from placements import rank_weights, same_bytes
 from run_ranks import run_ranks
 

@@ -19,15 +19,9 @@ LAYERS = [
         for part in ("plan", "sources", "rounds", "pace", "schedule", "steps", "program", "report", "table")
     }
     | {"placement_alignment"},
-    {
-        "communicator",
-        "small_sums",
-        "in_memory_communicator",
-        "pinned_host_communicator",
-        "fault_injection",
-        "expert_store",
-    }
-    | {"transfer_worker", "transfer_runner", "recorder", "staging", "verification", "updater"},
+    {"communicator", "small_sums", "in_memory_communicator", "pinned_host_communicator", "fault_injection"}
+    | {"expert_store", "staging", "verification", "side_stream", "layer_vote", "updater"}
+    | {"transfer_runner", "transfer_worker", "recorder"},
     {
         "background_planner",
         "kernels",

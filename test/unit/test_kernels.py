@@ -33,6 +33,7 @@ from equipoise.algorithms import available_algorithms
 from equipoise.config import EplbConfig
 from equipoise.kernels import compile_kernels
 from equipoise.planning import plan_rebalance
+from equipoise.transfer_program import rank_program
 
 def loaded():
     kernels = [each for each in gc.get_objects() if isinstance(each, Dispatcher)]
@@ -51,6 +52,9 @@ for algorithm in available_algorithms():
             window_steps=2, num_groups=None, max_staged_experts=staged, clock=time.perf_counter,
         )
         assert planned.transfer is not None or algorithm in ("reweight", "static"), algorithm
+        for layer in planned.transfer.layers if planned.transfer is not None else ():
+            for step in layer.steps:
+                rank_program(step, 1, topology)
 print("missing:", *sorted(loaded() - before))
 """
 
