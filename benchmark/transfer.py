@@ -45,6 +45,8 @@ from link_rounds import count_rounds  # noqa: E402
 from run_ranks import run_ranks  # noqa: E402
 from transfer_systems import EquipoiseMover, Message, Mover, SglangMover, VllmMover, Weights  # noqa: E402
 
+DEFAULT_STAGED_EXPERTS = 4  # of the updater: one for each round in flight
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -123,15 +125,21 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
         movers.append(make(weights))
         live[movers[-1].name] = weights
 
-    for aligned, verification in ((True, "canary"), (True, "checksum"), (False, "canary")):
+    many, few = setting.staged_experts, DEFAULT_STAGED_EXPERTS
+    for aligned, verification, staged in (
+        (True, "canary", many),
+        (True, "canary", few),
+        (True, "checksum", many),
+        (False, "canary", many),
+    ):
         add(
-            lambda weights, v=verification, a=aligned: EquipoiseMover(
+            lambda weights, v=verification, a=aligned, s=staged: EquipoiseMover(
                 topology,
                 weights,
                 before,
                 verification=v,
                 aligned=a,
-                staged_experts=setting.staged_experts,
+                staged_experts=s,
                 rounds_in_flight=setting.rounds_in_flight,
             )
         )
@@ -218,8 +226,8 @@ def show(summary: dict[str, dict[str, float]], console: Console) -> None:
 
 
 def ratios(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Ours, as the manager uses it, over each of the others: below 1 is ahead."""
-    ours = summary["equipoise, aligned, canary"]
+    """Ours (aligned, canary, ``staged_experts``) over each of the others: below 1 is ahead."""
+    ours = next(row for name, row in summary.items() if name.startswith("equipoise, aligned, canary"))
     return {
         name: {key: ours[key] / row[key] for key in ours if not key.startswith("seconds_")}
         for name, row in summary.items()
@@ -238,9 +246,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--intermediate-size", type=int, default=512)
-    parser.add_argument(
-        "--staged-experts", type=int, default=4, help="experts that Equipoise may stage per rank (4: its default)"
-    )
+    parser.add_argument("--staged-experts", type=int, default=8, help="experts that Equipoise may stage per rank")
     parser.add_argument("--rounds-in-flight", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -68,7 +68,7 @@ class EquipoiseMover:
         staged_experts: int,
         rounds_in_flight: int,
     ) -> None:
-        self.name = f"equipoise, {'aligned' if aligned else 'exact map'}, {verification}"
+        self.name = f"equipoise, {'aligned' if aligned else 'exact map'}, {verification}, {staged_experts} staged"
         self._topology = topology
         self._aligned = aligned
         self._now = old
