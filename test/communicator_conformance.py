@@ -95,6 +95,10 @@ def a_posted_sum_arrives_beside_other_traffic(communicator: Communicator) -> Non
     also.wait(20.0)
     assert first.tolist() == [size * (size - 1) // 2, size]
     assert second.tolist() == [10 * (size * (size - 1) // 2)]
+    for dtype in (torch.int32, torch.float32, torch.int16):
+        matrix = torch.full((3, 1), rank, dtype=dtype)
+        communicator.post_sum(matrix).wait(20.0)
+        assert matrix.tolist() == [[size * (size - 1) // 2]] * 3
 
 
 def posting_a_sum_waits_for_nobody(communicator: Communicator) -> None:

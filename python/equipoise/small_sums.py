@@ -72,29 +72,33 @@ class PostedSum:
         self._group = group
         self._tensor = tensor
         self._peers = [peer for peer in range(group.size()) if peer != group.rank()]
-        self._parts = torch.zeros(group.size(), _LOST_BYTES + tensor.nbytes, dtype=torch.uint8)
+        self._end = _LOST_BYTES + tensor.nbytes
+        row_bytes = (
+            -(-self._end // _LOST_BYTES) * _LOST_BYTES
+        )  # every row starts where its first eight bytes can be read
+        self._parts = torch.zeros(group.size(), row_bytes, dtype=torch.uint8)
         mine = self._parts[group.rank()]
-        mine[_LOST_BYTES:].view(tensor.dtype).copy_(tensor.view(-1))
+        mine[_LOST_BYTES : self._end].view(tensor.dtype).copy_(tensor.view(-1))
         self._receives = [group.recv([self._parts[peer]], peer, _POSTED_TAG) for peer in self._peers]
         self._sends = [group.send([mine], peer, _POSTED_TAG) for peer in self._peers]
 
     def wait(self, timeout: float) -> None:
         """See :meth:`equipoise.communicator.Pending.wait`."""
         limit = timedelta(seconds=timeout)
-        works = zip(self._peers * 2, self._receives + self._sends, strict=True)
         waits_for = self._group.rank()
         try:
-            for peer, work in works:
-                waits_for = peer
+            for waits_for, work in zip(self._peers, self._receives, strict=True):
+                work.wait(limit)
+                lost = int(self._parts[waits_for, :_LOST_BYTES].view(torch.int64))
+                if lost:
+                    self._say_goodbye(lost - 1)
+                    raise TransferError(f"rank {lost - 1} has failed or left")
+            for work in self._sends:
                 work.wait(limit)
         except RuntimeError as error:
             self._say_goodbye(waits_for)
             raise transport_error(error, f"sum on rank {self._group.rank()} with rank {waits_for}", timeout) from error
-        lost = self._parts[:, :_LOST_BYTES].view(torch.int64).max()
-        if int(lost):
-            self._say_goodbye(int(lost) - 1)
-            raise TransferError(f"rank {int(lost) - 1} has failed or left")
-        values = self._parts[:, _LOST_BYTES:].contiguous().view(self._tensor.dtype)
+        values = self._parts[:, _LOST_BYTES : self._end].contiguous().view(self._tensor.dtype)
         self._tensor.copy_(values.sum(0, dtype=values.dtype).view(self._tensor.shape))
 
     def _say_goodbye(self, lost: int) -> None:

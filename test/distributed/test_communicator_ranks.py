@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from communicator_conformance import CHECKS
 from equipoise.communicator import Communicator, TorchCommunicator
 from equipoise.errors import TransferError
 from equipoise.pinned_host_communicator import PinnedHostCommunicator
+from equipoise.small_sums import PostedSum
 from run_ranks import run_ranks
 
 LIMIT = timedelta(seconds=60)
@@ -45,6 +52,40 @@ def run_all_checks(_rank: int, _world_size: int, kind: str) -> list[str]:
 def test_conformance(kind):
     results = run_ranks(run_all_checks, 4, kind, timeout=120)
     assert results == [[check.__name__ for check in CHECKS]] * 4
+
+
+class SaysNothingTo0:
+    """A group that loses what is sent to rank 0."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size, self.recv = group.rank, group.size, group.recv
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        return self._group.send(tensors, peer, tag) if peer else SimpleNamespace(wait=lambda _: None)
+
+
+def lose_the_last_rank(rank: int, world_size: int) -> tuple[str, float]:
+    """Rank 3 dies after it has sent its part to all but rank 0: that fails now, the others one sum later."""
+    group = new_gloo_group()
+    communicator = TorchCommunicator(group, control_group=group)
+    start = time.monotonic()
+    if rank == world_size - 1:
+        PostedSum(SaysNothingTo0(group), torch.ones(1)).wait(20.0)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank > 0:
+        communicator.post_sum(torch.ones(1)).wait(20.0)
+    with pytest.raises(TransferError) as caught:
+        communicator.post_sum(torch.ones(1)).wait(20.0)
+    return str(caught.value), time.monotonic() - start
+
+
+def test_a_rank_that_loses_another_tells_the_rest():
+    results = run_ranks(lose_the_last_rank, 4, timeout=60, may_die=(3,))
+    for told, seconds in results[:3]:
+        assert told
+        assert seconds < 10, "nobody waits for a rank that has given up"
 
 
 def rebuild_without_a_way(_rank: int, _world_size: int) -> str:

@@ -158,9 +158,10 @@ def test_a_worker_that_hangs_is_reported_on_every_rank():
     assert not any(active for _, active in results)
 
 
-def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monkeypatch):
+@pytest.mark.parametrize("after_the_vote", [False, True])
+def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monkeypatch, after_the_vote):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    old = np.arange(12)[None]
+    old = np.tile(np.arange(12), (3, 1))
     hub = InMemoryHub(4)
 
     def body(communicator):
@@ -169,7 +170,7 @@ def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monk
         updater = ExpertLocationUpdater(own, TOPOLOGY, weights, timeout=0.3, vote_grace=0.3)
         stage = updater.stage
         if communicator.rank == 2:
-            updater.stage = lambda *_: 1 / 0
+            updater.stage = lambda *step: (stage(*step) if after_the_vote else None, 1 / 0)
         runner = TransferWorker(updater)
         new = np.roll(old, 3, axis=1)
         runner.start(plan_transfer(old, new, TOPOLOGY))
@@ -180,7 +181,8 @@ def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monk
         runner.start(plan_transfer(old, new, TOPOLOGY))
         drive(runner, communicator, lambda *_: None)
         expected = rank_weights(new, communicator.rank, TOPOLOGY)
-        assert all(same_bytes(a, b) for a, b in zip(weights[0], expected[0], strict=True))
+        for tensors, right in zip(weights, expected, strict=True):
+            assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
         runner.close()
         return str(caught.value)
 
