@@ -73,9 +73,31 @@ def test_alignment_keeps_who_belongs_together_and_moves_no_more(seed, relabel):
 
 def received(old: ExpertLocationMetadata, new: ExpertLocationMetadata) -> int:
     """Experts that ranks must receive: each once per rank, whatever slots it takes there."""
-    size = old.topology.slots_per_rank
+    return arrivals(old, new, old.topology.slots_per_rank)
+
+
+def arrivals(old: ExpertLocationMetadata, new: ExpertLocationMetadata, size: int) -> int:
+    """Experts new to a stretch of ``size`` slots, over all stretches."""
     before, after = (each.physical_to_logical_map[0].reshape(-1, size).tolist() for each in (old, new))
     return sum(len(set(b) - set(a)) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_names_are_never_dearer_than_without_and_freedom_makes_them_cheaper(seed):
+    rng = np.random.default_rng(1000 + seed)
+    gained = 0
+    for _ in range(40):
+        topology, num_experts, old_row, new_row = random_case(rng)
+        old, new = as_metadata(old_row, num_experts, topology), as_metadata(new_row, num_experts, topology)
+        candidates = [new, *(align_placement(old, new, relabel=relabel) for relabel in RELABELS)]
+        prices = [
+            2 * received(old, each) + 3 * arrivals(old, each, topology.slots_per_rank * topology.ranks_per_node)
+            for each in candidates
+        ]
+        assert prices == sorted(prices, reverse=True)
+        assert all(received(old, each) <= received(old, new) for each in candidates)
+        gained += prices[-1] < prices[-2]
+    assert gained > 3
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from equipoise.errors import TransferError, TransferTimeout, VerificationError
+from equipoise.errors import InDoubtError, TransferError, TransferTimeout, VerificationError
 from equipoise.fault_injection import Fault, ScheduledFaults
 from equipoise.in_memory_communicator import InMemoryHub
 from equipoise.topology import EpTopology
@@ -188,6 +188,43 @@ def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monk
 
     told = results_of(body, 4)
     assert told == [told[0]] * 4
+
+
+@pytest.mark.parametrize("kind", ["inline", "worker"])
+def test_a_rank_in_doubt_keeps_those_that_are_not_from_committing(kind):
+    """Rank 2 does not hear how the vote ended; the others know that all ranks could commit."""
+    old = np.tile(np.arange(12), (3, 1))
+    new = np.roll(old, 3, axis=1)
+    hub = InMemoryHub(4)
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, TOPOLOGY)
+        own = hub.communicator(communicator.rank)
+        updater = ExpertLocationUpdater(own, TOPOLOGY, weights, timeout=1.0, vote_grace=1.0)
+        stage, commits = updater.stage, []
+
+        def stage_and_lose_the_answer(*step):
+            stage(*step)
+            raise InDoubtError("the vote broke off")
+
+        if communicator.rank == 2:
+            updater.stage = stage_and_lose_the_answer
+        runner = InlineRunner(updater) if kind == "inline" else TransferWorker(updater)
+        runner.start(plan_transfer(old, new, TOPOLOGY))
+        with pytest.raises(TransferError, match="nobody committed.*rank 2: .*the vote broke off") as caught:
+            drive(runner, communicator, lambda *_: commits.append(1))
+        assert not commits
+        expected = rank_weights(old, communicator.rank, TOPOLOGY)
+        for tensors, right in zip(weights, expected, strict=True):
+            assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
+        updater.stage = stage
+        runner.start(plan_transfer(old, new, TOPOLOGY))
+        drive(runner, communicator, lambda *_: commits.append(1))
+        runner.close()
+        return str(caught.value), len(commits)
+
+    results = results_of(body, 4)
+    assert results == [(results[0][0], 3)] * 4
 
 
 def test_commit_waits_for_no_one():
