@@ -138,10 +138,11 @@ def test_ranks_swapped_across_nodes_cost_nothing_where_nodes_have_no_meaning():
 
 
 def test_of_names_that_receive_as_much_the_one_that_crosses_less_wins():
-    """Each rank keeps one expert whichever way; only one way do the others come from the rank's own node."""
-    topology = EpTopology(4, 2, 2)
-    old = as_metadata(np.array([[0, 1, 2, 3, 4, 5, 6, 7]]), 8, topology)
-    new = as_metadata(np.array([[4, 6, 5, 7, 0, 2, 1, 3]]), 8, topology)
-    aligned = align_placement(old, new)
+    """Expert 1 takes a slot of expert 0: on node 1, where nobody has it, or under other names on node 0."""
+    topology = EpTopology(4, 2, 1)
+    old = as_metadata(np.array([[0, 1, 2, 0]]), 3, topology)
+    new = as_metadata(np.array([[0, 1, 2, 1]]), 3, topology)
+    aligned = align_placement(old, new, relabel="ranks")
+    assert old.diff(new).cross_node_moves.tolist() == [1]
+    assert old.diff(aligned).moves.tolist() == [1]
     assert old.diff(aligned).cross_node_moves.tolist() == [0]
-    assert old.diff(aligned).moves.tolist() == [4]
