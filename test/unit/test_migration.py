@@ -222,3 +222,16 @@ def test_a_vote_that_leaves_the_runner_broken_says_both() -> None:
     scene.runner.commit = broken_by_then  # type: ignore[method-assign]
     with pytest.raises(MigrationBroken, match=r"no group of ranks is left \(after: voted down\)"):
         scene.migration.advance(idle=False)
+
+
+def test_ranks_that_cannot_agree_any_more_end_it_for_good() -> None:
+    scene = Scene()
+    scene.begin()
+
+    def lost(_communicator: object) -> PollResult:
+        raise TransferError("rank 3 has failed or left")
+
+    scene.runner.poll = lost  # type: ignore[method-assign]
+    with pytest.raises(MigrationBroken, match="cannot agree any more: rank 3 has failed or left"):
+        scene.migration.advance(idle=False)
+    assert scene.migration.layers_pending == 0
