@@ -6,17 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-import torch
-
-from equipoise.communicator import Communicator, Pending
+from equipoise.communicator import Communicator
+from equipoise.sums_between_polls import SumBetweenPolls
 
 Result = TypeVar("Result")
 
 _IDLE_WAIT_SECONDS = 0.005
 """How long a poll without a forward pass beside it waits for the thread, instead of spinning."""
-
-_SLOWEST_STEP_SECONDS = 600.0
-"""How long a rank may take from one poll to the next."""
 
 
 class PlanningFailed(Exception):
@@ -34,7 +30,7 @@ class BackgroundPlanner(Generic[Result]):
         self._communicator = communicator
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-planner")
         self._job: Future[Result] | None = None
-        self._ended: tuple[torch.Tensor, Pending] | None = None  # rank 0's word, on its way since the last poll
+        self._ended = SumBetweenPolls()  # rank 0's word
 
     def prepare(self, job: Callable[[], object]) -> None:
         """Runs something before the first plan, on rank 0 only; a plan that is asked for meanwhile waits behind it."""
@@ -57,14 +53,9 @@ class BackgroundPlanner(Generic[Result]):
         Raises:
             PlanningFailed: the job did.
         """
-        if self._ended is not None:
-            ended, pending = self._ended
-            self._ended = None
-            pending.wait(_SLOWEST_STEP_SECONDS)
-            if ended:
-                return self._share()
-        ended = torch.tensor([self._job is not None and self._has_ended(self._job, idle)], dtype=torch.int64)
-        self._ended = ended, self._communicator.post_sum(ended, _SLOWEST_STEP_SECONDS)
+        if self._ended.take() == [1]:
+            return self._share()
+        self._ended.post(self._communicator, [int(self._job is not None and self._has_ended(self._job, idle))])
         return None
 
     def _share(self) -> Result:

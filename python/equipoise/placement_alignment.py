@@ -11,18 +11,18 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import scipy.optimize  # noqa: F401 `match` needs it: imported at start-up, not in the first plan beside a forward pass
+import scipy.optimize  # noqa: F401 rank_order needs it: imported at start-up, not beside a forward pass
 from numba import njit
 
-from equipoise.algorithms.relabel import match
+from equipoise.algorithms.relabel import rank_order
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 Relabel = Literal["none", "nodes", "ranks"]
 """Who may change names: nobody; whole nodes, and ranks within a node; or any rank."""
 
-# In halves, as the placement algorithm's default prices: an expert that a rank must receive, and one new to its node.
-_RECEIVED, _CROSSED = 2, 3
+_NODE_PRICE = 2.5
+"""Of an expert new to its node, where any other that a rank must receive costs 1: as in the placement search."""
 
 
 def align_placement(
@@ -60,61 +60,54 @@ def align_placement(
 
 def slot_order(before: np.ndarray, after: np.ndarray, topology: EpTopology, *, relabel: Relabel) -> np.ndarray:
     """(L, P) int64: the slot of ``after`` whose expert each slot takes; arguments (L, P), as in align_placement."""
-    rank_order = np.tile(np.arange(topology.num_ranks), (before.shape[0], 1))
+    orders = np.tile(np.arange(topology.num_ranks), (before.shape[0], 1))
     if relabel != "none" and before.size:
         num_experts = int(max(before.max(), after.max())) + 1
         for layer, (held, sets) in enumerate(zip(before, after, strict=True)):
             if not np.array_equal(held, sets):
-                rank_order[layer] = _rank_order(
-                    _on_ranks(held, num_experts, topology), _on_ranks(sets, num_experts, topology), topology, relabel
-                )
-    return _keep_slots(before, after, rank_order)
+                orders[layer] = _best_rank_order(held, sets, num_experts, topology, relabel)
+    return _keep_slots(before, after, orders)
 
 
-def _on_ranks(row: np.ndarray, num_experts: int, topology: EpTopology) -> np.ndarray:
-    """(G, E) float32, 1 where the rank holds the expert: as floats, so that matrix products count."""
-    present = np.zeros((topology.num_ranks, num_experts), dtype=np.float32)
-    np.put_along_axis(present, row.reshape(topology.num_ranks, -1), 1, axis=1)
-    return present
-
-
-def _rank_order(held: np.ndarray, sets: np.ndarray, topology: EpTopology, relabel: Relabel) -> np.ndarray:
-    """(G,): which of ``sets`` each rank takes. Of several proposals the cheapest that receives no more than without.
+def _best_rank_order(
+    before: np.ndarray, after: np.ndarray, num_experts: int, topology: EpTopology, relabel: Relabel
+) -> np.ndarray:
+    """(G,): which rank of ``after`` each takes over. Of several proposals the cheapest that receives no more than none.
 
     What crosses to a node is shared by its ranks, which no matching of single ranks sees; hence proposals, and the
     true price of each.
     """
-    num_nodes, per_node = topology.num_nodes, topology.ranks_per_node
-    on_node = held.reshape(num_nodes, per_node, -1).max(1)
-    wanted = sets.sum(1)
-    received = wanted - held @ sets.T  # (rank, set)
-    crossed = wanted - on_node @ sets.T  # (node, set)
+    num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
+    held, sets = (_presence(row.reshape(num_ranks, -1), num_experts) for row in (before, after))
+    on_node = held.reshape(num_nodes, -1, num_experts).any(1)
+    alike = np.ones(num_ranks)
 
-    def within_nodes(node_order: np.ndarray) -> np.ndarray:
-        order = np.empty(len(held), dtype=np.int64)
-        for node, taken in enumerate(node_order):
-            ranks, members = np.arange(per_node) + node * per_node, np.arange(per_node) + taken * per_node
-            order[ranks] = members[_match(received[np.ix_(ranks, members)])]
-        return order
+    def received(order: np.ndarray) -> int:
+        return int((sets[order] & ~held).sum())
 
     def price(order: np.ndarray) -> float:
-        arrived = sets[order].reshape(num_nodes, per_node, -1).max(1) * (1 - on_node)
-        return _RECEIVED * received[everybody, order].sum() + _CROSSED * arrived.sum()
+        crossed = (sets[order].reshape(num_nodes, -1, num_experts).any(1) & ~on_node).sum()
+        return received(order) + (_NODE_PRICE - 1) * crossed
 
-    everybody = np.arange(len(held))
-    wanted_by_node = sets.reshape(num_nodes, per_node, -1).max(1)
-    proposals = [everybody, within_nodes(np.arange(num_nodes))]
+    unnamed = np.arange(num_ranks)
+    within = [
+        node * topology.ranks_per_node + rank_order(new, old, 1, alike[: topology.ranks_per_node], _NODE_PRICE, True)
+        for node, (new, old) in enumerate(zip(np.split(after, num_nodes), np.split(before, num_nodes), strict=True))
+    ]
+    proposals = [unnamed, np.concatenate(within)]
     if num_nodes > 1:
-        proposals.append(within_nodes(_match(wanted_by_node.sum(1) - on_node @ wanted_by_node.T)))
+        proposals.append(rank_order(after, before, num_nodes, alike, _NODE_PRICE, True))
         if relabel == "ranks":
-            proposals.append(_match(_RECEIVED * received + _CROSSED * crossed.repeat(per_node, axis=0)))
-    most = received[everybody, everybody].sum()
-    return min((order for order in proposals if received[everybody, order].sum() <= most), key=price)
+            proposals.append(rank_order(after, before, num_nodes, alike, _NODE_PRICE, False))
+    most = received(unnamed)
+    return min((order for order in proposals if received(order) <= most), key=price)
 
 
-def _match(cost: np.ndarray) -> np.ndarray:
-    """The column of each row in a cheap perfect matching of whole-numbered costs; ties keep the label."""
-    return match(cost * (len(cost) + 1) - np.eye(len(cost), dtype=cost.dtype))
+def _presence(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """(places, E) bool: whether each place, a row of ``experts``, holds each expert."""
+    present = np.zeros((len(experts), num_experts), dtype=bool)
+    np.put_along_axis(present, experts, True, axis=1)
+    return present
 
 
 @njit(cache=True)

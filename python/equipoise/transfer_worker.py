@@ -7,19 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
-import torch
-
-from equipoise.communicator import Communicator, Pending
+from equipoise.communicator import Communicator
 from equipoise.errors import EquipoiseError, InDoubtError, TransferError
+from equipoise.sums_between_polls import SumBetweenPolls
 from equipoise.transfer_plan import TransferPlan, TransferStep
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.transfer_runner import OnCommit, PollResult, start_over, steps_of
 from equipoise.updater import ExpertLocationUpdater, StagedStep
 
 WorkerState = Literal["working", "ready", "failed", "hung"]
-
-_AGREEMENT_SECONDS = 600.0
-"""How long a rank may take from one poll to the next."""
 
 
 class TransferWorker:
@@ -55,7 +51,7 @@ class TransferWorker:
         self._num_started_over = 0  # a thread that sees this change abandons its plan
         self._closed = False
         self._last_progress = clock()
-        self._agreement: tuple[torch.Tensor, Pending] | None = None  # on its way since the last poll
+        self._states = SumBetweenPolls()  # ranks in each WorkerState
         self._thread = self._new_thread()
 
     @property
@@ -79,16 +75,11 @@ class TransferWorker:
     def poll(self, communicator: Communicator) -> PollResult:
         if not self._active:
             return "broken" if self._hung else "idle"
-        result: PollResult = "working"
-        if self._agreement is not None:
-            counts, pending = self._agreement
-            self._agreement = None
-            pending.wait(_AGREEMENT_SECONDS)
-            result = self._read(counts, communicator)
+        counts = self._states.take()
+        result: PollResult = "working" if counts is None else self._read(counts, communicator)
         if result == "working":
             mine = self._state()
-            counts = torch.tensor([state == mine for state in get_args(WorkerState)], dtype=torch.int64)
-            self._agreement = counts, communicator.post_sum(counts, _AGREEMENT_SECONDS)
+            self._states.post(communicator, [int(state == mine) for state in get_args(WorkerState)])
         return result
 
     def commit(self, on_commit: OnCommit) -> LayerTransferReport:
@@ -131,9 +122,9 @@ class TransferWorker:
                 return "working"
             return "hung" if self._hung else "failed"
 
-    def _read(self, counts: torch.Tensor, communicator: Communicator) -> PollResult:
+    def _read(self, counts: list[int], communicator: Communicator) -> PollResult:
         """``counts``: ranks in each state."""
-        working, ready, failed, hung = counts.tolist()
+        working, ready, failed, hung = counts
         if hung:  # its thread may still write to what it staged: there is no way back
             self._active, self._hung = False, True
             return "broken"

@@ -21,7 +21,7 @@ LAYERS = [
     | {"placement_alignment"},
     {"communicator", "small_sums", "in_memory_communicator", "pinned_host_communicator", "fault_injection"}
     | {"expert_store", "staging", "verification", "side_stream", "layer_vote", "updater"}
-    | {"transfer_runner", "transfer_worker", "recorder"},
+    | {"sums_between_polls", "transfer_runner", "transfer_worker", "recorder"},
     {
         "background_planner",
         "kernels",

@@ -27,7 +27,17 @@ def match(cost: np.ndarray) -> np.ndarray:
 def relabel(
     placed: np.ndarray, old: np.ndarray, num_nodes: int, slowness: np.ndarray, node_price: float, keep_nodes: bool
 ) -> np.ndarray:
-    """The layer ``placed`` (P,) with its ranks permuted for the least price of moves from ``old`` (P,).
+    """The layer ``placed`` (P,) with its ranks named by :func:`rank_order`; ranks that are gone keep what they had."""
+    num_ranks = len(slowness)
+    renamed = placed.reshape(num_ranks, -1)[rank_order(placed, old, num_nodes, slowness, node_price, keep_nodes)]
+    renamed[slowness == 0] = old.reshape(num_ranks, -1)[slowness == 0]
+    return renamed.ravel()
+
+
+def rank_order(
+    placed: np.ndarray, old: np.ndarray, num_nodes: int, slowness: np.ndarray, node_price: float, keep_nodes: bool
+) -> np.ndarray:
+    """(G,): the rank of the layer ``placed`` (P,) that each takes over, for the least price of moves from ``old`` (P,).
 
     Args:
         slowness: (G,) 1 / speed; only ranks of equal speed trade names.
@@ -36,12 +46,13 @@ def relabel(
     """
     num_ranks = len(slowness)
     rank_of_slot = np.repeat(np.arange(num_ranks), len(old) // num_ranks)
-    on_rank = np.zeros((num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
+    on_rank, wanted = np.zeros((2, num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
     on_rank[rank_of_slot, old] = True
+    wanted[rank_of_slot, placed] = True
     on_node = on_rank.reshape(num_nodes, -1, on_rank.shape[1]).any(1).repeat(num_ranks // num_nodes, axis=0)
     price = np.where(on_rank, 0.0, np.where(on_node, 1.0, node_price))
-    # (old name, new name): of giving a rank what the plan has on another.
-    cost = price[:, placed].reshape(num_ranks, num_ranks, -1).sum(-1)
+    # (old name, new name): of giving a rank what the plan has on another, each expert once, whatever slots it takes.
+    cost = price @ wanted.T.astype(np.float64)
     cost[slowness[:, None] != slowness] = _NEVER
     source = np.arange(num_ranks)
     if keep_nodes:
@@ -53,9 +64,7 @@ def relabel(
             source[node * per_node : (node + 1) * per_node] = taken * per_node + match(blocks[node, taken])
     else:
         source = match(cost)
-    renamed = placed.reshape(num_ranks, -1)[source]
-    renamed[slowness == 0] = old.reshape(num_ranks, -1)[slowness == 0]
-    return renamed.ravel()
+    return source
 
 
 @helper
