@@ -53,7 +53,7 @@ def engine_greedy(
 ) -> list[list[int]] | None:
     """All prompts together through scheduler, runner and experts of this rank; rank 0 returns the answers."""
     blueprint = ModelBlueprint.prepare(config)
-    runner = ModelRunner(blueprint, rank, torch.device("cpu"), config.engine.max_running_requests)
+    runner = ModelRunner(blueprint, rank, torch.device("cpu"), config)
     dispatcher = ExpertDispatcher(blueprint.metadata, rank=rank, algorithm="dynamic")
     runner.connect(EpContext(blueprint.topology, rank, group, dispatcher.dispatch))
     channel = PlanChannel(group, rank)

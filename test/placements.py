@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from equipoise.expert_pool import ExpertPool
 from equipoise.topology import EpTopology
 
 WEIGHT_SPECS: tuple[tuple[torch.dtype, tuple[int, ...]], ...] = (
@@ -73,8 +74,34 @@ def rank_weights(
     ]
 
 
+def pooled(weights: list[list[torch.Tensor]], num_spare: int) -> ExpertPool:
+    """The same experts in rows that all layers share; the spare ones hold garbage."""
+    slots = weights[0][0].shape[0]
+    tensors = []
+    for of_all_layers in zip(*weights, strict=True):
+        rows = torch.cat([_rows_as_bytes(tensor) for tensor in of_all_layers])
+        garbage = torch.full((num_spare, rows.shape[1]), 0xA5, dtype=torch.uint8)
+        dtype, shape = of_all_layers[0].dtype, of_all_layers[0].shape[1:]
+        tensors.append(torch.cat([rows, garbage]).view(dtype).reshape(len(rows) + num_spare, *shape))
+    return ExpertPool(tensors, len(weights), slots)
+
+
+def live_weights(weights: list[list[torch.Tensor]] | ExpertPool) -> list[list[torch.Tensor]]:
+    """``[layer][tensor]`` as a forward pass would find them."""
+    if not isinstance(weights, ExpertPool):
+        return weights
+    return [
+        [_rows_as_bytes(tensor)[rows].view(tensor.dtype).reshape(-1, *tensor.shape[1:]) for tensor in weights.tensors]
+        for rows in weights.row_of_slot
+    ]
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return _bytes(tensor).reshape(tensor.shape[0], -1)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

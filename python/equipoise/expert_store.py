@@ -8,11 +8,17 @@ import torch
 
 from equipoise.communicator import PeerTensor
 from equipoise.errors import VerificationError
-from equipoise.staging import CHECKSUM_BYTES, ExpertLayout, StagedExpert, StagingArea, require_usable, row_views
+from equipoise.expert_memory import ExpertMemory, StackedExperts
+from equipoise.expert_pool import ExpertPool
+from equipoise.pooled_experts import PooledExperts
+from equipoise.staging import CHECKSUM_BYTES
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferStep
-from equipoise.transfer_program import Copy, RankProgram, Receive, Send
+from equipoise.transfer_program import RankProgram, Receive, Send
 from equipoise.verification import Verification, canary_of, checksum, describe_canary
+
+ExpertWeights = Sequence[Sequence[torch.Tensor]] | ExpertPool
+"""``[layer][i]``: tensors of each layer, (slots_per_rank, ...) each; or rows that all layers share."""
 
 
 class ExpertStore:
@@ -22,38 +28,38 @@ class ExpertStore:
         self,
         rank: int,
         topology: EpTopology,
-        expert_weights: Sequence[Sequence[torch.Tensor]],
+        expert_weights: ExpertWeights,
         verification: Verification,
         staging_bytes: int | None,
         rounds_in_flight: int,
     ) -> None:
-        require_usable(expert_weights, topology.slots_per_rank)
         self._rank = rank
         self._topology = topology
         self._verification = verification
-        self.device = expert_weights[0][0].device if expert_weights else torch.device("cpu")
-        self._weights = [list(tensors) for tensors in expert_weights]
-        # Layer -> int64 (slots_per_rank,), zero until a plan has said what the slots hold.
-        self._canaries: list[torch.Tensor] = []
-        if verification != "off":
-            for tensors in self._weights:
-                canary = torch.zeros(topology.slots_per_rank, dtype=torch.int64, device=self.device)
-                self._canaries.append(canary)
-                tensors.append(canary)
-        self._rows = [
-            [list(rows) for rows in zip(*(row_views(tensor) for tensor in tensors), strict=True)]
-            for tensors in self._weights
-        ]
-        with_checksum = verification == "checksum"
-        self._layouts = [ExpertLayout.of(tensors, with_checksum=with_checksum) for tensors in self._weights]
-        self._large_fields = [layout.large_fields for layout in self._layouts]
-        self.staging = StagingArea(
-            self._layouts, staging_bytes, rounds_in_flight, topology.slots_per_rank, rounds_in_flight, self.device
-        )
+        with_canary, with_checksum = verification != "off", verification == "checksum"
+        self.memory: ExpertMemory
+        if isinstance(expert_weights, ExpertPool):
+            self.memory = PooledExperts(
+                expert_weights,
+                topology.slots_per_rank,
+                with_canary=with_canary,
+                with_checksum=with_checksum,
+                rounds_in_flight=rounds_in_flight,
+            )
+        else:
+            self.memory = StackedExperts(
+                expert_weights,
+                topology.slots_per_rank,
+                with_canary=with_canary,
+                with_checksum=with_checksum,
+                staging_bytes=staging_bytes,
+                rounds_in_flight=rounds_in_flight,
+            )
+        self._large_fields = [layout.large_fields for layout in self.memory.layouts]
 
     def message_bytes(self, layer_id: int) -> int:
         """Bytes that travel for one expert of a layer."""
-        return self._layouts[layer_id].message_bytes
+        return self.memory.layouts[layer_id].message_bytes
 
     def outgoing(self, layer_id: int, send: Send, outbox: int) -> list[PeerTensor]:
         """The messages of one expert: the packed one, if there is any, then the large rows as they lie.
@@ -61,11 +67,11 @@ class ExpertStore:
         A relay passes on what it received as it is, checksum included, so that damage on the way shows.
         """
         if send.place < 0:
-            return [(send.peer, message) for message in self._staged(layer_id, send.place).messages]
-        rows = self._rows[layer_id][send.place]
+            return [(send.peer, message) for message in self.memory.staged(layer_id, ~send.place).messages]
+        rows = self.memory.live(layer_id, send.place)
         messages = [(send.peer, rows[number]) for number in self._large_fields[layer_id]]
-        if self._layouts[layer_id].packed_bytes:
-            head, packed_rows = self.staging.outbox(layer_id, outbox)
+        if self.memory.layouts[layer_id].packed_bytes:
+            head, packed_rows = self.memory.outbox(layer_id, outbox)
             for number, packed in packed_rows:
                 packed.copy_(rows[number])
             if self._verification == "checksum":
@@ -75,26 +81,18 @@ class ExpertStore:
 
     def incoming(self, layer_id: int, receive: Receive) -> list[PeerTensor]:
         """Where the messages of one expert land, in staging."""
-        staged = self.staging.slot(layer_id, receive.staging_index)
+        staged = self.memory.staged(layer_id, receive.staging_index)
         return [(receive.peer, message) for message in staged.messages]
-
-    def copy(self, layer_id: int, copy: Copy) -> None:
-        """Carries out one copy of a commit, all tensors of the expert."""
-        for target, source in zip(
-            self._rows_at(layer_id, copy.destination), self._rows_at(layer_id, copy.source), strict=True
-        ):
-            target.copy_(source)
 
     def check_live(self, layer_id: int, step: TransferStep) -> Exception | None:
         """What lies in the live slots must be what the plan starts from. The first plan of a layer is believed."""
-        if not self._canaries:
+        if self._verification == "off":
             return None
         slots = self._topology.slots_of_rank(self._rank)
         planned = [canary_of(layer_id, expert) for expert in step.old_map[slots.start : slots.stop].tolist()]
-        canary = self._canaries[layer_id]
-        held = canary.tolist()
+        held = self.memory.canaries(layer_id)
         if not any(held):
-            canary.copy_(torch.tensor(planned))
+            self.memory.set_canaries(layer_id, planned)
         elif held != planned:
             wrong = next(i for i, (a, b) in enumerate(zip(held, planned, strict=True)) if a != b)
             return VerificationError(
@@ -109,12 +107,12 @@ class ExpertStore:
         Raises:
             VerificationError: the first one that differs.
         """
-        if not self._canaries:
+        if self._verification == "off":
             return
         for each in program.rounds:
             if each.receive is None:
                 continue
-            head, rows, _ = self.staging.slot(layer_id, each.receive.staging_index)
+            head, rows, _ = self.memory.staged(layer_id, each.receive.staging_index)
             found, expected = int(rows[-1].view(torch.int64)), canary_of(layer_id, each.receive.expert)
             if found != expected:
                 raise VerificationError(
@@ -132,26 +130,18 @@ class ExpertStore:
     def forget(self, layer_ids: Sequence[int]) -> None:
         """Believes the next plan about what these layers hold: the host loaded their weights anew."""
         for layer_id in layer_ids:
-            if self._canaries:
-                self._canaries[layer_id].zero_()
+            self.memory.set_canaries(layer_id, [0] * self._topology.slots_per_rank)
 
     def wipe_staged(self, layer_id: int, program: RankProgram) -> None:
         """Loses the first staged expert (fault injection)."""
         if any(each.receive for each in program.rounds):
-            for message in self.staging.slot(layer_id, 0).messages:
+            for message in self.memory.staged(layer_id, 0).messages:
                 message.zero_()
 
     def damage_staged(self, layer_id: int, program: RankProgram) -> None:
         """Flips bits of the first staged expert's first tensor (fault injection)."""
         if any(each.receive for each in program.rounds):
-            self.staging.slot(layer_id, 0).rows[0][:1].bitwise_xor_(0x55)
-
-    def _staged(self, layer_id: int, place: int) -> StagedExpert:
-        return self.staging.slot(layer_id, ~place)
-
-    def _rows_at(self, layer_id: int, place: int) -> list[torch.Tensor]:
-        """The bytes of an expert's rows, (bytes,) uint8 views, in a live slot or (``place < 0``) a staging slot."""
-        return self._rows[layer_id][place] if place >= 0 else self._staged(layer_id, place).rows
+            self.memory.staged(layer_id, 0).rows[0][:1].bitwise_xor_(0x55)
 
 
 def _write_int(packed: torch.Tensor, value: int) -> None:

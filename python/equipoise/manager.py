@@ -15,7 +15,7 @@ forward passes (``chunked``, ``sync``). Layers commit between two forward passes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from equipoise.config import EplbConfig
 from equipoise.dispatch import ExpertDispatcher
 from equipoise.errors import ConfigError
 from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.expert_store import ExpertWeights
 from equipoise.fault_injection import FaultInjector
 from equipoise.kernels import compile_kernels_in_background, load_compiled_kernels
 from equipoise.layer_vote import VOTE_GRACE_SECONDS
@@ -50,12 +51,14 @@ _STALL_SLACK_SECONDS = 30.0
 class EngineAdapter(Protocol):
     """What a host engine gives of itself."""
 
-    def expert_weights(self) -> Sequence[Sequence[torch.Tensor]]:
+    def expert_weights(self) -> ExpertWeights:
         """The live expert weights of this rank.
 
         Returns:
             Per MoE layer, the tensors that make up its experts: each of shape (slots_per_rank, ...), any dtype, row
-            ``i`` belonging to local slot ``i``. The manager writes into them between two forward passes.
+            ``i`` belonging to local slot ``i``. The manager writes into them between two forward passes. Or, where
+            forward passes look up the row of a slot, an :class:`~equipoise.expert_pool.ExpertPool`: nothing is copied
+            between two forward passes then.
         """
         ...
 

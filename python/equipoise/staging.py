@@ -112,14 +112,7 @@ class StagingArea:
         self._outbox_stride = max((layout.packed_bytes for layout in layouts), default=0)
         self._outbox_bytes = num_outboxes * self._outbox_stride
         self._stride = max((layout.slot_bytes for layout in layouts), default=0)
-        least = self._outbox_bytes + self._stride
-        if budget is not None and budget < least:
-            raise ConfigError(
-                f"eplb_staging_bytes={budget} does not hold one expert of the largest layer: at least {least} needed",
-                field="eplb_staging_bytes",
-            )
-        fitting = (budget - self._outbox_bytes) // self._stride if budget is not None and self._stride else None
-        self.capacity = min(default_slots if fitting is None else fitting, most_slots)
+        self.capacity = staging_slots(layouts, budget, default_slots, most_slots, num_outboxes)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._slots: dict[tuple[int, int], StagedExpert] = {}
         self._outboxes: dict[tuple[int, int], Outbox] = {}
@@ -177,6 +170,27 @@ class StagingArea:
 
     def _part(self, start: int, num_bytes: int) -> torch.Tensor:
         return self._memory[start : start + num_bytes]
+
+
+def staging_slots(
+    layouts: Sequence[ExpertLayout], budget: int | None, default_slots: int, most_slots: int, num_outboxes: int
+) -> int:
+    """How many staging slots to have; arguments are those of :class:`StagingArea`.
+
+    Raises:
+        ConfigError: the budget does not hold a single expert; the message names the least that would do.
+    """
+    stride = max((layout.slot_bytes for layout in layouts), default=0)
+    outbox_bytes = num_outboxes * max((layout.packed_bytes for layout in layouts), default=0)
+    if budget is None or not stride:
+        return min(default_slots, most_slots)
+    if budget < outbox_bytes + stride:
+        raise ConfigError(
+            f"eplb_staging_bytes={budget} does not hold one expert of the largest layer: at least "
+            f"{outbox_bytes + stride} needed",
+            field="eplb_staging_bytes",
+        )
+    return min((budget - outbox_bytes) // stride, most_slots)
 
 
 def row_views(tensor: torch.Tensor) -> list[torch.Tensor]:

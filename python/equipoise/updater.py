@@ -2,8 +2,9 @@
 
 A step of a plan is staged while the live weights serve on: what a rank receives lands in its staging area, never in a
 live slot. Then the ranks vote. Only if all of them hold what the plan names does :meth:`ExpertLocationUpdater.commit`
-copy it into the live slots, which is local and short. If any rank failed, every rank raises the same kind of
-:class:`~equipoise.errors.TransferError` and no live byte has changed on any of them.
+bring it into the live slots, which is local and short: a copy, or where layers share their rows an exchange of rows. If
+any rank failed, every rank raises the same kind of :class:`~equipoise.errors.TransferError` and no live byte has
+changed on any of them.
 
 Verification ``canary``: next to the weights of each layer lies one int64 per slot that names layer and expert. It is
 set once, from the map of the first plan, and then moves only by the same messages and copies as the weights; it is
@@ -22,7 +23,7 @@ import torch
 
 from equipoise.communicator import Communicator, Pending
 from equipoise.errors import PlanMismatchError
-from equipoise.expert_store import ExpertStore
+from equipoise.expert_store import ExpertStore, ExpertWeights
 from equipoise.fault_injection import FaultInjector, NoFaults
 from equipoise.layer_vote import VOTE_GRACE_SECONDS, LayerVote
 from equipoise.side_stream import SideStream
@@ -32,6 +33,9 @@ from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferSte
 from equipoise.transfer_program import RankProgram, Round, compile_program_kernels, rank_program
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.verification import Verification, checksum
+
+ROUNDS_IN_FLIGHT = 4
+"""Default, and with it the default number of staged experts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +55,10 @@ class ExpertLocationUpdater:
         communicator: reaches the other ranks; nobody else uses its groups while a transfer runs.
         topology: where slots lie.
         expert_weights: ``[layer][i]``, the live tensors of this rank, each (slots_per_rank, ...) with contiguous rows,
-            of any dtype. They are written by commits only.
+            of any dtype; or the pool that all layers share. They are written by commits only.
         verification: see the module.
         staging_bytes: most bytes to allocate for staging; None: an expert of the largest layer per round in flight.
+            A pool's staging are its spare rows, whatever this says.
         timeout: seconds that staging one step may take.
         rounds_in_flight: rounds of which a rank may be in the middle; 1 keeps its link to one peer each way, more hide
             the latency between rounds. With a ``duty`` it is 1: what is under way moves on while the updater rests.
@@ -72,12 +77,12 @@ class ExpertLocationUpdater:
         self,
         communicator: Communicator,
         topology: EpTopology,
-        expert_weights: Sequence[Sequence[torch.Tensor]],
+        expert_weights: ExpertWeights,
         *,
         verification: Verification = "canary",
         staging_bytes: int | None = None,
         timeout: float = 60.0,
-        rounds_in_flight: int = 4,
+        rounds_in_flight: int = ROUNDS_IN_FLIGHT,
         duty: float = 1.0,
         vote_grace: float = VOTE_GRACE_SECONDS,
         faults: FaultInjector | None = None,
@@ -97,7 +102,7 @@ class ExpertLocationUpdater:
             communicator.rank, topology, expert_weights, verification, staging_bytes, rounds_in_flight
         )
         self._vote = LayerVote(communicator, timeout + vote_grace, self._faults)
-        self._stream = SideStream(self._store.device)
+        self._stream = SideStream(self._store.memory.device)
 
     @property
     def broken(self) -> str | None:
@@ -107,12 +112,12 @@ class ExpertLocationUpdater:
     @property
     def max_staged_experts(self) -> int:
         """Experts that fit into staging at once: what :func:`~equipoise.transfer_plan.plan_transfer` must be told."""
-        return self._store.staging.capacity
+        return self._store.memory.capacity
 
     @property
     def staging_bytes(self) -> int:
         """Bytes allocated for staging now."""
-        return self._store.staging.allocated_bytes
+        return self._store.memory.allocated_bytes
 
     def warm_up(self) -> None:
         """Collective. What is slow the first time: a byte between every pair of ranks, and compiled kernels."""
@@ -120,8 +125,8 @@ class ExpertLocationUpdater:
         if self._verification == "checksum":
             checksum([torch.zeros(8, dtype=torch.uint8)])
         world_size, rank = self._communicator.world_size, self._communicator.rank
-        sent = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
-        landed = torch.zeros(1, dtype=torch.uint8, device=self._store.device)
+        sent = torch.zeros(1, dtype=torch.uint8, device=self._store.memory.device)
+        landed = torch.zeros(1, dtype=torch.uint8, device=self._store.memory.device)
         for distance in range(1, world_size):
             to, frm = (rank + distance) % world_size, (rank - distance) % world_size
             self._communicator.exchange([(to, sent)], [(frm, landed)], self._timeout)
@@ -180,7 +185,7 @@ class ExpertLocationUpdater:
             try:
                 # A rank whose live slots are not what the plan says still takes part: its peers wait for it.
                 failure = self._store.check_live(layer_id, step)
-                self._store.staging.reserve(program.num_staging_slots)
+                self._store.memory.reserve(program.num_staging_slots)
                 self._transfer(layer_id, program, start + self._timeout, sent, received)
                 self._stream.finish()
                 transferred = self._clock()
@@ -203,20 +208,19 @@ class ExpertLocationUpdater:
             transfer_seconds=transferred - start,
             verify_seconds=ended - transferred,
             commit_seconds=0.0,
-            peak_staging_bytes=self._store.staging.allocated_bytes,
+            peak_staging_bytes=self._store.memory.allocated_bytes,
         )
         return StagedStep(layer_id, step, program, report)
 
     def commit(self, staged: StagedStep) -> LayerTransferReport:
-        """Copies a staged step into the live slots of this rank. Local: no communication, no wait.
+        """Brings a staged step into the live slots of this rank. Local: no communication, no wait.
 
         The caller makes sure that no forward pass reads the layer meanwhile and that the maps change with it. An
         exception from here is not a TransferError: the others have committed, so this rank must stop.
         """
         start = self._clock()
         self._faults.at("commit", staged.layer_id)
-        for copy in staged.program.copies:
-            self._store.copy(staged.layer_id, copy)
+        self._store.memory.commit(staged.layer_id, staged.program.copies)
         self._stream.committed()
         return replace(staged.report, commit_seconds=self._clock() - start)
 
@@ -234,7 +238,7 @@ class ExpertLocationUpdater:
 
     def release_staging(self) -> None:
         """Gives staging memory back between two rebalances."""
-        self._store.staging.release()
+        self._store.memory.release()
 
     def _transfer(
         self, layer_id: int, program: RankProgram, deadline: float, sent: np.ndarray, received: np.ndarray

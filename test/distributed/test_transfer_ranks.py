@@ -12,7 +12,16 @@ from equipoise.errors import TransferError, TransferTimeout
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
 from equipoise.updater import ExpertLocationUpdater
-from placements import WEIGHT_SPECS, perturbed, random_map, random_topology, rank_weights, same_bytes
+from placements import (
+    WEIGHT_SPECS,
+    live_weights,
+    perturbed,
+    pooled,
+    random_map,
+    random_topology,
+    rank_weights,
+    same_bytes,
+)
 from run_ranks import RanksFailed, run_ranks
 
 LARGE_ROWS = ((torch.float32, (70, 70)), (torch.uint8, (20_000,)), (torch.bfloat16, (9,)))
@@ -29,6 +38,8 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
         specs = LARGE_ROWS if rng.random() < 0.15 else WEIGHT_SPECS
         now = random_map(rng, num_experts, topology, num_layers=2)
         weights = rank_weights(now, rank, topology, specs)
+        if rng.random() < 0.5:
+            weights = pooled(weights, int(rng.integers(1, topology.slots_per_rank + 2)))
         updater = ExpertLocationUpdater(
             communicator,
             topology,
@@ -48,7 +59,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
                 updater.migrate_layer(layer, on_commit=lambda _: None)
                 in_steps += len(layer.steps) > 1
             expected = rank_weights(target, rank, topology, specs)
-            for layer_id, tensors in enumerate(weights):
+            for layer_id, tensors in enumerate(live_weights(weights)):
                 for index, tensor in enumerate(tensors):
                     assert same_bytes(tensor, expected[layer_id][index]), (
                         f"{topology} layer {layer_id} tensor {index}: from {now[layer_id].tolist()} "

@@ -20,7 +20,17 @@ LAYERS = [
     }
     | {"placement_alignment"},
     {"communicator", "small_sums", "in_memory_communicator", "pinned_host_communicator", "fault_injection"}
-    | {"expert_store", "staging", "verification", "side_stream", "layer_vote", "updater"}
+    | {
+        "expert_store",
+        "expert_memory",
+        "expert_pool",
+        "pooled_experts",
+        "staging",
+        "verification",
+        "side_stream",
+        "layer_vote",
+        "updater",
+    }
     | {"sums_between_polls", "transfer_runner", "transfer_worker", "recorder"},
     {
         "background_planner",

@@ -21,6 +21,7 @@ from equipoise.engine.runner import ModelRunner
 from equipoise.engine.weights import WeightLoader
 from equipoise.errors import ConfigError, InvalidInputError, ModelError, PlacementError
 from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.expert_pool import ExpertPool
 from equipoise.metrics import balancedness
 from tiny_models import FAMILIES, make_tiny_model
 
@@ -85,9 +86,12 @@ class TestRanks:
     def test_runner_loads_the_slots_of_its_rank(self, qwen: Path) -> None:
         config = serve_config(qwen, ep_size=4, redundant=4)
         plain = AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32)
-        runner = ModelRunner(ModelBlueprint.prepare(config), 2, CPU, max_running_requests=1)
+        runner = ModelRunner(ModelBlueprint.prepare(config), 2, CPU, config)
         whole = plain.model.layers[1].mlp.experts
-        held, _ = runner.expert_weights()[1]
+        pool = runner.expert_weights()
+        assert isinstance(pool, ExpertPool)
+        assert pool.num_rows == 2 * 3 + 3, "a spare row for each slot of a layer, fewer than rounds in flight"
+        held = pool.tensors[0][pool.row_of_slot[1]]
         assert torch.equal(held, whole.gate_up_proj[[6, 7, 0]])  # trivial placement: slots 6, 7, 8 of 12, 8 experts
 
     def test_tied_embeddings_and_shards(self, tmp_path: Path) -> None:
@@ -143,9 +147,10 @@ class TestPlacement:
 class TestRefusals:
     def refused(self, model: Path | str, match: str, *, run: bool = False) -> None:
         def load() -> None:
-            blueprint = ModelBlueprint.prepare(serve_config(Path(model)))
+            config = serve_config(Path(model))
+            blueprint = ModelBlueprint.prepare(config)
             if run:
-                ModelRunner(blueprint, 0, CPU, max_running_requests=1)
+                ModelRunner(blueprint, 0, CPU, config)
 
         with pytest.raises(ModelError, match=match) as caught:
             load()

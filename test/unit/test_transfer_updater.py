@@ -12,7 +12,17 @@ from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
 from equipoise.transfer_program import rank_program
 from equipoise.updater import ExpertLocationUpdater
-from placements import WEIGHT_SPECS, expert_row, perturbed, random_map, random_topology, rank_weights, same_bytes
+from placements import (
+    WEIGHT_SPECS,
+    expert_row,
+    live_weights,
+    perturbed,
+    pooled,
+    random_map,
+    random_topology,
+    rank_weights,
+    same_bytes,
+)
 from run_threads import results_of, run_threads
 
 
@@ -25,14 +35,15 @@ def migrate(communicator, topology, old, new, weights, **options):
 
 def assert_weights(weights, p2l, rank, topology):
     expected = rank_weights(p2l, rank, topology)
-    for layer, tensors in enumerate(weights):
+    for layer, tensors in enumerate(live_weights(weights)):
         for index, tensor in enumerate(tensors):
             assert same_bytes(tensor, expected[layer][index]), f"{layer=} {rank=} {index=} {p2l[layer].tolist()=}"
 
 
+@pytest.mark.parametrize("spare_rows", [None, 1, 5], ids=["stacked", "one-spare-row", "five-spare-rows"])
 @pytest.mark.parametrize("verification", ["off", "canary"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_placements_end_as_the_oracle_says(seed, verification):
+def test_random_placements_end_as_the_oracle_says(seed, verification, spare_rows):
     rng = np.random.default_rng(seed)
     topology = random_topology(rng, int(rng.integers(1, 7)))
     num_experts = int(rng.integers(1, topology.num_slots + 1))
@@ -41,22 +52,26 @@ def test_random_placements_end_as_the_oracle_says(seed, verification):
 
     def body(communicator):
         weights = rank_weights(old, communicator.rank, topology)
+        if spare_rows is not None:
+            weights = pooled(weights, spare_rows)
         migrate(communicator, topology, old, new, weights, verification=verification)
         assert_weights(weights, new, communicator.rank, topology)
 
     results_of(body, topology.num_ranks)
 
 
-def test_large_rows_travel_apart_from_small_ones():
+@pytest.mark.parametrize("in_a_pool", [False, True])
+def test_large_rows_travel_apart_from_small_ones(in_a_pool):
     topology = EpTopology(2, 1, 2)
     old, new = np.array([[0, 1, 2, 3]]), np.array([[2, 1, 0, 3]])
     specs = ((torch.float32, (80, 80)), (torch.bfloat16, (4,)), (torch.float16, (128, 100)))
 
     def body(communicator):
         weights = rank_weights(old, communicator.rank, topology, specs)
+        weights = pooled(weights, 1) if in_a_pool else weights
         report = migrate(communicator, topology, old, new, weights)[0]
         expected = rank_weights(new, communicator.rank, topology, specs)
-        assert all(same_bytes(a, b) for a, b in zip(weights[0], expected[0], strict=True))
+        assert all(same_bytes(a, b) for a, b in zip(live_weights(weights)[0], expected[0], strict=True))
         return report
 
     reports = results_of(body, 2)

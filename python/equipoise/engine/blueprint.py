@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from equipoise.algorithms import check_algorithm
 from equipoise.config import EngineConfig, ServeConfig
 from equipoise.engine.attention import ATTENTION_NAME, register_attention
 from equipoise.engine.checkpoint import Checkpoint
-from equipoise.engine.experts import find_experts, num_experts_of
+from equipoise.engine.experts import experts_are_replaceable, find_experts, num_experts_of
 from equipoise.engine.model_files import model_directory
 from equipoise.engine.placement import first_placement
+from equipoise.engine.row_experts import ROW_EXPERTS_NAME, register_row_experts
 from equipoise.errors import ConfigError, ModelError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
@@ -36,6 +38,7 @@ class ModelBlueprint:
     experts: tuple[tuple[str, torch.nn.Module], ...]  # names and modules of the MoE layers
     metadata: ExpertLocationMetadata  # the first placement, CPU
     num_groups: int | None  # of group-limited routing
+    experts_by_row: bool  # whether experts modules find an expert by its row in tensors of any length (row_experts.py)
     device_type: str  # cpu or cuda
     dtype: torch.dtype
     vocab_size: int
@@ -75,6 +78,7 @@ class ModelBlueprint:
             experts=experts,
             metadata=first_placement(config, len(experts), num_experts_of(experts[0][1]), num_groups),
             num_groups=num_groups,
+            experts_by_row=device_type == "cpu" and _find_experts_by_row(model, experts),
             device_type=device_type,
             dtype=dtype,
             vocab_size=text_config.vocab_size,
@@ -127,6 +131,15 @@ def _build_on_meta(config: Any, dtype: torch.dtype, device_type: str) -> Any:
         model.set_experts_implementation("eager")
     model.eval()
     return model
+
+
+def _find_experts_by_row(model: Any, experts: Sequence[tuple[str, torch.nn.Module]]) -> bool:
+    """Has the experts modules use our implementation; False where they do not let theirs be replaced."""
+    if not (model._can_set_experts_implementation() and experts_are_replaceable(experts)):
+        return False
+    register_row_experts()
+    model.set_experts_implementation(ROW_EXPERTS_NAME)
+    return True
 
 
 def _refuse_unsupported(model: Any, config: Any) -> None:

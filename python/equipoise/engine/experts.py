@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,11 @@ def find_experts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return found
 
 
+def experts_are_replaceable(experts: Sequence[tuple[str, torch.nn.Module]]) -> bool:
+    """Whether the experts modules take an implementation of ours (transformers' ``use_experts_implementation``)."""
+    return all(hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") for _, module in experts)
+
+
 def num_experts_of(module: torch.nn.Module) -> int:
     count = module.num_experts
     assert isinstance(count, int)
@@ -76,14 +81,18 @@ class EpExperts(torch.nn.Module):
     Every rank is called with the same tokens. It takes its share of them, sends one row per (token, choice) to the
     rank that holds the chosen slot, runs what it receives through its own slots, gets its rows back, sums them with
     the routing weights, and shares its result with all ranks. ``inner`` is the model's own module with as many
-    experts as a rank has slots, so gating, biases and activation stay the model's.
+    experts as a rank has slots, so gating, biases and activation stay the model's; or with as many as a pool has rows,
+    and then ``row_of_slot``, (slots_per_rank,) int64, says which of them serve this layer's slots.
     """
 
-    def __init__(self, inner: torch.nn.Module, layer_id: int, context: EpContext) -> None:
+    def __init__(
+        self, inner: torch.nn.Module, layer_id: int, context: EpContext, row_of_slot: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.layer_id = layer_id
         self._context = context
+        self._row_of_slot = row_of_slot
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -95,7 +104,7 @@ class EpExperts(torch.nn.Module):
         context = self._context
         if context.group is None:
             slots = context.route(self.layer_id, index)
-            return self.inner(tokens, slots, weights).reshape(hidden_states.shape)
+            return self._inner(tokens, slots, weights).reshape(hidden_states.shape)
         bounds = shares(tokens.shape[0], context.topology.num_ranks)
         mine = slice(bounds[context.rank], bounds[context.rank + 1])
         slots = context.route(self.layer_id, index[mine])
@@ -144,7 +153,13 @@ class EpExperts(torch.nn.Module):
     def _run(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         if not len(rows):
             return rows.new_empty(rows.shape)
-        results: torch.Tensor = self.inner(rows, slots.unsqueeze(1), rows.new_ones(len(rows), 1))
+        return self._inner(rows, slots.unsqueeze(1), rows.new_ones(len(rows), 1))
+
+    def _inner(self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``slots``: local ones, (T, K)."""
+        results: torch.Tensor = self.inner(
+            tokens, slots if self._row_of_slot is None else self._row_of_slot[slots], weights
+        )
         return results
 
     def _share(self, result: torch.Tensor, bounds: list[int], group: dist.ProcessGroup) -> torch.Tensor:

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from equipoise.config import EplbConfig, ServeConfig
 from equipoise.engine.blueprint import ModelBlueprint
 from equipoise.engine.checkpoint import Checkpoint
 from equipoise.engine.experts import EpContext, EpExperts
 from equipoise.engine.kv_cache import RowKvCache
 from equipoise.engine.layout import StepBatch
 from equipoise.engine.weights import LoadReport, WeightLoader
+from equipoise.expert_pool import ExpertPool
+from equipoise.expert_store import ExpertWeights
+from equipoise.pooled_experts import allocate_pool
+from equipoise.updater import ROUNDS_IN_FLIGHT
 
 
 class ModelRunner:
     """A loaded model with its cache; also the host that balancing sees (an ``EngineAdapter``)."""
 
-    def __init__(self, blueprint: ModelBlueprint, rank: int, device: torch.device, max_running_requests: int) -> None:
+    def __init__(self, blueprint: ModelBlueprint, rank: int, device: torch.device, config: ServeConfig) -> None:
         self._model: Any = blueprint.model
         self._rank = rank
         self._device = device
         self._experts = [module for _, module in blueprint.experts]
         self._names = [name for name, _ in blueprint.experts]
-        self._cache = RowKvCache(max_running_requests, blueprint.max_model_len)
-        self.load_report = self._load(blueprint)
+        self._cache = RowKvCache(config.engine.max_running_requests, blueprint.max_model_len)
+        self._pool: ExpertPool | None = None
+        self.load_report = self._load(blueprint, config.eplb)
 
-    def _load(self, blueprint: ModelBlueprint) -> LoadReport:
+    def _load(self, blueprint: ModelBlueprint, config: EplbConfig) -> LoadReport:
         mine = list(blueprint.topology.slots_of_rank(self._rank))
         slots = blueprint.metadata.physical_to_logical_map[:, mine].tolist()
         checkpoint = Checkpoint(blueprint.directory)
         try:
             loader = WeightLoader(self._model, blueprint.experts, checkpoint)
-            return loader.load(slots, self._device, with_head=self._rank == 0)
+            specs = loader.expert_specs()
+            if blueprint.experts_by_row and all(layer == specs[0] for layer in specs):
+                self._pool = allocate_pool(
+                    specs[0],
+                    blueprint.topology,
+                    len(specs),
+                    verification=config.eplb_verification,
+                    staging_bytes=config.eplb_staging_bytes,
+                    rounds_in_flight=ROUNDS_IN_FLIGHT,
+                    device=self._device,
+                )
+            return loader.load(slots, self._device, with_head=self._rank == 0, pool=self._pool)
         finally:
             checkpoint.close()
 
@@ -41,10 +57,13 @@ class ModelRunner:
         """Spreads the experts over the ranks: from now on a forward pass is collective."""
         for layer_id, (name, inner) in enumerate(zip(self._names, self._experts, strict=True)):
             parent, _, leaf = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), leaf, EpExperts(inner, layer_id, context))
+            rows = None if self._pool is None else self._pool.row_of_slot[layer_id]
+            setattr(self._model.get_submodule(parent), leaf, EpExperts(inner, layer_id, context, rows))
 
-    def expert_weights(self) -> Sequence[Sequence[torch.Tensor]]:
-        """Per MoE layer, the live tensors of its experts, each (slots_per_rank, ...)."""
+    def expert_weights(self) -> ExpertWeights:
+        """The pool that all layers share; or per MoE layer the tensors of its experts, (slots_per_rank, ...) each."""
+        if self._pool is not None:
+            return self._pool
         return [[parameter.data for parameter in inner.parameters(recurse=False)] for inner in self._experts]
 
     @torch.inference_mode()

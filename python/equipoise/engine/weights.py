@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from equipoise.engine.checkpoint import Checkpoint
 from equipoise.engine.experts import num_experts_of
 from equipoise.errors import ModelError
+from equipoise.expert_pool import ExpertPool
 
 Read = Callable[[str, str], Sequence[Callable[[], torch.Tensor]]]
 """Readers of the tensors that a pattern's key stands for; a transform calls them when it needs them."""
@@ -66,12 +67,28 @@ class WeightLoader:
         self._dtypes = {name: _target_dtype(model, name, tensor) for name, tensor in model.state_dict().items()}
         self._sources = self._match()
 
-    def load(self, slots: Sequence[Sequence[int]], device: torch.device, *, with_head: bool) -> LoadReport:
+    def expert_specs(self) -> list[list[tuple[torch.Size, torch.dtype]]]:
+        """Per MoE layer, shape and dtype of each tensor of one expert, in the order of its module's parameters."""
+        return [
+            [(p.shape[1:], self._dtypes[f"{name}.{leaf}"]) for leaf, p in module.named_parameters(recurse=False)]
+            for name, module in self._experts
+        ]
+
+    def load(
+        self,
+        slots: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        with_head: bool,
+        pool: ExpertPool | None = None,
+    ) -> LoadReport:
         """Reads and places all parameters and buffers. Afterwards each experts module has one expert per slot.
 
         Args:
             slots: per MoE layer, the logical expert of each of this rank's slots.
             with_head: whether this rank needs what lies outside the base model (the LM head).
+            pool: where the experts go, if they share their rows: afterwards each experts module has the pool's tensors
+                for parameters, and one expert per row.
 
         Raises:
             ModelError: the checkpoint lacks a parameter, or holds one of another shape.
@@ -92,12 +109,12 @@ class WeightLoader:
         dense_bytes = self._checkpoint.bytes_read
         for name, layer in expert_layer.items():
             if name in self._sources:
-                placed |= self._place_experts(name, self._sources[name], layer, slots[layer], device)
+                placed |= self._place_experts(name, self._sources[name], layer, slots[layer], device, pool)
         if missing := sorted(wanted - placed, key=dot_natural_key):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}{more}", field="model_path")
         for (_, module), held in zip(self._experts, slots, strict=True):
-            module.num_experts = len(held)  # type: ignore[assignment]
+            module.num_experts = len(held) if pool is None else pool.num_rows  # type: ignore[assignment]
         for target, origin in tied.items():
             if target in self._shapes and (with_head or self._in_base_model(target)):
                 self._set(target, self._model.get_parameter(origin))
@@ -139,7 +156,13 @@ class WeightLoader:
         return [lambda: self._checkpoint.read(key)]
 
     def _place_experts(
-        self, name: str, source: _Source, layer: int, held: Sequence[int], device: torch.device
+        self,
+        name: str,
+        source: _Source,
+        layer: int,
+        held: Sequence[int],
+        device: torch.device,
+        pool: ExpertPool | None,
     ) -> set[str]:
         count = num_experts_of(self._experts[layer][1])
         if source.merges_experts:
@@ -157,19 +180,37 @@ class WeightLoader:
                         shape = self._checkpoint.shape(key)
                         raise ModelError(f"{key} must hold {count} experts, has shape {shape}", field="model_path")
             made = self._convert(name, source, lambda _, key: [lambda: self._checkpoint.read_rows(key, held)])
-        return self._place(made, device, rows=len(held))
+        return self._place(made, device, held=len(held), rows=None if pool is None else (pool, layer))
 
-    def _place(self, made: dict[str, torch.Tensor], device: torch.device, rows: int | None = None) -> set[str]:
+    def _place(
+        self,
+        made: dict[str, torch.Tensor],
+        device: torch.device,
+        *,
+        held: int | None = None,
+        rows: tuple[ExpertPool, int] | None = None,
+    ) -> set[str]:
+        """``held``: experts, if these are tensors of experts; ``rows``: the pool for them and their layer."""
         for name, tensor in made.items():
             if name not in self._shapes:
                 continue
-            shape = self._shapes[name] if rows is None else (rows, *self._shapes[name][1:])
+            shape = self._shapes[name] if held is None else (held, *self._shapes[name][1:])
             if tuple(tensor.shape) != shape:
                 raise ModelError(
                     f"{name} must have shape {shape}, the checkpoint has {tuple(tensor.shape)}", field="model_path"
                 )
-            self._set(name, tensor.to(device=device, dtype=self._dtypes[name]).contiguous())
+            if rows is None:
+                self._set(name, tensor.to(device=device, dtype=self._dtypes[name]).contiguous())
+            else:
+                self._set(name, self._in_pool(name, tensor, *rows))
         return set(made)
+
+    def _in_pool(self, name: str, tensor: torch.Tensor, pool: ExpertPool, layer: int) -> torch.Tensor:
+        """Writes a layer's experts to their first rows; the pool's tensor."""
+        leaves = [leaf for leaf, _ in self._experts[layer][1].named_parameters(recurse=False)]
+        common = pool.tensors[leaves.index(name.rpartition(".")[2])]
+        common[pool.rows(layer)] = tensor.to(device=common.device, dtype=common.dtype)
+        return common
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")

@@ -56,7 +56,7 @@ class RankWorker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         groups = _process_groups(rank, num_ranks, rendezvous, device)
-        self._runner = ModelRunner(blueprint, rank, device, config.engine.max_running_requests)
+        self._runner = ModelRunner(blueprint, rank, device, config)
         # Also waits, as long as it takes, for ranks that load more slowly: what follows is collective and has timeouts.
         weight_bytes: list[int] = [0] * num_ranks
         dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
