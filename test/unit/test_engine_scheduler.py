@@ -157,3 +157,48 @@ def test_prompts_get_on_however_many_requests_decode() -> None:
         fed.append([segment.length for segment in batch.segments])
         scheduler.complete(batch, [5] * len(batch.sampled))
     assert fed == [[1, 1, 1]] * 4, "the two that decode fill a step, and yet the third moves"
+
+
+def test_decoding_requests_stand_by_row_and_take_the_lowest_rows() -> None:
+    scheduler = make_scheduler(num_rows=4, step_tokens=50)
+
+    def add(rid: str, prompt: tuple[int, ...], new: int) -> None:
+        scheduler.add(GenerateRequest(rid, prompt, SamplingParams(new, ignore_eos=True)))
+
+    def rows_of_next_step() -> list[int]:
+        batch = scheduler.next_batch()
+        assert batch is not None
+        scheduler.complete(batch, [5] * len(batch.sampled))
+        return [segment.row for segment in batch.segments]
+
+    for rid, new in (("a", 1), ("b", 9), ("c", 2), ("d", 2)):
+        add(rid, (1, 2), new)
+    assert rows_of_next_step() == [0, 1, 2, 3]
+    add("e", (1,), 2)  # the last to come, into the row that a left
+    assert rows_of_next_step() == [0, 1, 2, 3]
+    add("f", (1, 2), 9)
+    assert rows_of_next_step() == [0, 1, 2], "c and d left rows 2 and 3, f has the lower one"
+    add("g", (1, 2), 2)
+    assert rows_of_next_step() == [1, 2, 0]
+    scheduler.abort("b")
+    add("h", (1, 2), 9)
+    add("i", (1, 2), 9)
+    assert rows_of_next_step() == [0, 2, 1, 3], "those that decode, then prompts"
+    scheduler.abort("f")
+    scheduler.abort("h")
+    scheduler.abort("i")
+    assert not scheduler.has_work
+
+
+def test_prompts_are_taken_as_they_came_whatever_their_rows() -> None:
+    scheduler = make_scheduler(num_rows=2, step_tokens=6)
+    scheduler.add(GenerateRequest("short", (1,), SamplingParams(1)))
+    scheduler.add(GenerateRequest("long", (1,) * 8, SamplingParams(9)))
+    first = scheduler.next_batch()
+    assert first is not None
+    assert [(segment.row, segment.length) for segment in first.segments] == [(0, 1), (1, 5)]
+    scheduler.complete(first, [5])
+    scheduler.add(GenerateRequest("late", (1,) * 9, SamplingParams(9)))  # into the lower row
+    second = scheduler.next_batch()
+    assert second is not None
+    assert [(segment.row, segment.length) for segment in second.segments] == [(1, 3), (0, 3)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from equipoise.engine.contexts import contexts_of
 from equipoise.engine.layout import StepLayout
 
 ATTENTION_NAME = "equipoise_packed"
@@ -50,27 +51,20 @@ def packed_attention(
     if attention_mask is not None or position_bias is not None or getattr(module, "is_causal", True) is False:
         raise NotImplementedError("attention with a mask or bias of its own")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    outputs = []
-    count, width = step_layout.num_decode, step_layout.decode_width
-    if count:
-        # (1, H, count * width, D) -> (count, H, width, D)
-        keys = key[0, :, : count * width].unflatten(1, (count, width)).transpose(0, 1)
-        values = value[0, :, : count * width].unflatten(1, (count, width)).transpose(0, 1)
-        queries = query[0, :, :count].transpose(0, 1).unsqueeze(2)
-        mask = step_layout.decode_mask(sliding_window)
-        outputs.append(_attend(queries, keys, values, mask, scale, s_aux, softcap)[:, :, 0].transpose(0, 1))
-    for index, span in enumerate(step_layout.prefills):
-        queries = query[:, :, span.query_start : span.query_start + span.query_length]
-        keys = key[:, :, span.context_start : span.context_start + span.context_length]
-        values = value[:, :, span.context_start : span.context_start + span.context_length]
-        window = sliding_window if sliding_window is None or sliding_window < span.context_length else None
-        if window is None and span.query_length == span.context_length and s_aux is None and softcap is None:
-            outputs.append(_whole_prompt(queries, keys, values, scale)[0])
+    outputs = []  # each (tokens, Hq, Dv)
+    for run in step_layout.runs:
+        window = sliding_window if sliding_window is None or sliding_window < run.width else None
+        first = run.first_visible(window)
+        keys, values = (contexts_of(run, first, states) for states in (key, value))
+        # (Hq, rows * length, D) -> (rows, Hq, length, D)
+        tokens = query[0, :, run.query_start : run.query_start + run.num_rows * run.length]
+        queries = tokens.unflatten(1, (run.num_rows, run.length)).transpose(0, 1)
+        if run.whole_prompt and window is None and s_aux is None and softcap is None:
+            out = _whole_prompt(queries, keys, values, scale)
         else:
-            mask = step_layout.prefill_mask(index, window)
-            outputs.append(_attend(queries, keys, values, mask, scale, s_aux, softcap)[0])
-    # Each (Hq, tokens, Dv) -> (1, T, Hq, Dv)
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous(), None
+            out = _attend(queries, keys, values, step_layout.mask(run, window), scale, s_aux, softcap)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
 def _whole_prompt(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -89,17 +83,35 @@ def _attend(
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """(B, Hq, Q, D) with (B, Hk, K, D) to (B, Hq, Q, Dv)."""
+    """(B, Hq, Q, D) with (B, Hk, K, D) to (B, Hq, Q, Dv). ``mask``: over (B, 1, Q, K), True where a query may look."""
+    if sinks is not None or softcap is not None:
+        return _spelled_out(query, key, value, mask, scale, sinks, softcap)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     groups = query.shape[1] // key.shape[1]
-    plain = sinks is None and softcap is None
-    if groups > 1 and not (plain and (mask is None or query.device.type == "cpu")):
+    if query.shape[2] == 1:
+        # The heads that share a key head become its queries: it is read once for all of them.
+        shared = query.unflatten(1, (-1, groups)).squeeze(3)
+        return sdpa(shared, key, value, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
+    if groups > 1 and query.device.type != "cpu":
         # The CUDA kernels that take a mask do not share keys among heads.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if plain:
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    logits = (query @ key.transpose(2, 3)).float() * scale
+    return sdpa(query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _spelled_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What no kernel does: like ``_attend``."""
+    batch, num_heads, length, _ = query.shape
+    folded = (batch, key.shape[1], -1)  # the queries of all heads that share a key head side by side
+    logits = (query.reshape(*folded, query.shape[3]) @ key.transpose(2, 3)).float() * scale
+    logits = logits.view(batch, num_heads, length, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
@@ -109,4 +121,4 @@ def _attend(
         sink = sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : key.shape[2]].to(value.dtype)
-    return weights @ value
+    return (weights.reshape(*folded, key.shape[2]) @ value).view(batch, num_heads, length, -1)

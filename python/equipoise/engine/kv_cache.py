@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from equipoise.engine.contexts import StepContexts
 from equipoise.engine.layout import StepBatch, StepLayout
 
 _FIRST_CAPACITY = 128
@@ -16,8 +17,8 @@ class RowKvCache(Cache):
     """``num_rows`` rows that grow together, doubling, up to ``max_length`` entries each.
 
     Whatever a model's attention hands to ``update`` is stored as it is, so models that cache compressed states (MLA)
-    keep them compressed; keys and values may differ in heads and width. Windowed layers keep all entries: the window
-    is a matter of the mask.
+    keep them compressed; keys and values may differ in heads and width. Windowed layers keep all entries, and
+    attention reads those in the window.
     """
 
     def __init__(self, num_rows: int, max_length: int) -> None:
@@ -25,7 +26,7 @@ class RowKvCache(Cache):
         self._num_rows = num_rows
         self._max_length = max_length
         self._capacity = min(_FIRST_CAPACITY, max_length)
-        self._storage: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer: (rows * capacity, heads, width) each
+        self._storage: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer: (rows, heads, capacity, width) each
         self._layout: StepLayout | None = None
 
     @property
@@ -39,40 +40,40 @@ class RowKvCache(Cache):
         assert longest <= self._max_length, f"a request of {longest} tokens in a cache for {self._max_length}"
         if longest > self._capacity:
             self._grow(longest)
-        self._layout = StepLayout.build(batch, self._capacity, device)
+        self._layout = StepLayout.build(batch, device)
         return self._layout
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (1, heads, T, width) of the new tokens; returns (1, heads, C, width) of all contexts of the step."""
+        """Stores (1, heads, T, width) of the new tokens; returns (1, heads, C, width) of all contexts of the step.
+
+        What comes back is copied out of the cache only if the model does anything else with it than attend.
+        """
         assert self._layout is not None, "begin_step comes first"
         if layer_idx not in self._storage:
             self._storage[layer_idx] = (self._new_storage(key_states), self._new_storage(value_states))
         keys, values = self._storage[layer_idx]
-        return self._exchange(keys, key_states), self._exchange(values, value_states)
+        for storage, states in ((keys, key_states), (values, value_states)):
+            storage[self._layout.rows, :, self._layout.position_ids[0]] = states[0].transpose(0, 1)
+        return StepContexts(keys, self._layout), StepContexts(values, self._layout)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the interface of transformers
         return 0  # positions are given with every step; a packed step has no one length
 
-    def _exchange(self, storage: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        assert self._layout is not None
-        storage.index_copy_(0, self._layout.write_index, states[0].transpose(0, 1))
-        return storage.index_select(0, self._layout.read_index).transpose(0, 1)[None]
-
     def _new_storage(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = states.shape
         # Zeros, not garbage: masked entries are multiplied by a weight of 0, and 0 times NaN is NaN.
-        return states.new_zeros(self._num_rows * self._capacity, heads, width)
+        return states.new_zeros(self._num_rows, heads, self._capacity, width)
 
     def _grow(self, needed: int) -> None:
         capacity = min(max(needed, 2 * self._capacity), self._max_length)
 
         def grown(storage: torch.Tensor) -> torch.Tensor:
-            rows = storage.view(self._num_rows, self._capacity, *storage.shape[1:])
-            new = storage.new_zeros(self._num_rows, capacity, *storage.shape[1:])
-            new[:, : self._capacity] = rows
-            return new.flatten(0, 1)
+            rows, heads, _, width = storage.shape
+            new = storage.new_zeros(rows, heads, capacity, width)
+            new[:, :, : self._capacity] = storage
+            return new
 
         for layer, (keys, values) in self._storage.items():
             self._storage[layer] = (grown(keys), grown(values))

@@ -1,20 +1,26 @@
 """A step as one packed sequence: the new tokens of every request side by side, without padding.
 
-A step may hold requests that decode (one new token) and prompts or pieces of prompts (several). Requests with one
-new token come first; attention takes them as one batch. With three requests, rows 4 and 1 decoding at lengths 7 and 3,
-row 0 with a prompt of 5 tokens::
+A step may hold requests that decode (one new token) and prompts or pieces of prompts (several). Attention takes a
+*run* at a time: a prompt, or requests that decode in adjacent rows of the cache, if their contexts are about as long.
+With rows 1, 2 and 4 decoding at positions 3, 2 and 7, and row 0 with a prompt of 5 tokens::
 
-    tokens      [ row 4 @ 7 | row 1 @ 3 | row 0 @ 0 1 2 3 4 ]        T = 7
-    contexts    [ row 4: 8  | row 1: 4 + 4 unused | row 0: 5 ]       C = 8 + 8 + 5
+    tokens      [ row 1 @ 3 | row 2 @ 2 | row 4 @ 7 | row 0 @ 0 1 2 3 4 ]        T = 8
+    runs        [       0               |     1     |         2         ]
+    contexts    [ row 1: 4 | row 2: 3 + 1 unused | row 4: 8 | row 0: 5  ]        C = 4 + 4 + 8 + 5
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+
+# Unused entries that attention reads rather than make one more call. On accelerators a launch costs more than any
+# reading; on CPUs a call costs about as much as so many entries (measured with key heads of 2 x 32 and 4 x 64).
+_PADDING_WORTH_A_CALL = {"cpu": 128}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Segment:
 class StepBatch:
     """One forward pass. Every rank gets the same."""
 
-    segments: tuple[Segment, ...]  # those of length 1 first
+    segments: tuple[Segment, ...]  # fewest runs: those of length 1 first, by row
     token_ids: tuple[int, ...]  # (T,), in segment order
     sampled: tuple[int, ...]  # segments whose last token is followed by a new one
 
@@ -44,11 +50,34 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class PrefillSpan:
+class Run:
+    """Segments that one call of attention takes: a single one of any length, or decoding ones in adjacent rows."""
+
+    segments: tuple[Segment, ...]
+    width: int  # entries of the longest of their contexts; the others are padded
     query_start: int  # first of its tokens in the step
-    query_length: int
     context_start: int  # first of its entries in the contexts
-    context_length: int
+
+    @property
+    def row(self) -> int:
+        return self.segments[0].row
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.segments)
+
+    @property
+    def length(self) -> int:
+        """New tokens of each segment."""
+        return self.segments[0].length
+
+    @property
+    def whole_prompt(self) -> bool:
+        return 1 < self.length == self.width
+
+    def first_visible(self, window: int | None) -> int:
+        """The first entry that any of its tokens may look at, if they look back on ``window`` tokens."""
+        return 0 if window is None else max(0, min(segment.start for segment in self.segments) + 1 - window)
 
 
 @dataclass
@@ -56,79 +85,68 @@ class StepLayout:
     """Where the tokens of a step lie in the cache, for all layers. All index tensors are int64 on the device."""
 
     position_ids: torch.Tensor  # (1, T)
-    write_index: torch.Tensor  # (T,) cache entries that the new tokens fill
-    read_index: torch.Tensor  # (C,) cache entries of all contexts, the decoding ones padded to one width
+    rows: torch.Tensor  # (T,) cache rows that the new tokens go to
     last_tokens: torch.Tensor  # (num sampled,) tokens of the step whose logits are wanted
-    num_decode: int
-    decode_width: int
-    decode_lengths: torch.Tensor  # (num_decode,) context lengths, the new token included
-    uniform: bool  # all decoding contexts fill decode_width
-    prefills: tuple[PrefillSpan, ...]
+    runs: tuple[Run, ...]  # in the order of the segments
     _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, batch: StepBatch, capacity: int, device: torch.device) -> StepLayout:
-        """``capacity``: cache entries per row."""
+    def build(cls, batch: StepBatch, device: torch.device) -> StepLayout:
         segments = batch.segments
-        num_decode = sum(segment.length == 1 for segment in segments)
-        decodes, rest = segments[:num_decode], segments[num_decode:]
-        assert all(segment.length > 1 for segment in rest), "segments of one token come first"
-        width = max((segment.end for segment in decodes), default=0)
+        lengths = [segment.length for segment in segments]
         positions = [np.arange(segment.start, segment.end) for segment in segments]
-        writes = [segment.row * capacity + span for segment, span in zip(segments, positions, strict=True)]
-        # Entries past a context's end are read and masked; row and width keep them inside the cache.
-        reads = [segment.row * capacity + np.arange(width) for segment in decodes]
-        reads += [segment.row * capacity + np.arange(segment.end) for segment in rest]
-        ends = np.cumsum([segment.length for segment in segments])
-        prefills, query_start, context_start = [], num_decode, num_decode * width
-        for segment in rest:
-            prefills.append(PrefillSpan(query_start, segment.length, context_start, segment.end))
-            query_start += segment.length
-            context_start += segment.end
-        lengths = [segment.end for segment in decodes]
-
-        def on_device(values: Sequence[int] | np.ndarray) -> torch.Tensor:
-            return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
-
+        ends = np.cumsum(lengths)
         return cls(
-            position_ids=on_device(np.concatenate(positions))[None],
-            write_index=on_device(np.concatenate(writes)),
-            read_index=on_device(np.concatenate(reads)),
-            last_tokens=on_device([int(ends[i]) - 1 for i in batch.sampled]),
-            num_decode=num_decode,
-            decode_width=width,
-            decode_lengths=on_device(lengths),
-            uniform=all(length == width for length in lengths),
-            prefills=tuple(prefills),
+            position_ids=_on_device(np.concatenate(positions), device)[None],
+            rows=_on_device(np.repeat([segment.row for segment in segments], lengths), device),
+            last_tokens=_on_device([int(ends[i]) - 1 for i in batch.sampled], device),
+            runs=_runs(segments, _PADDING_WORTH_A_CALL.get(device.type, math.inf)),
         )
 
-    def decode_mask(self, window: int | None) -> torch.Tensor | None:
-        """(num_decode, 1, 1, decode_width) bool, True where a decoding token may look; None: everywhere."""
-        key = (-1, window)
+    @property
+    def num_entries(self) -> int:
+        """C, of all contexts."""
+        return self.runs[-1].context_start + self.runs[-1].num_rows * self.runs[-1].width
+
+    def mask(self, run: Run, window: int | None) -> torch.Tensor | None:
+        """(rows, 1, length, width - first visible) bool, True where a token may look; None: everywhere."""
+        key = (run.query_start, window)
         if key not in self._masks:
-            self._masks[key] = self._make_decode_mask(window)
+            self._masks[key] = self._make_mask(run, window)
         return self._masks[key]
 
-    def prefill_mask(self, index: int, window: int | None) -> torch.Tensor:
-        """(query_length, context_length) bool, True where a token of the ``index``-th prefill span may look."""
-        key = (index, window)
-        if key not in self._masks:
-            span = self.prefills[index]
-            device = self.position_ids.device
-            entry = torch.arange(span.context_length, device=device)
-            position = entry[span.context_length - span.query_length :, None]
-            mask = entry <= position
-            self._masks[key] = mask if window is None else mask & (entry > position - window)
-        mask_or_none = self._masks[key]
-        assert mask_or_none is not None
-        return mask_or_none
-
-    def _make_decode_mask(self, window: int | None) -> torch.Tensor | None:
-        if self.uniform and (window is None or window >= self.decode_width):
+    def _make_mask(self, run: Run, window: int | None) -> torch.Tensor | None:
+        if run.length == 1 and all(segment.end == run.width for segment in run.segments):
             return None
-        entry = torch.arange(self.decode_width, device=self.decode_lengths.device)
-        length = self.decode_lengths[:, None]
-        mask = entry < length
-        if window is not None:
-            mask &= entry >= length - window
-        return mask[:, None, None, :]
+        device = self.position_ids.device
+        entry = torch.arange(run.first_visible(window), run.width, device=device)
+        tokens = slice(run.query_start, run.query_start + run.num_rows * run.length)
+        position = self.position_ids[0, tokens].view(run.num_rows, 1, run.length, 1)
+        mask = entry <= position
+        return mask if window is None else mask & (entry > position - window)
+
+
+def _runs(segments: Sequence[Segment], padding_worth_a_call: float) -> tuple[Run, ...]:
+    """Decoding segments join the run before them as long as that pads less than the calls it saves are worth."""
+    runs: list[Run] = []
+    query_start, context_start = 0, 0
+    for segment in segments:
+        joined = (*runs[-1].segments, segment) if runs else (segment,)
+        width = max(part.end for part in joined)
+        padding = len(joined) * width - sum(part.end for part in joined)
+        if (
+            len(joined) > 1
+            and segment.length == joined[0].length == 1
+            and segment.row == joined[-2].row + 1
+            and padding <= padding_worth_a_call * (len(joined) - 1)
+        ):
+            runs[-1] = replace(runs[-1], segments=joined, width=width)
+        else:
+            runs.append(Run((segment,), segment.end, query_start, context_start))
+        query_start += segment.length
+        context_start = runs[-1].context_start + runs[-1].num_rows * runs[-1].width
+    return tuple(runs)
+
+
+def _on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)

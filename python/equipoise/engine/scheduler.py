@@ -82,8 +82,8 @@ class Scheduler:
         lengths = self._share_out()
         if not lengths:
             return None
-        # Single tokens first, as a step's layout wants them; sorting is stable, so first come stays first.
-        chosen = sorted(lengths, key=lambda pair: pair[1] > 1)
+        # Single tokens first, by row, so that attention can take them together; prompts stay as they came.
+        chosen = sorted(lengths, key=lambda pair: (pair[1] > 1, pair[0].row if pair[1] == 1 else 0))
         self._in_step = [running for running, _ in chosen]
         segments = tuple(Segment(running.row, running.cached, length) for running, length in chosen)
         tokens = [running.tokens[running.cached : running.cached + length] for running, length in chosen]
@@ -140,3 +140,4 @@ class Scheduler:
     def _release(self, running: _Running) -> None:
         del self._running[running.request.rid]
         self._free_rows.append(running.row)
+        self._free_rows.sort(reverse=True)  # the lowest goes next: rows in use stay together
