@@ -2,9 +2,10 @@
 
     python benchmark/engine_stall.py --json out/engine_stall.json
 
-One model with random weights, several ranks on this machine, a steady number of requests decoding. After a while one
-rebalance moves experts of every layer. Measured on rank 0, step by step: the longest step, p99, and the time that
-balancing added between two forward passes.
+One model with random weights, several ranks on this machine, a steady number of requests decoding. Every so often their
+text changes, and a rebalance moves experts of every layer. Measured on rank 0, step by step: the longest step, p99, and
+the time that balancing added between two forward passes; medians over the rebalances, since other work on a machine
+stretches single steps by more than any of this.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import itertools
 import json
 import platform
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -59,19 +62,21 @@ def make_model(folder: Path, *, layers: int, experts: int, hidden: int, intermed
 
 
 class SteadyLoad:
-    """So many requests at any time; a new one as soon as one ends."""
+    """So many requests at any time; a new one as soon as one ends. ``topic`` decides on their text."""
 
     def __init__(self, engine: Engine, requests: int) -> None:
         self._engine = engine
         self._numbers = itertools.count()
         self._stopped = False
-        self._tasks = [asyncio.create_task(self._client(seed)) for seed in range(requests)]
+        self.topic = 0
+        self._tasks = [asyncio.create_task(self._client()) for _ in range(requests)]
 
-    async def _client(self, seed: int) -> None:
-        prompt = tuple((seed * 37 + i * 11) % 256 for i in range(16))
+    async def _client(self) -> None:
         while not self._stopped:
+            number = next(self._numbers)
+            prompt = tuple(self.topic * 30 + (number * 7 + i * 11) % 30 for i in range(4))
             request = GenerateRequest(
-                f"r{next(self._numbers)}", prompt, SamplingParams(max_new_tokens=64, temperature=0, ignore_eos=True)
+                f"r{number}", prompt, SamplingParams(max_new_tokens=16, temperature=0, ignore_eos=True)
             )
             async for _ in self._engine.generate(request):
                 pass
@@ -81,91 +86,110 @@ class SteadyLoad:
         await asyncio.gather(*self._tasks)
 
 
-async def measure(engine: Engine, requests: int, steps: int) -> tuple[list[StepRecord], int, RebalanceReport]:
-    """Steps of the run, the step at which the rebalance was asked for, and its report."""
+@dataclass(frozen=True)
+class Rebalanced:
+    """One rebalance and the steps around it, in seconds."""
+
+    report: RebalanceReport
+    before: list[float]
+    during: list[float]  # from the request to the last commit
+
+
+async def measure(engine: Engine, requests: int, steps: int, repeats: int) -> list[Rebalanced]:
+    """``repeats`` rebalances, ``steps`` apart, each after a change of the load."""
     load = SteadyLoad(engine, requests)
 
+    last = 0
+
     async def after(count: int) -> int:
-        done: list[StepRecord] = await engine.control(GetSteps())
-        target = (done[-1].forward_pass_id if done else 0) + count
-        while not done or done[-1].forward_pass_id < target:
+        nonlocal last
+        target = last + count
+        while last < target:
             await asyncio.sleep(0.1)
-            done = await engine.control(GetSteps())
-        return done[-1].forward_pass_id
+            for step in await engine.control(GetSteps(since=last + 1)):
+                last = step.forward_pass_id
+        return last
 
     await after(30)  # warm
-    asked = await after(steps)
-    report: RebalanceReport = await engine.control(Rebalance(algorithm="deepseek", force=True))
-    await after(steps // 2)
-    found: list[StepRecord] = await engine.control(GetSteps())
+    found = []
+    for load.topic in range(repeats):
+        asked = await after(steps)
+        report: RebalanceReport = await engine.control(Rebalance(algorithm="deepseek", force=True, window_steps=steps))
+        await after(5)
+        records: list[StepRecord] = await engine.control(GetSteps(since=asked - steps + 1))
+        before = [s.seconds for s in records if s.forward_pass_id <= asked]
+        during = [s.seconds for s in records if asked < s.forward_pass_id <= report.forward_pass_id]
+        found.append(Rebalanced(report, before, during))
     await load.stop()
-    return [step for step in found if step.forward_pass_id > asked - steps], asked, report
+    return found
 
 
-def summary(steps: list[StepRecord], asked: int, report: RebalanceReport) -> dict[str, Any]:
-    """Milliseconds; ``during`` is from the request to the last commit."""
-    before = np.array([s.seconds for s in steps if s.forward_pass_id <= asked]) * 1e3
-    during = np.array([s.seconds for s in steps if asked < s.forward_pass_id <= report.forward_pass_id]) * 1e3
+def summary(found: list[Rebalanced]) -> dict[str, Any]:
+    """Milliseconds. Percentiles are over the steps of all rebalances, the rest are medians of the rebalances."""
+    before = 1e3 * np.concatenate([each.before for each in found])
+    during = 1e3 * np.concatenate([each.during for each in found])
+    reports = [each.report for each in found]
     return {
-        "outcome": report.outcome,
-        "experts_moved": sum(report.moves),
-        "layers_moved": sum(count > 0 for count in report.moves),
-        "bytes_moved": report.bytes_moved,
+        "outcomes": [report.outcome for report in reports],
+        "experts_moved": median(sum(report.moves) for report in reports),
+        "layers_moved": median(sum(count > 0 for count in report.moves) for report in reports),
+        "bytes_moved": median(report.bytes_moved for report in reports),
         "steps_before": len(before),
         "steps_during": len(during),
         "p50_before_ms": float(np.percentile(before, 50)),
         "p99_before_ms": float(np.percentile(before, 99)),
-        "longest_before_ms": float(before.max()),
+        "longest_before_ms": 1e3 * median(max(each.before) for each in found),
         "p50_during_ms": float(np.percentile(during, 50)),
         "p99_during_ms": float(np.percentile(during, 99)),
-        "longest_during_ms": float(during.max()),
-        "stall_ms": 1e3 * report.stall_seconds,
-        "planning_ms": 1e3 * report.planning_seconds,
-        "transfer_ms": 1e3 * report.transfer_seconds,
-        "peak_staging_bytes": report.profile.peak_staging_bytes,
+        "longest_during_ms": 1e3 * median(max(each.during) for each in found),
+        "stall_ms": 1e3 * median(report.stall_seconds for report in reports),
+        "stall_ms_of_each": [1e3 * report.stall_seconds for report in reports],
+        "planning_ms": 1e3 * median(report.planning_seconds for report in reports),
+        "transfer_ms": 1e3 * median(report.transfer_seconds for report in reports),
+        "peak_staging_bytes": max(report.profile.peak_staging_bytes for report in reports),
     }
 
 
-def run_mode(mode: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], RebalanceReport]:
+def run_mode(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = ServeConfig(
         EngineConfig(model_path=str(folder), ep_size=arguments.ranks, nnodes=2, max_model_len=128),
         EplbConfig(
             eplb_transfer_mode=mode,  # type: ignore[arg-type]
             eplb_transfer_duty=arguments.duty,
             ep_num_redundant_experts=arguments.redundant,
-            eplb_rebalance_num_iterations=200,
+            eplb_rebalance_num_iterations=1000,
             profile=arguments.profile,
         ),
     )
     engine = Engine.launch(config, on_progress=lambda line: print(line, flush=True) if arguments.profile else None)
     try:
-        steps, asked, report = asyncio.run(measure(engine, arguments.requests, arguments.steps))
-        return summary(steps, asked, report), report
+        return summary(asyncio.run(measure(engine, arguments.requests, arguments.steps, arguments.repeats)))
     finally:
         engine.close()
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title="steps of the embedded engine around one rebalance of all layers", title_justify="left")
-    for name in ("mode", "p50 before", "p99 before", "p99 during", "longest", "waited in all", "steps", "moved"):
+    table = Table(title="steps of the embedded engine around rebalances of all layers", title_justify="left")
+    for name in ("mode", "p50 before", "p99 before", "p99 during", "longest", "waited in all", "moved by each"):
         table.add_column(name, justify="right")
     for mode, row in results.items():
         times = ("p50_before_ms", "p99_before_ms", "p99_during_ms", "longest_during_ms", "stall_ms")
-        moved = f"{row['experts_moved']} experts, {row['bytes_moved'] / 1e6:.0f} MB"
-        table.add_row(mode, *(f"{row[name]:.0f} ms" for name in times), str(row["steps_during"]), moved)
+        moved = f"{row['experts_moved']:.0f} experts, {row['bytes_moved'] / 1e6:.0f} MB"
+        table.add_row(mode, *(f"{row[name]:.0f} ms" for name in times), moved)
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--experts", type=int, default=28, help="logical experts")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=60, help="logical experts")
     parser.add_argument("--redundant", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=1376)
     parser.add_argument("--requests", type=int, default=2, help="decoding at any time")
-    parser.add_argument("--steps", type=int, default=100, help="measured before the rebalance")
+    parser.add_argument("--steps", type=int, default=80, help="measured before each rebalance")
+    parser.add_argument("--repeats", type=int, default=7, help="rebalances in each mode")
     parser.add_argument("--duty", type=float, default=0.2, help="share of the time for background transfers")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--profile", action="store_true", help="print where the time of each rebalance went")
@@ -188,8 +212,8 @@ def main() -> None:
             f"{slots * size / 2**20:.0f} MiB of experts a layer and rank, {arguments.ranks} ranks"
         )
         for mode in arguments.modes:
-            results[mode], report = run_mode(mode, folder, arguments)
-            console.print(f"{mode}: {report.outcome}" + (f": {report.error}" if report.error else ""))
+            results[mode] = run_mode(mode, folder, arguments)
+            console.print(f"{mode}: rebalances {', '.join(results[mode]['outcomes'])}")
     show(results, console)
     ratios: dict[str, float] = {}
     if {"sync", "async"} <= results.keys():

@@ -22,7 +22,8 @@ class TransferWorker:
     """Stages in a thread of its own, one step ahead of the commits.
 
     The ranks' states travel while the forward pass runs: a poll reads what all of them said in the poll before it. So
-    the serving thread waits for no other rank, and a step is committed one forward pass later.
+    the serving thread waits for no other rank, and a step is committed one forward pass later. Even a message that
+    nobody waits for takes time from forward passes: the ranks are silent for half as long as the step before took.
 
     Args:
         updater: with groups that nobody else uses: two threads must not mix their messages on one group.
@@ -52,6 +53,8 @@ class TransferWorker:
         self._closed = False
         self._last_progress = clock()
         self._states = SumBetweenPolls()  # ranks in each WorkerState
+        self._polls = 0  # for the step under way; the same on all ranks
+        self._silent_polls = 0  # of those, that say nothing
         self._thread = self._new_thread()
 
     @property
@@ -68,6 +71,7 @@ class TransferWorker:
             if not plan.layers:
                 return
             self._plan, self._active = plan, True
+            self._polls = self._silent_polls = 0
             self._last_step = plan.layers[-1].steps[-1]
             self._last_progress = self._clock()
             self._condition.notify_all()
@@ -75,6 +79,9 @@ class TransferWorker:
     def poll(self, communicator: Communicator) -> PollResult:
         if not self._active:
             return "broken" if self._hung else "idle"
+        self._polls += 1
+        if self._polls <= self._silent_polls:
+            return "working"
         counts = self._states.take()
         result: PollResult = "working" if counts is None else self._read(counts, communicator)
         if result == "working":
@@ -94,6 +101,7 @@ class TransferWorker:
             raise outcome
         report = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.step)
+        self._polls, self._silent_polls = 0, self._polls // 2
         with self._condition:
             self._outcome = None
             self._last_progress = self._clock()

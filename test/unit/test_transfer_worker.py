@@ -248,3 +248,37 @@ def test_commit_waits_for_no_one():
         return working
 
     assert min(results_of(body, 4)) > 10
+
+
+def test_ranks_say_little_while_there_is_nothing_to_say():
+    """Of the polls of every step but the first, the first half sends no message; all ranks leave out the same ones."""
+    old = np.stack([np.arange(12)] * 4)
+    hub = InMemoryHub(4)
+
+    def body(communicator):
+        weights = rank_weights(old, communicator.rank, TOPOLOGY)
+        faults = ScheduledFaults(
+            [Fault("delay", layer, "transfer", seconds=0.3) for layer in range(4)], communicator.rank
+        )
+        runner = make_runner("worker", communicator, hub, weights, faults=faults)
+        posted, post_sum = [], communicator.post_sum
+        communicator.post_sum = lambda tensor: posted.append(number) or post_sum(tensor)
+        runner.start(plan_transfer(old, np.roll(old, 3, axis=1), TOPOLOGY))
+        number, commits = 0, [-1]
+        while runner.active:
+            number += 1
+            if runner.poll(communicator) == "ready":
+                runner.commit(lambda *_: None)
+                commits.append(number)
+            time.sleep(0.005)
+        runner.close()
+        return posted, commits
+
+    results = results_of(body, 4)
+    assert all(result == results[0] for result in results)
+    posted, (start, *ends) = results[0]
+    assert len(ends) == 4
+    for before, first, last in zip([start, *ends], ends, ends[1:], strict=False):
+        silence = [number for number in range(first + 1, last) if number not in posted]
+        assert len(silence) >= (first - before) // 2 - 1
+        assert silence[:2] == [first + 1, first + 2]
