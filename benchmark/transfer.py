@@ -42,6 +42,7 @@ from cpu import cpu_name  # noqa: E402
 from equipoise.algorithms import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
 from link_rounds import count_rounds  # noqa: E402
+from placements import live_weights  # noqa: E402
 from run_ranks import run_ranks  # noqa: E402
 from transfer_systems import EquipoiseMover, Message, Mover, SglangMover, VllmMover, Weights  # noqa: E402
 
@@ -118,27 +119,26 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
     before, after = placements(setting)
     topology = setting.topology
     movers: list[Mover] = []
-    live: dict[str, Weights] = {}
 
     def add(make: Callable[[Weights], Mover]) -> None:
-        weights = local_weights(before, rank, setting)  # each system its own: they end with different slot orders
-        movers.append(make(weights))
-        live[movers[-1].name] = weights
+        movers.append(make(local_weights(before, rank, setting)))  # each its own: they end with different slot orders
 
     many, few = setting.staged_experts, DEFAULT_STAGED_EXPERTS
-    for aligned, verification, staged in (
-        (True, "canary", many),
-        (True, "canary", few),
-        (True, "checksum", many),
-        (False, "canary", many),
+    for aligned, shared_rows, verification, staged in (
+        (True, True, "canary", few),
+        (True, False, "canary", many),
+        (True, False, "canary", few),
+        (True, False, "checksum", many),
+        (False, False, "canary", many),
     ):
         add(
-            lambda weights, v=verification, a=aligned, s=staged: EquipoiseMover(
+            lambda weights, v=verification, a=aligned, r=shared_rows, s=staged: EquipoiseMover(
                 topology,
                 weights,
                 before,
                 verification=v,
                 aligned=a,
+                shared_rows=r,
                 staged_experts=s,
                 rounds_in_flight=setting.rounds_in_flight,
             )
@@ -152,7 +152,8 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
         stop = mover.record(messages)
         reached = mover.migrate(after)
         stop()
-        assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name}: wrong bytes, rank {rank}"
+        in_place = is_in_place(live_weights(mover.weights), reached, rank, setting)
+        assert in_place, f"{mover.name}: wrong bytes, rank {rank}"
         mover.migrate(before)
         results[mover.name]["messages"] = [asdict(message) for message in messages]
         results[mover.name]["staging_bytes"] = mover.staging_bytes()
@@ -164,7 +165,8 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
                 reached = mover.migrate(target)
                 results[mover.name]["seconds"].append(time.perf_counter() - start)
             if repeat == setting.repeats - 1:
-                assert is_in_place(live[mover.name], reached, rank, setting), f"{mover.name}: wrong bytes, rank {rank}"
+                in_place = is_in_place(live_weights(mover.weights), reached, rank, setting)
+                assert in_place, f"{mover.name}: wrong bytes, rank {rank}"
     return results
 
 
@@ -225,13 +227,16 @@ def show(summary: dict[str, dict[str, float]], console: Console) -> None:
     console.print(table)
 
 
-def ratios(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Ours (aligned, canary, ``staged_experts``) over each of the others: below 1 is ahead."""
-    ours = next(row for name, row in summary.items() if name.startswith("equipoise, aligned, canary"))
+def ratios(summary: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Each of ours over each of the others: below 1 is ahead."""
+    ours = {name: row for name, row in summary.items() if name.startswith("equipoise")}
     return {
-        name: {key: ours[key] / row[key] for key in ours if not key.startswith("seconds_")}
-        for name, row in summary.items()
-        if not name.startswith("equipoise")
+        name: {
+            other: {key: value / row[key] for key, value in mine.items() if not key.startswith("seconds_")}
+            for other, row in summary.items()
+            if other not in ours
+        }
+        for name, mine in ours.items()
     }
 
 

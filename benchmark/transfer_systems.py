@@ -13,11 +13,13 @@ import torch.distributed as dist
 
 import neighbours
 from equipoise.communicator import PeerTensor, Pending, TorchCommunicator
+from equipoise.expert_pool import ExpertPool
 from equipoise.placement_alignment import slot_order
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
 from equipoise.updater import ExpertLocationUpdater
 from equipoise.verification import Verification
+from placements import pooled
 
 Weights = list[list[torch.Tensor]]
 
@@ -36,6 +38,7 @@ class Mover(Protocol):
     """One system on one rank."""
 
     name: str
+    weights: Weights | ExpertPool
 
     def migrate(self, new: np.ndarray) -> np.ndarray:
         """Moves all layers to ``new``, (L, P); planning is part of it. Returns the map that holds afterwards."""
@@ -54,7 +57,8 @@ class EquipoiseMover:
     """Ours: align (optionally), plan, then stage, verify, vote and commit, step by step.
 
     ``aligned`` is the way the manager uses it: the new placement's slots are permuted within ranks, and its ranks
-    relabelled within nodes, for the fewest moves. Without, it moves to exactly the map that the others move to.
+    relabelled, for the fewest moves. Without, it moves to exactly the map that the others move to. ``shared_rows``: the
+    experts of all layers lie in one pool, as in the embedded engine, instead of in tensors of each layer.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class EquipoiseMover:
         *,
         verification: Verification,
         aligned: bool,
+        shared_rows: bool,
         staged_experts: int,
         rounds_in_flight: int,
     ) -> None:
-        self.name = f"equipoise, {'aligned' if aligned else 'exact map'}, {verification}, {staged_experts} staged"
+        kind = f"{'aligned' if aligned else 'exact map'}{', shared rows' if shared_rows else ''}"
+        self.name = f"equipoise, {kind}, {verification}, {staged_experts} staged"
         self._topology = topology
         self._aligned = aligned
         self._now = old
@@ -76,10 +82,11 @@ class EquipoiseMover:
         largest = max(sum(tensor[0].nbytes for tensor in tensors) for tensors in weights)
         # Room for small rows, canary and checksum beside the experts' own bytes.
         budget = staged_experts * (largest + 4096) + 65536
+        self.weights = pooled(weights, staged_experts) if shared_rows else weights
         self._updater = ExpertLocationUpdater(
             self._communicator,
             topology,
-            weights,
+            self.weights,
             verification=verification,
             staging_bytes=budget,
             rounds_in_flight=rounds_in_flight,
@@ -124,13 +131,13 @@ class SglangMover:
 
     def __init__(self, topology: EpTopology, weights: Weights, old: np.ndarray, cache: Path) -> None:
         self._module = neighbours.load_sglang(cache)
-        self._topology, self._weights, self._now = topology, weights, old
+        self._topology, self.weights, self._now = topology, weights, old
         self._buffers: list[torch.Tensor] = []
 
     def migrate(self, new: np.ndarray) -> np.ndarray:
         topology = self._topology
-        self._buffers = self._module.create_temp_buffers(self._weights[0])
-        for layer, tensors in enumerate(self._weights):
+        self._buffers = self._module.create_temp_buffers(self.weights[0])
+        for layer, tensors in enumerate(self.weights):
             self._module.update_expert_weights_single_layer(
                 routed_experts_weights=tensors,
                 temp_buffers=self._buffers,
@@ -157,14 +164,14 @@ class VllmMover:
     def __init__(self, topology: EpTopology, weights: Weights, old: np.ndarray, cache: Path, *, batching: bool) -> None:
         self.name = "vllm 0.32.0 (migration batching)" if batching else "vllm 0.32.0"
         self._module, self._communicators = neighbours.load_vllm(cache)
-        self._topology, self._weights, self._now = topology, weights, old
+        self._topology, self.weights, self._now = topology, weights, old
         self._batching = batching
         self._buffers = [torch.empty_like(tensor) for tensor in weights[0]]  # vLLM allocates them once, at start-up
         self._communicator = self._communicators.TorchDistNcclEplbCommunicator(dist.group.WORLD)
 
     def migrate(self, new: np.ndarray) -> np.ndarray:
         size, rank = self._topology.slots_per_rank, dist.get_rank()
-        for layer, tensors in enumerate(self._weights):
+        for layer, tensors in enumerate(self.weights):
             metadata = self._module.move_to_buffer(
                 num_local_experts=size,
                 old_indices=self._now[layer],

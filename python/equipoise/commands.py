@@ -129,7 +129,7 @@ class RebalanceReport:
     slots_changed: list[int]
     moves: list[int]
     cross_node_moves: list[int]
-    bytes_sent_per_rank: list[int]  # over the wire, canaries included
+    bytes_sent_per_rank: list[int]  # over the wire, canaries included; of a failed one, for the layers that committed
     bytes_received_per_rank: list[int]
     bytes_sent_per_node: list[int]  # to another node
     bytes_received_per_node: list[int]  # from another node
@@ -149,9 +149,9 @@ class RebalanceTotals:
     """Sums over every rebalance that has ended since start, requested or not: they never fall."""
 
     by_outcome: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(get_args(Outcome), 0))
-    moves: int = 0  # of committed rebalances; a failed one does not know how far it got
+    moves: int = 0  # of committed rebalances
     cross_node_moves: int = 0
-    moved_bytes: int = 0
+    moved_bytes: int = 0  # for all layers that committed, those of rebalances that failed later included
     stall_seconds: float = 0.0
 
     def plus(self, report: RebalanceReport) -> RebalanceTotals:

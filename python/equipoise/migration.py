@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from equipoise.commands import LayerProfile
 from equipoise.communicator import Communicator
@@ -108,19 +107,10 @@ class Migration:
         return not self._runner.active
 
     def bytes_over_ranks(self) -> np.ndarray:
-        """(G, 4) int64: bytes each rank sent, received, sent to and received from other nodes. Collective."""
-        table = torch.zeros(self._communicator.world_size, 4, dtype=torch.int64)
-        if self._report is not None:
-            table[self._communicator.rank] = torch.tensor(
-                [
-                    self._report.bytes_sent,
-                    self._report.bytes_received,
-                    self._report.bytes_sent_to_other_nodes,
-                    self._report.bytes_received_from_other_nodes,
-                ]
-            )
-        self._communicator.all_reduce_sum_(table)
-        return table.numpy()
+        """(G, 4) int64: what each rank sent, received, sent to and received from other nodes for committed layers."""
+        if self._report is None:
+            return np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
+        return self._report.bytes_over_ranks
 
     @property
     def peak_staging_bytes(self) -> int:

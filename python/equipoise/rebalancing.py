@@ -190,10 +190,7 @@ class Rebalancing:
 
     def _end(self, error: str | None = None, broken: bool = False) -> None:
         plan, migration, migrated = self._plan, self._migration, self.phase == "migrating"
-        # After a failure a peer may be gone: nothing is gathered then.
-        moved = migrated and error is None
-        num_ranks = self._metadata.topology.num_ranks
-        per_rank = migration.bytes_over_ranks() if moved else np.zeros((num_ranks, 4), dtype=np.int64)
+        nothing = np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
         report = rebalance_report(
             self._metadata,
             plan,
@@ -206,7 +203,7 @@ class Rebalancing:
                 peak_staging_bytes=migration.peak_staging_bytes if migrated else 0,
                 layers=list(migration.profiles) if migrated else [],
             ),
-            per_rank_bytes=per_rank,
+            per_rank_bytes=migration.bytes_over_ranks() if migrated else nothing,
             error=error,
         )
         self.last_report, self.error, self.totals = report, error, self.totals.plus(report)

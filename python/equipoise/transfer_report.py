@@ -1,4 +1,4 @@
-"""What a layer's migration cost one rank."""
+"""What a layer's migration cost one rank, and what it moved between all of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import einops
 import numpy as np
 
 from equipoise.topology import EpTopology
+from equipoise.transfer_plan import TransferStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class LayerTransferReport:
     verify_seconds: float  # checks and vote
     commit_seconds: float
     peak_staging_bytes: int
+    bytes_over_ranks: np.ndarray  # (G, 4) int64: each rank sent, received, sent to and received from other nodes
 
     @property
     def seconds(self) -> float:
@@ -70,7 +72,16 @@ class LayerTransferReport:
             self.verify_seconds + later.verify_seconds,
             self.commit_seconds + later.commit_seconds,
             max(self.peak_staging_bytes, later.peak_staging_bytes),
+            self.bytes_over_ranks + later.bytes_over_ranks,
         )
+
+
+def experts_over_ranks(step: TransferStep, topology: EpTopology) -> np.ndarray:
+    """Experts that each rank sends, receives, sends to and receives from other nodes in a step: (G, 4) int64."""
+    source, destination = step.transfer_table[:, 2:4].T // topology.slots_per_rank
+    crosses = source // topology.ranks_per_node != destination // topology.ranks_per_node
+    columns = (source, destination, source[crosses], destination[crosses])
+    return np.stack([np.bincount(ranks, minlength=topology.num_ranks) for ranks in columns], axis=1)
 
 
 def _per_node(per_rank: np.ndarray, topology: EpTopology) -> np.ndarray:

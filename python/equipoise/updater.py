@@ -31,7 +31,7 @@ from equipoise.topology import EpTopology
 from equipoise.transfer_pace import Pace
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
 from equipoise.transfer_program import RankProgram, Round, compile_program_kernels, rank_program
-from equipoise.transfer_report import LayerTransferReport
+from equipoise.transfer_report import LayerTransferReport, experts_over_ranks
 from equipoise.verification import Verification, checksum
 
 ROUNDS_IN_FLIGHT = 4
@@ -209,6 +209,7 @@ class ExpertLocationUpdater:
             verify_seconds=ended - transferred,
             commit_seconds=0.0,
             peak_staging_bytes=self._store.memory.allocated_bytes,
+            bytes_over_ranks=self._store.message_bytes(layer_id) * experts_over_ranks(step, self._topology),
         )
         return StagedStep(layer_id, step, program, report)
 

@@ -23,7 +23,7 @@ from equipoise.transfer_plan import plan_transfer
 from equipoise.transfer_runner import InlineRunner, TransferRunner
 from equipoise.transfer_worker import TransferWorker
 from equipoise.updater import ExpertLocationUpdater
-from placements import rank_weights, same_bytes
+from placements import live_weights, pooled, rank_weights, same_bytes
 from run_ranks import run_ranks
 
 TOPOLOGY = EpTopology(4, 2, 3)
@@ -37,12 +37,13 @@ def gloo_group() -> dist.ProcessGroup:
 
 
 class Rank:
-    """One rank with its weights, its map and a runner."""
+    """One rank with its weights, its map and a runner; layers share their rows in the background, not inline."""
 
     def __init__(self, rank: int, *, background: bool, vote_grace: float = 3.0) -> None:
         self.rank = rank
         self.map = OLD.copy()
-        self.weights = rank_weights(OLD, rank, TOPOLOGY)
+        weights = rank_weights(OLD, rank, TOPOLOGY)
+        self.weights = pooled(weights, num_spare=3) if background else weights
         self.host = TorchCommunicator(dist.group.WORLD)
         self.faults = ScheduledFaults([], rank)
         communicator = TorchCommunicator(
@@ -82,7 +83,7 @@ class Rank:
 
     def assert_slots_hold_what_the_map_says(self) -> None:
         expected = rank_weights(self.map, self.rank, TOPOLOGY)
-        for tensors, right in zip(self.weights, expected, strict=True):
+        for tensors, right in zip(live_weights(self.weights), expected, strict=True):
             assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
 
 

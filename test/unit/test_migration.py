@@ -64,6 +64,7 @@ class Runner:
             verify_seconds=0.25,
             commit_seconds=0.125,
             peak_staging_bytes=100 + layer_id,
+            bytes_over_ranks=np.array([[10, 7, 5, 3], [layer_id, 0, 0, 0]]),
         )
 
     def close(self) -> None:
@@ -180,12 +181,12 @@ def test_bytes_and_staging_of_all_commits_add_up() -> None:
     scene = Scene("sync")
     scene.begin()
     scene.migration.advance(idle=False)
-    assert scene.migration.bytes_over_ranks().tolist() == [[30, 21, 15, 9]]
+    assert scene.migration.bytes_over_ranks().tolist() == [[30, 21, 15, 9], [0 + 1 + 3, 0, 0, 0]]
     assert scene.migration.peak_staging_bytes == 103
     profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in scene.migration.profiles]
     assert profiles == [(layer, 0.5, 0.25, 0.125) for layer in (0, 1, 3)]
     scene.migration.begin(scene.live, None)  # the next one begins at nothing
-    assert scene.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]]
+    assert scene.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]] * 2
     assert (scene.migration.peak_staging_bytes, scene.migration.profiles) == (0, [])
 
 

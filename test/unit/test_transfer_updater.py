@@ -54,10 +54,17 @@ def test_random_placements_end_as_the_oracle_says(seed, verification, spare_rows
         weights = rank_weights(old, communicator.rank, topology)
         if spare_rows is not None:
             weights = pooled(weights, spare_rows)
-        migrate(communicator, topology, old, new, weights, verification=verification)
+        reports = migrate(communicator, topology, old, new, weights, verification=verification)
         assert_weights(weights, new, communicator.rank, topology)
+        return reports
 
-    results_of(body, topology.num_ranks)
+    per_rank = results_of(body, topology.num_ranks)
+    for reports in zip(*per_rank, strict=True):  # of one layer
+        counted = [
+            (r.bytes_sent, r.bytes_received, r.bytes_sent_to_other_nodes, r.bytes_received_from_other_nodes)
+            for r in reports
+        ]
+        assert all(np.array_equal(report.bytes_over_ranks, counted) for report in reports)
 
 
 @pytest.mark.parametrize("in_a_pool", [False, True])
@@ -128,13 +135,15 @@ class Meddling:
         return self._inner.post(self._meddle(list(sends)), recvs)
 
 
+@pytest.mark.parametrize("in_a_pool", [False, True])
 @pytest.mark.parametrize("bad_rank", [0, 2])
-def test_a_wrong_expert_on_the_wire_is_caught_on_every_rank_before_anything_changes(bad_rank):
+def test_a_wrong_expert_on_the_wire_is_caught_on_every_rank_before_anything_changes(bad_rank, in_a_pool):
     topology = EpTopology(3, 1, 2)
     old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[2, 1, 4, 3, 0, 5]])
 
     def body(communicator):
         weights = rank_weights(old, communicator.rank, topology)
+        weights = pooled(weights, 2) if in_a_pool else weights
         wrong = torch.full((4096,), 7, dtype=torch.uint8)
 
         def other_expert(sends):
@@ -151,12 +160,14 @@ def test_a_wrong_expert_on_the_wire_is_caught_on_every_rank_before_anything_chan
     assert f"rank {bad_rank} was to send" in str(outcomes[1])
 
 
-def test_a_lost_message_times_out_on_every_rank_and_a_later_attempt_succeeds():
+@pytest.mark.parametrize("in_a_pool", [False, True])
+def test_a_lost_message_times_out_on_every_rank_and_a_later_attempt_succeeds(in_a_pool):
     topology = EpTopology(3, 1, 2)
     old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[2, 1, 4, 3, 0, 5]])
 
     def body(communicator):
         weights = rank_weights(old, communicator.rank, topology)
+        weights = pooled(weights, 2) if in_a_pool else weights
         lost = [communicator.rank == 1]
 
         def drop_once(sends):
@@ -307,14 +318,16 @@ class Watching:
         return Pending()
 
 
+@pytest.mark.parametrize("in_a_pool", [False, True])
 @pytest.mark.parametrize("rounds_in_flight", [1, 2, 5])
-def test_what_is_under_way_is_not_overwritten(rounds_in_flight):
+def test_what_is_under_way_is_not_overwritten(rounds_in_flight, in_a_pool):
     topology = EpTopology(4, 2, 6)
     rng = np.random.default_rng(4)
     old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
 
     def body(communicator):
         weights = rank_weights(old, communicator.rank, topology)
+        weights = pooled(weights, rounds_in_flight) if in_a_pool else weights
         migrate(Watching(communicator), topology, old, new, weights, rounds_in_flight=rounds_in_flight)
         assert_weights(weights, new, communicator.rank, topology)
 
