@@ -45,6 +45,11 @@ class ExpertPool:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
+    @property
+    def num_extra_rows(self) -> int:
+        """Rows beyond one for each slot: as many are spare at any time, or more."""
+        return self.num_rows - self.num_layers * self.slots_per_rank
+
     def rows(self, layer_id: int) -> list[int]:
         """The row of each slot of a layer."""
         return list(self._rows[layer_id])

@@ -68,7 +68,7 @@ class PooledExperts:
         self._layout = ExpertLayout.of(tensors, with_checksum=with_checksum)
         self.layouts = [self._layout] * pool.num_layers
         self._packed = [number for number, field in enumerate(self._layout.fields) if field.packed]
-        self.capacity = min(len(pool.spare_rows), slots_per_rank)
+        self.capacity = min(pool.num_extra_rows, slots_per_rank)
         heads_only = replace(
             self._layout,
             fields=tuple(self._layout.fields[number] for number in self._packed),
@@ -79,7 +79,7 @@ class PooledExperts:
     @property
     def allocated_bytes(self) -> int:
         row_bytes = sum(row.numel() for row in self._row_views[0])
-        return self._inbox.allocated_bytes + len(self._pool.spare_rows) * row_bytes
+        return self._inbox.allocated_bytes + self._pool.num_extra_rows * row_bytes
 
     def reserve(self, num_slots: int) -> None:
         self._inbox.reserve(num_slots)
