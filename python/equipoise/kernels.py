@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
-from equipoise.algorithms import WarmUp, warm_up, warm_up_in_background
+from equipoise.algorithms import WarmUp, warm_up_in_background, warming
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.placement_alignment import align_placement
 from equipoise.topology import EpTopology
@@ -14,9 +16,8 @@ from equipoise.transfer_program import compile_program_kernels
 from equipoise.verification import checksum
 
 
-def compile_kernels() -> None:
-    """Compiles, or loads from numba's cache, what planning and carrying out a rebalance needs."""
-    warm_up()
+def compile_transfer() -> None:
+    """Compiles, or loads from numba's cache, what carrying out a rebalance needs."""
     topology = EpTopology(4, 2, 3)
     old = ExpertLocationMetadata.trivial(2, 8, topology)
     p2l = old.physical_to_logical_map.numpy()
@@ -25,6 +26,15 @@ def compile_kernels() -> None:
         plan_transfer(old, align_placement(old, new), topology, max_staged_experts=staged)
     compile_program_kernels()
     checksum([torch.zeros(8, dtype=torch.uint8)])
+
+
+SHARES = (*warming.SHARES, compile_transfer)
+
+
+def compile_kernels() -> None:
+    """Compiles, or loads from numba's cache, what planning and carrying out a rebalance needs, in this process."""
+    for share in SHARES:
+        share()
 
 
 def compile_kernels_in_background() -> WarmUp:
@@ -42,4 +52,4 @@ def load_compiled_kernels(compiling: WarmUp) -> None:
 
 
 if __name__ == "__main__":
-    compile_kernels()
+    sys.exit(0 if warming.compile_side_by_side(SHARES) else 1)

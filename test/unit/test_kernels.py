@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from equipoise.algorithms import warm_up_in_background
 
 _SLOW_COMPILER = """
@@ -18,11 +20,33 @@ fcntl.flock(held, fcntl.LOCK_EX)
 open({started!r}, "w").close()
 time.sleep(60)
 """
+_SLOW_FORKS = """
+import fcntl, os, time
+from equipoise.algorithms.warming import compile_side_by_side
+def share():
+    held = open({lock!r}, "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    open({started!r}, "w").close()
+    time.sleep(60)
+compile_side_by_side([share])
+"""
 _PARENT = """
 import sys, threading
 from equipoise.algorithms import warm_up_in_background
 threading.Thread(target=warm_up_in_background, args=("slow_compiler",)).start()
 sys.stdin.read()
+"""
+_SHARES = """
+import os
+from equipoise.algorithms.warming import compile_side_by_side
+mine, (there, back) = os.getpid(), os.pipe()
+def good(): os.write(back, b"%d " % os.getpid())
+def bad(): raise ValueError("this share fails")
+assert compile_side_by_side([good, good]) is True
+assert compile_side_by_side([bad, good]) is False
+os.close(back)
+processes = os.read(there, 1000).split()
+assert len({*processes, b"%d" % mine}) == 4, processes
 """
 _REBALANCE = """
 import gc, time
@@ -59,9 +83,10 @@ print("missing:", *sorted(loaded() - before))
 """
 
 
-def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", [_SLOW_COMPILER, _SLOW_FORKS], ids=["child", "what it forked"])
+def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path, compiler: str) -> None:
     lock, started = tmp_path / "lock", tmp_path / "started"
-    (tmp_path / "slow_compiler.py").write_text(_SLOW_COMPILER.format(lock=str(lock), started=str(started)))
+    (tmp_path / "slow_compiler.py").write_text(compiler.format(lock=str(lock), started=str(started)))
     search_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     parent = subprocess.Popen(
         [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": search_path}
@@ -74,6 +99,28 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         parent.kill()
         parent.communicate()
     assert _within(5, lambda: _is_free(lock)), "the child outlives its parent"
+
+
+def test_cancel_ends_what_the_child_forked(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    lock, started = tmp_path / "lock", tmp_path / "started"
+    (tmp_path / "slow_compiler.py").write_text(_SLOW_FORKS.format(lock=str(lock), started=str(started)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    under_way = warm_up_in_background("slow_compiler")
+    try:
+        assert _within(60, started.exists)
+        assert not _is_free(lock)
+        assert not under_way.done
+    finally:
+        under_way.cancel()
+    assert under_way.done
+    assert _within(5, lambda: _is_free(lock)), "what the child forked outlives it"
+
+
+def test_shares_are_compiled_in_processes_of_their_own_and_one_failure_is_told() -> None:
+    """In a process of its own, too: this one has threads, and should not fork."""
+    done = subprocess.run([sys.executable, "-P", "-c", _SHARES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ValueError: this share fails" in done.stderr
 
 
 def test_the_child_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

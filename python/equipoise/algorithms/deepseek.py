@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, kernel
+from equipoise.algorithms.kernel import helper, int_zeros, kernel, zeros
 from equipoise.algorithms.layers import for_each_layer
 from equipoise.algorithms.order import descending
 from equipoise.algorithms.problem import Placement, PlacementProblem
@@ -78,9 +78,7 @@ def _pack(weights: np.ndarray, num_packs: int, pack_of: np.ndarray, place_in_pac
             pack_of[item] = item
             place_in_pack[item] = 0
         return
-    pack_weight = np.zeros(num_packs, dtype=np.float64)
-    pack_items = np.zeros(num_packs, dtype=np.int64)
-    order = np.empty(num_items, dtype=np.float64)
+    pack_weight, pack_items, order = zeros(num_packs), int_zeros(num_packs), zeros(num_items)
     for item in range(num_items):
         order[item] = weights[item]
     for item in descending(order):
@@ -103,12 +101,12 @@ def _solve_layers(
     group_size, groups_per_node = num_experts // num_groups, num_groups // num_nodes
     experts_per_node, slots_per_node = num_experts // num_nodes, num_slots // num_nodes
     ranks_per_node, slots_per_rank = num_ranks // num_nodes, num_slots // num_ranks
-    node_of = np.empty(num_groups, dtype=np.int64)
-    place_of = np.empty(num_groups, dtype=np.int64)
-    rank_of = np.empty(slots_per_node, dtype=np.int64)
-    row_of = np.empty(slots_per_node, dtype=np.int64)
-    experts = np.empty(num_experts, dtype=np.int64)  # in the order of nodes
-    replica = np.empty(slots_per_node, dtype=np.int64)  # local expert of each replica of a node
+    node_of = int_zeros(num_groups)
+    place_of = int_zeros(num_groups)
+    rank_of = int_zeros(slots_per_node)
+    row_of = int_zeros(slots_per_node)
+    experts = int_zeros(num_experts)  # in the order of nodes
+    replica = int_zeros(slots_per_node)  # local expert of each replica of a node
     weight = np.empty(slots_per_node, dtype=np.float32)
     for layer in range(first, last):
         group_load = np.empty(num_groups, dtype=np.float32)
@@ -132,7 +130,9 @@ def _solve_layers(
                 for slot in range(slots_per_node):
                     slots[slot] = mine[slot % experts_per_node]
                 continue
-            count = np.ones(experts_per_node, dtype=np.float32)
+            count = np.empty(experts_per_node, dtype=np.float32)
+            for i in range(experts_per_node):
+                count[i] = 1
             for i in range(slots_per_node):
                 hottest = i
                 if i >= experts_per_node:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
-from equipoise.algorithms.kernel import helper, kernel, number
+from equipoise.algorithms.kernel import helper, int_zeros, kernel, number
 from equipoise.algorithms.layer_state import new_state, settle_all
 from equipoise.algorithms.layers import for_each_layer
 from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, origin, search, spent
@@ -31,7 +31,7 @@ from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align, relabel
 from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread_shares
 from equipoise.algorithms.risk import exponents
-from equipoise.algorithms.scenarios import make_scenarios, mean_load
+from equipoise.algorithms.scenarios import NUM_SCENARIOS, Scenarios, make_scenarios, mean_load
 from equipoise.errors import ConfigError
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
@@ -64,8 +64,7 @@ def solve(problem: PlacementProblem) -> Placement:
         retried = np.arange(problem.num_layers)
     if retried.size:
         part = task.take(retried)
-        fresh, enough = part.old.copy(), np.zeros(len(retried), dtype=np.bool_)
-        part.run(_fresh_layers, fresh, enough, part.experts, part.weight, part.slowness, *part.shape)
+        fresh, enough = part.plan_afresh()
         if problem.current is not None:
             nodes, grouped = problem.topology.num_nodes, problem.grouped
             for layer in np.flatnonzero(enough):
@@ -104,6 +103,20 @@ def solve_weights(problem: PlacementProblem) -> Placement:
     return task.finish(task.old, share)
 
 
+def compile_search(problem: PlacementProblem) -> None:
+    """Compiles the search and nothing else; the values of ``problem`` do not matter, and no scenarios are made."""
+    shape = (problem.num_layers, problem.num_logical_experts)
+    any_load = np.ones(problem.num_layers, dtype=np.bool_)
+    flat = Scenarios(np.ones((*shape, NUM_SCENARIOS)), np.full(NUM_SCENARIOS, 0.25), np.zeros(shape), any_load, 1.0)
+    task = _Task.of(problem, flat)
+    task.improve(task.old, task.old_share, np.full(problem.num_layers, -np.inf))
+
+
+def compile_fresh_plan(problem: PlacementProblem) -> None:
+    """Compiles the plan from nothing, and scenarios, without the search."""
+    _Task.of(problem).plan_afresh()
+
+
 @dataclass(frozen=True)
 class _Task:
     """A problem as the kernels take it."""
@@ -119,10 +132,11 @@ class _Task:
     prices: np.ndarray  # (3,) of a move by where the expert was
 
     @classmethod
-    def of(cls, problem: PlacementProblem) -> _Task:
+    def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> _Task:
         shape = (problem.num_layers, problem.topology.num_slots)
         slowness = _slowness(problem)
-        scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
+        if scenarios is None:
+            scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
         prices = np.zeros(3)
         if problem.current is None:
             old = np.tile(np.arange(shape[1]) % problem.num_logical_experts, (shape[0], 1))
@@ -156,6 +170,12 @@ class _Task:
 
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         for_each_layer(kernel, len(self.old), self.problem.num_threads, *args)
+
+    def plan_afresh(self) -> tuple[np.ndarray, np.ndarray]:
+        """(L, P) experts, placed from nothing; (L,) bool, False where a node has too few live slots for its groups."""
+        fresh, enough = self.old.copy(), np.zeros(len(self.old), dtype=np.bool_)
+        self.run(_fresh_layers, fresh, enough, self.experts, self.weight, self.slowness, *self.shape)
+        return fresh, enough
 
     def improve(self, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
         """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
@@ -303,7 +323,7 @@ def _finish_layers(
 @helper
 def _home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> tuple[np.ndarray, bool]:
     """(E,) node that holds each expert's group, -1 for none; False where groups are asked for but not whole."""
-    home = np.empty(num_experts, dtype=np.int64)
+    home = int_zeros(num_experts)
     for e in range(num_experts):
         home[e] = -1
     if num_groups == 0:
@@ -338,10 +358,10 @@ def _fresh_layers(
     num_experts, num_ranks = experts.shape[1], slowness.shape[0]
     domain = ranks_per_node if num_groups > 0 else num_ranks
     size, num_domains = placed.shape[1] // num_ranks, num_ranks // domain
-    ranks, mine = np.empty(domain, dtype=np.int64), np.empty(num_experts, dtype=np.int64)
+    ranks, mine = int_zeros(domain), int_zeros(num_experts)
     for layer in range(first, last):
         load = risk_load(experts[layer], weight)
-        node_of = np.zeros(num_experts, dtype=np.int64)
+        node_of = int_zeros(num_experts)
         if num_groups > 0:
             node_of = pack_groups(load, num_groups, num_domains)
         enough[layer] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import helper, inlined, int_zeros, zeros
 from equipoise.algorithms.order import descending
 
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
@@ -13,7 +13,7 @@ RISK = 0.7  # standard deviations above the mean that an expert is sized for
 @helper
 def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(E,) mean plus :data:`RISK` standard deviations over the scenarios of ``LayerState.experts``."""
-    load = np.zeros(experts.shape[0])
+    load = zeros(experts.shape[0])
     for expert in range(experts.shape[0]):
         mean, square = 0.0, 0.0
         for s in range(weight.shape[0]):
@@ -27,11 +27,11 @@ def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray:
     """(E,) node of each expert: groups go heaviest first to the lightest node with room."""
     size, room = load.shape[0] // num_groups, num_groups // num_nodes
-    group_load = np.zeros(num_groups)
+    group_load = zeros(num_groups)
     for expert in range(load.shape[0]):
         group_load[expert // size] += load[expert]
-    node_load, taken = np.zeros(num_nodes), np.zeros(num_nodes, dtype=np.int64)
-    node_of = np.empty(load.shape[0], dtype=np.int64)
+    node_load, taken = zeros(num_nodes), int_zeros(num_nodes)
+    node_of = int_zeros(load.shape[0])
     for group in descending(group_load):
         best = -1
         for node in range(num_nodes):
@@ -51,7 +51,9 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
     Beyond one replica on every rank there is nothing to gain, and two on one rank are waste: more are given only when
     every expert is on every rank already.
     """
-    count = np.ones(load.shape[0], dtype=np.int64)
+    count = int_zeros(load.shape[0])
+    for expert in range(load.shape[0]):
+        count[expert] = 1
     for _ in range(num_slots - load.shape[0]):
         best = -1
         for expert in range(load.shape[0]):
@@ -66,7 +68,7 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
     return count
 
 
-@helper
+@inlined
 def pack(
     experts: np.ndarray, load: np.ndarray, ranks: np.ndarray, slowness: np.ndarray, slots_per_rank: int, out: np.ndarray
 ) -> None:
@@ -78,13 +80,13 @@ def pack(
         out: (P,) expert of each slot; the slots of ``ranks`` are filled.
     """
     num_slots = ranks.shape[0] * slots_per_rank
-    unit = np.empty(experts.shape[0])
+    unit = zeros(experts.shape[0])
     for i in range(experts.shape[0]):
         unit[i] = load[experts[i]]
     count = count_replicas(unit, num_slots, ranks.shape[0])
     for i in range(experts.shape[0]):
         unit[i] /= count[i]
-    taken, rank_load = np.zeros(ranks.shape[0], dtype=np.int64), np.zeros(ranks.shape[0])
+    taken, rank_load = int_zeros(ranks.shape[0]), zeros(ranks.shape[0])
     for i in descending(unit):
         for _ in range(count[i]):
             best, least = -1, np.inf
@@ -113,7 +115,7 @@ def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
 @helper
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
     """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens out."""
-    dealt, most = 0, np.empty(count.shape[0])
+    dealt, most = 0, zeros(count.shape[0])
     for i in range(count.shape[0]):
         most[i] = count[i]
     for i in descending(most):

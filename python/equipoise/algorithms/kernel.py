@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,7 +20,7 @@ def kernel(function: F) -> F:
     numba keys its cache by the file of the function alone. After editing a helper in another file, delete
     ``__pycache__`` next to the callers.
     """
-    return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
 
 
 def helper(function: F) -> F:
@@ -27,10 +28,45 @@ def helper(function: F) -> F:
 
     It has no wrappers for Python and no cache of its own: a cached kernel holds all that it calls.
     """
-    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return _helper()(function)
+
+
+def inlined(function: F) -> F:
+    """A helper whose code becomes part of its one caller before anything is compiled.
+
+    LLVM optimises a helper by itself and then once more in each function above it. For a long one that is called from
+    one place, the first is a waste of time.
+    """
+    return _helper(inline="always")(function)
+
+
+def _helper(**options: Any) -> Callable[[F], F]:
+    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
 
 
 @helper
 def number(value: int) -> int:
     """``value`` as a variable: for a literal, numba would compile another version of each function that takes it."""
     return value + 0
+
+
+# numpy's functions that make arrays are each compiled anew for each data type, each way to write the call, and for
+# kernels and helpers apart. So what kernels allocate comes from here, wherever one of these will do.
+
+
+@helper
+def zeros(size: int) -> np.ndarray:
+    """(size,) float64 zeros."""
+    array = np.empty(size, dtype=np.float64)
+    for i in range(size):
+        array[i] = 0.0
+    return array
+
+
+@helper
+def int_zeros(size: int) -> np.ndarray:
+    """(size,) int64 zeros."""
+    array = np.empty(size, dtype=np.int64)
+    for i in range(size):
+        array[i] = 0
+    return array

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, number
+from equipoise.algorithms.kernel import helper, int_zeros, number
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 
 _TINY = 1e-9
@@ -47,15 +47,17 @@ def new_state(
     num_slots, num_experts, num_ranks = expert.shape[0], experts.shape[0], slowness.shape[0]
     state = LayerState(
         expert,
-        np.empty(num_slots, dtype=np.int64),
+        int_zeros(num_slots),
         share,
         np.empty((num_experts, 2), dtype=np.int64),
-        np.zeros((num_ranks, num_experts), dtype=np.uint8),
-        np.zeros((num_ranks, RANK_COLUMNS)),
+        np.empty((num_ranks, num_experts), dtype=np.uint8),
+        np.empty((num_ranks, RANK_COLUMNS)),
         experts,
         weight,
     )
     for rank in range(num_ranks):
+        for column in range(RANK_COLUMNS):
+            state.ranks[rank, column] = 0.0
         state.ranks[rank, SLOWNESS] = slowness[rank]
     fill(state)
     return state

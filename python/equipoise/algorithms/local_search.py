@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, number
+from equipoise.algorithms.kernel import helper, inlined, int_zeros, number, zeros
 from equipoise.algorithms.layer_state import (
     COST,
     COUNT,
@@ -256,13 +256,13 @@ def _step(
     expert, _, share, replicas, held, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     q = float(1 << doublings)
-    hot, cool = np.empty(NUM_HOT, dtype=np.int64), np.empty(num_cool, dtype=np.int64)
+    hot, cool = int_zeros(number(NUM_HOT)), int_zeros(num_cool)
     num_hot = _pick_ranks(ranks, first, last, hot, hot.shape[0], 1.0)
     num_cool = _pick_ranks(ranks, first, last, cool, cool.shape[0], -1.0)
     loads_2, saved = scratch[NUM_HOT], scratch[NUM_HOT + 1]
     for i in range(num_hot):
         _loads(expert, share, experts, hot[i], size, scratch[i])
-    heirs, freed, hopes, back = np.empty(size, dtype=np.int64), np.empty(size), np.empty(size), np.empty(size)
+    heirs, freed, hopes, back = int_zeros(size), zeros(size), zeros(size), zeros(size)
     best, slot_1, slot_2, best_heir, best_t = least_gain, number(-1), number(-1), number(-1), 0.0
     for j in range(num_cool):
         rank_2 = cool[j]
@@ -324,7 +324,7 @@ def _step(
     return slot_1 >= 0
 
 
-@helper
+@inlined
 def search(
     state: LayerState,
     where: np.ndarray,
@@ -358,8 +358,8 @@ def search(
     num_domains = num_ranks // ranks_per_domain
     size = expert.shape[0] // num_ranks
     scratch = np.empty((NUM_HOT + 2, max(size, 2), NUM_SCENARIOS))
-    heat = np.empty(num_domains)
-    best_expert, best_share = np.empty(expert.shape[0], dtype=np.int64), np.empty(share.shape[0])
+    heat = zeros(num_domains)
+    best_expert, best_share = int_zeros(expert.shape[0]), zeros(share.shape[0])
     price, moves = spent(expert, where, prices)
     value, steps = -np.inf, 0
     for stage in range(stages.shape[0]):

@@ -8,15 +8,13 @@ bound that no choice of shares beats.
 
 from __future__ import annotations
 
-import numpy as np
-
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import inlined, int_zeros
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 
 _LEVEL = 1e-9  # relative: ranks closer than this are level
 
 
-@helper
+@inlined
 def level_ranks(state: LayerState) -> None:
     """Lowers the maximum rank load of the first scenario to its least possible value, in place.
 
@@ -25,8 +23,8 @@ def level_ranks(state: LayerState) -> None:
     expert, following, share, replicas, _, ranks, experts, _ = state
     num_ranks = ranks.shape[0]
     size = expert.shape[0] // num_ranks
-    give, take = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)  # edge into a reached rank
-    reached, queue = np.zeros(num_ranks, dtype=np.bool_), np.empty(num_ranks, dtype=np.int64)
+    give, take = int_zeros(num_ranks), int_zeros(num_ranks)  # edge into a reached rank
+    reached, queue = int_zeros(num_ranks), int_zeros(num_ranks)
     for _ in range(20 * num_ranks + 4 * expert.shape[0]):
         hottest = 0
         for rank in range(num_ranks):
@@ -34,8 +32,8 @@ def level_ranks(state: LayerState) -> None:
                 hottest = rank
         top = ranks[hottest, 0]
         for rank in range(num_ranks):
-            reached[rank] = False
-        reached[hottest] = True
+            reached[rank] = 0
+        reached[hottest] = 1
         queue[0] = hottest
         head, tail = 0, 1
         coolest, tokens, capacity = hottest, 0.0, 0.0
@@ -53,8 +51,8 @@ def level_ranks(state: LayerState) -> None:
                 other = replicas[e, FIRST]
                 while other >= 0:
                     target = other // size
-                    if not reached[target]:
-                        reached[target] = True
+                    if reached[target] == 0:
+                        reached[target] = 1
                         give[target], take[target] = slot, other
                         queue[tail] = target
                         tail += 1

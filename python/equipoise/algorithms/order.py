@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.algorithms.kernel import helper, int_zeros
 
 
 @helper
 def descending(values: np.ndarray) -> np.ndarray:
     """Indices of ``values`` from the largest to the smallest, equal ones by ascending index. Merge sort."""
     size = values.shape[0]
-    order, other = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    order, other = int_zeros(size), int_zeros(size)
     for i in range(size):
         order[i] = i
     width = 1

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, kernel
+from equipoise.algorithms.kernel import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
@@ -84,16 +84,15 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
     """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others."""
     num_windows, num_layers, num_experts = load.shape
     for layer in range(num_layers):
-        mean = np.zeros(num_experts)
+        mean, largest = zeros(num_experts), zeros(num_windows)
         filled = 0
-        empty = np.zeros(num_windows, dtype=np.bool_)
         for window in range(num_windows):
             # Scaled by the largest first: a sum of huge counts overflows, tiny ones vanish.
             top = 0.0
             for expert in range(num_experts):
                 top = max(top, load[window, layer, expert])
+            largest[window] = top
             if top == 0.0:
-                empty[window] = True
                 continue
             tokens = 0.0
             for expert in range(num_experts):
@@ -105,7 +104,7 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
                 mean[expert] += part
         any_load[layer] = filled > 0
         for window in range(num_windows):
-            if empty[window]:
+            if largest[window] == 0.0:
                 for expert in range(num_experts):
                     share[window, layer, expert] = mean[expert] / filled if filled else total / num_experts
 
@@ -170,12 +169,11 @@ def _fit_changes(share: np.ndarray, counting: np.ndarray, drift: np.ndarray) -> 
     was not found is no noise. Returns drift's part of all change, 0 to 1, in all pairs and layers.
     """
     num_windows, num_layers, num_experts = share.shape
-    pooled = np.zeros(5)
-    sums = np.empty(5)
+    pooled = zeros(number(5))
     for layer in range(num_layers):
         least = np.inf
         for window in range(1, num_windows):
-            sums[:] = 0.0
+            sums = zeros(number(5))
             for expert in range(num_experts):
                 mean = 0.5 * (share[window, layer, expert] + share[window - 1, layer, expert])
                 gap = share[window, layer, expert] - share[window - 1, layer, expert]
