@@ -17,6 +17,7 @@ import torch
 
 from equipoise.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, require_usable, row_views
 from equipoise.transfer_program import Copy
+from equipoise.verification import Verification
 
 
 class ExpertMemory(Protocol):
@@ -75,12 +76,22 @@ class ExpertMemory(Protocol):
     def set_canaries(self, layer_id: int, values: Sequence[int]) -> None: ...
 
 
+def with_canary(tensors: Sequence[torch.Tensor], verification: Verification) -> list[torch.Tensor]:
+    """``tensors`` and, unless verification is ``off``, the int64 canaries of their rows behind them.
+
+    They are zero until a plan has said what the slots hold.
+    """
+    if verification == "off":
+        return list(tensors)
+    return [*tensors, torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)]
+
+
 class StackedExperts:
     """Each layer has its own tensors, (slots_per_rank, ...) each, row ``i`` for slot ``i``; commits copy into them.
 
     Args:
         expert_weights: ``[layer][i]``.
-        staging_bytes: see :class:`~equipoise.updater.ExpertLocationUpdater`.
+        verification, staging_bytes, rounds_in_flight: see :class:`~equipoise.updater.ExpertLocationUpdater`.
 
     Raises:
         ConfigError: unusable tensors, or a budget below one expert.
@@ -90,26 +101,18 @@ class StackedExperts:
         self,
         expert_weights: Sequence[Sequence[torch.Tensor]],
         slots_per_rank: int,
-        *,
-        with_canary: bool,
-        with_checksum: bool,
+        verification: Verification,
         staging_bytes: int | None,
         rounds_in_flight: int,
     ) -> None:
         require_usable(expert_weights, slots_per_rank)
         self.device = expert_weights[0][0].device if expert_weights else torch.device("cpu")
-        weights = [list(tensors) for tensors in expert_weights]
-        # Layer -> int64 (slots_per_rank,), zero until a plan has said what the slots hold.
-        self._canaries: list[torch.Tensor] = []
-        if with_canary:
-            for tensors in weights:
-                canary = torch.zeros(slots_per_rank, dtype=torch.int64, device=self.device)
-                self._canaries.append(canary)
-                tensors.append(canary)
+        weights = [with_canary(tensors, verification) for tensors in expert_weights]
+        self._canaries = [tensors[-1] for tensors in weights] if verification != "off" else []
         self._rows = [
             [list(rows) for rows in zip(*(row_views(tensor) for tensor in tensors), strict=True)] for tensors in weights
         ]
-        self.layouts = [ExpertLayout.of(tensors, with_checksum=with_checksum) for tensors in weights]
+        self.layouts = [ExpertLayout.of(tensors, with_checksum=verification == "checksum") for tensors in weights]
         self._staging = StagingArea(
             self.layouts, staging_bytes, rounds_in_flight, slots_per_rank, rounds_in_flight, self.device
         )

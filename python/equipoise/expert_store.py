@@ -36,26 +36,13 @@ class ExpertStore:
         self._rank = rank
         self._topology = topology
         self._verification = verification
-        with_canary, with_checksum = verification != "off", verification == "checksum"
         self.memory: ExpertMemory
         if isinstance(expert_weights, ExpertPool):
-            self.memory = PooledExperts(
-                expert_weights,
-                topology.slots_per_rank,
-                with_canary=with_canary,
-                with_checksum=with_checksum,
-                rounds_in_flight=rounds_in_flight,
-            )
+            self.memory = PooledExperts(expert_weights, topology.slots_per_rank, verification, rounds_in_flight)
         else:
             self.memory = StackedExperts(
-                expert_weights,
-                topology.slots_per_rank,
-                with_canary=with_canary,
-                with_checksum=with_checksum,
-                staging_bytes=staging_bytes,
-                rounds_in_flight=rounds_in_flight,
+                expert_weights, topology.slots_per_rank, verification, staging_bytes, rounds_in_flight
             )
-        self._large_fields = [layout.large_fields for layout in self.memory.layouts]
 
     def message_bytes(self, layer_id: int) -> int:
         """Bytes that travel for one expert of a layer."""
@@ -69,8 +56,9 @@ class ExpertStore:
         if send.place < 0:
             return [(send.peer, message) for message in self.memory.staged(layer_id, ~send.place).messages]
         rows = self.memory.live(layer_id, send.place)
-        messages = [(send.peer, rows[number]) for number in self._large_fields[layer_id]]
-        if self.memory.layouts[layer_id].packed_bytes:
+        layout = self.memory.layouts[layer_id]
+        messages = [(send.peer, rows[number]) for number in layout.large_fields]
+        if layout.packed_bytes:
             head, packed_rows = self.memory.outbox(layer_id, outbox)
             for number, packed in packed_rows:
                 packed.copy_(rows[number])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.algorithms import rebalance_experts
+from equipoise.algorithms import plans_by_nodes, rebalance_experts
 from equipoise.commands import Rebalance
 from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
@@ -110,7 +110,7 @@ def plan_rebalance(
     except InvalidInputError as error:
         return result(Decision("skip", "planning failed"), before, error=str(error), seconds=clock() - start)
     # Names of slots and ranks change nothing for the load, but much for what must move.
-    grouped = num_groups is not None or algorithm == "deepseek_hierarchical"
+    grouped = num_groups is not None or plans_by_nodes(algorithm)
     planned = align_placement(current, planned, relabel="nodes" if grouped else "ranks")
     seconds = clock() - start
     after = balancedness(load, planned).numpy()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from equipoise.errors import ConfigError
+from equipoise.expert_memory import with_canary
 from equipoise.expert_pool import ExpertPool
 from equipoise.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, row_views, staging_slots
 from equipoise.topology import EpTopology
@@ -36,8 +37,7 @@ def allocate_pool(
         ConfigError: the budget does not hold one expert.
     """
     one = [torch.empty(1, *shape, dtype=dtype, device="meta") for shape, dtype in specs]
-    canary = [torch.empty(1, dtype=torch.int64, device="meta")] if verification != "off" else []
-    layout = ExpertLayout.of([*one, *canary], with_checksum=verification == "checksum")
+    layout = ExpertLayout.of(with_canary(one, verification), with_checksum=verification == "checksum")
     spare = staging_slots([layout], staging_bytes, rounds_in_flight, topology.slots_per_rank, rounds_in_flight)
     num_rows = num_layers * topology.slots_per_rank + spare
     tensors = [torch.zeros(num_rows, *shape, dtype=dtype, device=device) for shape, dtype in specs]
@@ -52,7 +52,7 @@ class PooledExperts:
     """
 
     def __init__(
-        self, pool: ExpertPool, slots_per_rank: int, *, with_canary: bool, with_checksum: bool, rounds_in_flight: int
+        self, pool: ExpertPool, slots_per_rank: int, verification: Verification, rounds_in_flight: int
     ) -> None:
         if pool.slots_per_rank != slots_per_rank:
             raise ConfigError(
@@ -61,11 +61,10 @@ class PooledExperts:
             )
         self.device = pool.device
         self._pool = pool
-        # By row, zero until a plan has said what the slots hold.
-        self._canary = torch.zeros(pool.num_rows if with_canary else 0, dtype=torch.int64, device=self.device)
-        tensors = [*pool.tensors, self._canary] if with_canary else list(pool.tensors)
+        tensors = with_canary(pool.tensors, verification)
+        self._canary = tensors[-1] if verification != "off" else None
         self._row_views = [list(rows) for rows in zip(*(row_views(tensor) for tensor in tensors), strict=True)]
-        self._layout = ExpertLayout.of(tensors, with_checksum=with_checksum)
+        self._layout = ExpertLayout.of(tensors, with_checksum=verification == "checksum")
         self.layouts = [self._layout] * pool.num_layers
         self._packed = [number for number, field in enumerate(self._layout.fields) if field.packed]
         self.capacity = min(pool.num_extra_rows, slots_per_rank)
@@ -115,12 +114,12 @@ class PooledExperts:
         self._pool.assign(layer_id, new_rows)
 
     def canaries(self, layer_id: int) -> list[int]:
-        if not len(self._canary):
+        if self._canary is None:
             return []
         return [int(value) for value in self._canary[self._pool.row_of_slot[layer_id]].tolist()]
 
     def set_canaries(self, layer_id: int, values: Sequence[int]) -> None:
-        if len(self._canary):
+        if self._canary is not None:
             self._canary[self._pool.row_of_slot[layer_id]] = torch.tensor(values, device=self.device)
 
     def _unpack(self, layer_id: int, index: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class ExpertLayout:
     packed_bytes: int  # length of the packed message: checksum, small rows and padding; 0: there is none
     slot_bytes: int  # bytes of a staging slot
 
-    @property
+    @cached_property
     def large_fields(self) -> list[int]:
         """Numbers of the fields that travel as messages of their own."""
         return [number for number, field in enumerate(self.fields) if field.num_bytes and not field.packed]

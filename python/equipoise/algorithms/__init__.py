@@ -8,6 +8,7 @@ from equipoise.algorithms.registry import (
     DEFAULT_MOVE_PRICE,
     available_algorithms,
     check_algorithm,
+    plans_by_nodes,
     rebalance_experts,
 )
 from equipoise.algorithms.warming import WarmUp, warm_up, warm_up_in_background
@@ -17,6 +18,7 @@ __all__ = [
     "WarmUp",
     "available_algorithms",
     "check_algorithm",
+    "plans_by_nodes",
     "rebalance_experts",
     "warm_up",
     "warm_up_in_background",

@@ -30,6 +30,17 @@ _SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
 )
 
 
+_BY_NODES = frozenset({"deepseek_hierarchical"})
+
+
+def plans_by_nodes(name: str) -> bool:
+    """Whether an algorithm assigns experts to nodes first, even where the model names no groups.
+
+    What it keeps together on a node must stay together: ranks may not be renamed across nodes.
+    """
+    return name in _BY_NODES
+
+
 def available_algorithms() -> list[str]:
     """Names that :func:`rebalance_experts` takes besides ``auto``, sorted."""
     return sorted(_SOLVERS)
