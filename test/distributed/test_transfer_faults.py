@@ -1,7 +1,7 @@
 """Faults on real ranks: each kind in each phase. Answers stay right, and after the fault a migration succeeds.
 
-"Answers" here are what any reader of a slot would get: after every attempt each rank compares every slot's bytes with
-what the map in force says it holds.
+After every attempt each rank compares every slot's bytes with what the map in force says it holds; and a real model
+decodes while the same faults happen, its answers compared with those of plain transformers.
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 import re
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
+from engine_loop import PROMPTS, plain_greedy, serve_config
 from equipoise.communicator import TorchCommunicator
+from equipoise.dispatch import ExpertDispatcher
+from equipoise.engine.blueprint import ModelBlueprint
+from equipoise.engine.experts import EpContext
+from equipoise.engine.plan_channel import PlanChannel, StepPlan
+from equipoise.engine.requests import GenerateRequest, SamplingParams
+from equipoise.engine.runner import ModelRunner
+from equipoise.engine.scheduler import Scheduler
 from equipoise.errors import TransferError
 from equipoise.fault_injection import Fault, InjectedFault, ScheduledFaults
 from equipoise.layer_vote import VOTE_GRACE_SECONDS
@@ -25,6 +35,7 @@ from equipoise.transfer_worker import TransferWorker
 from equipoise.updater import ExpertLocationUpdater
 from placements import live_weights, pooled, rank_weights, same_bytes
 from run_ranks import run_ranks
+from tiny_models import make_tiny_model
 
 TOPOLOGY = EpTopology(4, 2, 3)
 OLD = np.tile(np.arange(12), (2, 1))
@@ -46,11 +57,14 @@ class Rank:
         self.weights = pooled(weights, num_spare=3) if background else weights
         self.host = TorchCommunicator(dist.group.WORLD)
         self.faults = ScheduledFaults([], rank)
+        self.connect(self.weights, TOPOLOGY, background=background, vote_grace=vote_grace)
+
+    def connect(self, weights, topology, *, background: bool, vote_grace: float = 3.0) -> None:
         communicator = TorchCommunicator(
             gloo_group(), control_group=gloo_group(), new_group=gloo_group, new_control_group=gloo_group
         )
         self.updater = ExpertLocationUpdater(
-            communicator, TOPOLOGY, self.weights, verification="checksum", timeout=TIMEOUT, vote_grace=vote_grace,
+            communicator, topology, weights, verification="checksum", timeout=TIMEOUT, vote_grace=vote_grace,
             faults=self,
         )  # fmt: skip
         self.updater.warm_up()
@@ -59,10 +73,10 @@ class Rank:
     def at(self, phase, layer_id):
         return self.faults.at(phase, layer_id)
 
-    def attempt(self, fault: Fault | None) -> str:
-        """Tries to reach NEW; returns the name of the error or "committed"."""
+    def attempt(self, fault: Fault | None, target: np.ndarray = NEW) -> str:
+        """Tries to reach ``target``; returns the name of the error or "committed"."""
         self.faults = ScheduledFaults([fault] if fault else [], self.rank)
-        self.runner.start(plan_transfer(self.map, NEW, TOPOLOGY, num_logical_experts=12))
+        self.runner.start(plan_transfer(self.map, target, TOPOLOGY, num_logical_experts=int(target.max()) + 1))
         outcome = "committed"
         try:
             while self.runner.active:
@@ -203,3 +217,77 @@ def commit_raises(rank: int, _world_size: int) -> str:
 
 def test_a_commit_that_raises_is_no_transfer_error_since_the_others_have_committed():
     assert run_ranks(commit_raises, 4, timeout=60) == ["committed", "InjectedFault", "committed", "committed"]
+
+
+class Serving(Rank):
+    """A rank that decodes with a real model between any two polls; rank 0 compares every finished answer."""
+
+    def __init__(self, rank: int, model: Path, expected: list[list[int]]) -> None:
+        config = serve_config(model, ep_size=4, redundant=4)
+        blueprint = ModelBlueprint.prepare(config)
+        self.rank, self.metadata, self.expected = rank, blueprint.metadata, expected
+        self.map = self.metadata.physical_to_logical_map.numpy().copy()
+        self.model = ModelRunner(blueprint, rank, torch.device("cpu"), config)
+        self.host, self.faults = TorchCommunicator(dist.group.WORLD), ScheduledFaults([], rank)
+        self.connect(self.model.expert_weights(), TOPOLOGY, background=True)
+        self.dispatcher = ExpertDispatcher(self.metadata, rank=rank, algorithm="dynamic")
+        self.model.connect(EpContext(TOPOLOGY, rank, gloo_group(), self.dispatcher.dispatch))
+        self.channel = PlanChannel(gloo_group(), rank)
+        self.scheduler = Scheduler(
+            num_rows=config.engine.max_running_requests,
+            max_model_len=blueprint.max_model_len,
+            step_tokens=config.engine.chunked_prefill_size,
+            eos_token_ids=(),
+            decode=lambda ids: "x" * len(ids),
+        )
+        self.answers: dict[str, list[int]] = {}
+        self.compared = 0
+
+    def apply(self, layer_id, step):
+        super().apply(layer_id, step)
+        self.metadata.update_layer_(layer_id, step.new_map.copy())
+
+    def assert_slots_hold_what_the_map_says(self) -> None:
+        """By their answers."""
+        if self.rank != 0:
+            batch = self.channel.receive().batch
+            self.model.forward(batch)
+        else:
+            batch = self.scheduler.next_batch()
+            if batch is None:
+                for number, prompt in enumerate(PROMPTS):
+                    self.answers[str(number)] = []
+                    self.scheduler.add(GenerateRequest(str(number), tuple(prompt), SamplingParams(max_new_tokens=8)))
+                batch = self.scheduler.next_batch()
+            self.channel.send(StepPlan(batch))
+            logits = self.model.forward(batch)
+            for event in self.scheduler.complete(batch, logits.argmax(-1).tolist()):
+                answer = self.answers[event.rid]
+                answer += event.token_ids
+                assert answer == self.expected[int(event.rid)][: len(answer)], "another answer than transformers'"
+                self.compared += len(answer) == 8
+        self.dispatcher.advance(batch.num_tokens)
+
+
+def serve_through_all(rank: int, _world_size: int, model: Path, expected: list[list[int]]) -> tuple[list[str], int]:
+    this = Serving(rank, model, expected)
+    first, outcomes = this.map.copy(), []
+    for fault, _ in SURVIVABLE:
+        there = np.roll(this.map, 3, axis=1)
+        outcomes.append(this.attempt(fault, there))
+        assert this.attempt(None, there) == "committed"
+        assert (this.map == there).all()
+        if len(outcomes) == 4:
+            assert (this.map == first).all(), "four ranks further is where it began"
+    this.runner.close()
+    return outcomes, this.compared
+
+
+def test_answers_stay_right_through_every_fault(tmp_path):
+    model = make_tiny_model(tmp_path / "model", "qwen3_moe", seed=4)
+    expected = plain_greedy(model, PROMPTS, 8)
+    results = run_ranks(serve_through_all, 4, model, expected, timeout=150)
+    assert all(outcomes == results[0][0] for outcomes, _ in results)
+    committed = [outcome == "committed" for outcome in results[0][0]]
+    assert committed == [expected == "committed" for _, expected in SURVIVABLE]
+    assert results[0][1] > 2 * len(SURVIVABLE), "answers compared"
