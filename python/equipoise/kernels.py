@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
-import torch
-
-from equipoise.algorithms import WarmUp, warm_up_in_background, warming
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.placement_alignment import align_placement
-from equipoise.topology import EpTopology
-from equipoise.transfer_plan import plan_transfer
-from equipoise.transfer_program import compile_program_kernels
-from equipoise.verification import checksum
+from equipoise.algorithms import WarmUp, solver_kernels, warm_up_in_background
+from equipoise.algorithms.warming import compile_side_by_side
 
 
-def compile_transfer() -> None:
+def _compile_transfer() -> None:
     """Compiles, or loads from numba's cache, what carrying out a rebalance needs."""
-    topology = EpTopology(4, 2, 3)
-    old = ExpertLocationMetadata.trivial(2, 8, topology)
-    p2l = old.physical_to_logical_map.numpy()
-    new = ExpertLocationMetadata.from_physical_to_logical(np.roll(p2l, 5, axis=1), 8, topology)
-    for staged in (1, topology.slots_per_rank):  # a tight budget takes a path of its own
-        plan_transfer(old, align_placement(old, new), topology, max_staged_experts=staged)
-    compile_program_kernels()
-    checksum([torch.zeros(8, dtype=torch.uint8)])
+    from equipoise.transfer_kernels import compile_transfer  # here: the solvers' shares do not wait for torch
+
+    compile_transfer()
 
 
-SHARES = (*warming.SHARES, compile_transfer)
+SHARES = (*solver_kernels.SHARES, _compile_transfer)
 
 
 def compile_kernels() -> None:
@@ -52,4 +39,4 @@ def load_compiled_kernels(compiling: WarmUp) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if warming.compile_side_by_side(SHARES) else 1)
+    sys.exit(0 if compile_side_by_side(SHARES) else 1)

@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 import scipy.optimize  # noqa: F401 rank_order needs it: imported at start-up, not beside a forward pass
-from numba import njit
 
 from equipoise.algorithms.relabel import rank_order
 from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.jit import int_zeros, kernel
 from equipoise.topology import EpTopology
 
 Relabel = Literal["none", "nodes", "ranks"]
@@ -110,31 +110,31 @@ def _presence(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return present
 
 
-@njit(cache=True)
+@kernel
 def _keep_slots(before: np.ndarray, after: np.ndarray, rank_order: np.ndarray) -> np.ndarray:
     """Gives each slot its expert of before where the rank still has it; the others fill up in order."""
     num_layers, num_slots = before.shape
     num_ranks = rank_order.shape[1]
     size = num_slots // num_ranks
-    order = np.empty((num_layers, num_slots), np.int64)
-    taken = np.empty(size, np.bool_)
+    order, taken = np.empty((num_layers, num_slots), np.int64), int_zeros(size)
     for layer in range(num_layers):
         for rank in range(num_ranks):
             source = rank_order[layer, rank] * size
             target = rank * size
-            taken[:] = False
+            for i in range(size):
+                taken[i] = 0
             for slot in range(target, target + size):
                 order[layer, slot] = -1
                 for i in range(size):
-                    if not taken[i] and after[layer, source + i] == before[layer, slot]:
+                    if taken[i] == 0 and after[layer, source + i] == before[layer, slot]:
                         order[layer, slot] = source + i
-                        taken[i] = True
+                        taken[i] = 1
                         break
             i = 0
             for slot in range(target, target + size):
                 if order[layer, slot] < 0:
-                    while taken[i]:
+                    while taken[i] > 0:
                         i += 1
                     order[layer, slot] = source + i
-                    taken[i] = True
+                    taken[i] = 1
     return order

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from equipoise.jit import int32_empty_table, int32_zeros, kernel, number
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import TransferStep
 
@@ -64,13 +64,13 @@ def rank_program(step: TransferStep, rank: int, topology: EpTopology) -> RankPro
     slots = topology.slots_of_rank(rank)
     received, messages = _messages(step.transfer_table, slots.start, topology.slots_per_rank)
     rounds: list[Round] = []
-    for number, is_send, *message in messages.tolist():
-        if not rounds or rounds[-1].number != number:
-            rounds.append(Round(number, None, None))
+    for nth, is_send, *message in messages.tolist():
+        if not rounds or rounds[-1].number != nth:
+            rounds.append(Round(nth, None, None))
         if is_send:
-            rounds[-1] = Round(number, Send(*message), rounds[-1].receive)
+            rounds[-1] = Round(nth, Send(*message), rounds[-1].receive)
         else:
-            rounds[-1] = Round(number, rounds[-1].send, Receive(*message))
+            rounds[-1] = Round(nth, rounds[-1].send, Receive(*message))
     copies, needs_spare = _commit_copies(
         step.old_map[slots.start : slots.stop], step.new_map[slots.start : slots.stop], received
     )
@@ -87,7 +87,7 @@ def compile_program_kernels() -> None:
     rank_program(TransferStep(old, new, table), 0, topology)
 
 
-@njit(cache=True)
+@kernel
 def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[np.ndarray, np.ndarray]:
     """What a rank sends and receives, in the order of the table.
 
@@ -101,32 +101,32 @@ def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[
         round, 1 for a send and 0 for a receive, and those of :class:`Send` or :class:`Receive`.
     """
     rank = first_slot // slots_per_rank
-    messages = np.empty((table.shape[0], 5), np.int32)
-    received = np.empty(table.shape[0], np.int32)
+    messages = int32_empty_table(table.shape[0], number(5))
+    received = int32_zeros(table.shape[0])
     num_messages, num_received = 0, 0
     for transfer in range(table.shape[0]):
         source, destination = table[transfer, 2], table[transfer, 3]
         is_send = source // slots_per_rank == rank
         if not is_send and destination // slots_per_rank != rank:
             continue
-        row = messages[num_messages]
+        at, expert = num_messages, table[transfer, 1]
         num_messages += 1
-        row[0], row[1], row[3] = table[transfer, 0], is_send, table[transfer, 1]
+        messages[at, 0], messages[at, 1], messages[at, 3] = table[transfer, 0], is_send, expert
         if is_send:
-            row[2], row[4] = destination // slots_per_rank, source - first_slot
-            if table[transfer, 4]:
+            messages[at, 2], messages[at, 4] = destination // slots_per_rank, source - first_slot
+            if table[transfer, 4] > 0:
                 index = 0
-                while received[index] != row[3]:  # it has arrived in an earlier round
+                while received[index] != expert:  # it has arrived in an earlier round
                     index += 1
-                row[4] = ~index
+                messages[at, 4] = ~index
         else:
-            row[2], row[4] = source // slots_per_rank, num_received
-            received[num_received] = row[3]
+            messages[at, 2], messages[at, 4] = source // slots_per_rank, num_received
+            received[num_received] = expert
             num_received += 1
     return received[:num_received], messages[:num_messages]
 
 
-@njit(cache=True)
+@kernel
 def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) -> tuple[np.ndarray, bool]:
     """Copies that turn ``before`` plus staging into ``after``.
 
@@ -138,15 +138,15 @@ def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) 
     Returns:
         (copies, 2) int32 with the columns of :class:`Copy`, and whether a cycle needs a staging slot for itself.
     """
-    size = before.size
-    source = np.full(size, _NOWHERE, np.int32)
-    readers = np.zeros(size, np.int32)
+    size = before.shape[0]
+    source, readers = int32_zeros(size), int32_zeros(size)
     left = 0
     for slot in range(size):
+        source[slot] = _NOWHERE
         if before[slot] == after[slot]:
             continue
         left += 1
-        for index in range(received.size):
+        for index in range(received.shape[0]):
             if received[index] == after[slot]:
                 source[slot] = ~index
                 break
@@ -156,7 +156,7 @@ def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) 
                 place += 1
             source[slot] = place
             readers[place] += 1
-    copies = np.empty((2 * left, 2), np.int32)
+    copies = int32_empty_table(2 * left, number(2))
     done = 0
     # A slot whose old content nobody waits for can be written; that releases its source, and so on down the chain.
     for end in range(size):

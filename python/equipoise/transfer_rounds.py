@@ -9,39 +9,40 @@ before, fill the gaps behind its arrival.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from equipoise.jit import helper, inlined, int32_table, int32_zeros, kernel, number, zeros
+from equipoise.order import descending
 from equipoise.transfer_sources import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK
 
 
-@njit(cache=True)
-def max_degree(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -> int:
+@helper
+def _max_degree(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -> int:
     """Most transfers that one rank sends, or receives: the least number of rounds."""
-    count = np.zeros((2, num_ranks), np.int32)
+    sends, receives = int32_zeros(num_ranks), int32_zeros(num_ranks)
     most = 0
-    for edge in range(sources.size):
-        count[0, sources[edge]] += 1
-        count[1, destinations[edge]] += 1
-        most = max(most, count[0, sources[edge]], count[1, destinations[edge]])
+    for edge in range(sources.shape[0]):
+        source, destination = sources[edge], destinations[edge]
+        sends[source] += 1
+        receives[destination] += 1
+        most = max(most, max(sends[source], receives[destination]))
     return most
 
 
-@njit(cache=True)
-def color_edges(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -> np.ndarray:
-    """A round for each transfer, (edges,) int32 in [0, max_degree): none holds two with one source or destination."""
-    num_edges = sources.size
-    colors = np.full(num_edges, -1, np.int32)
-    if num_edges == 0:
-        return colors
-    num_colors = max_degree(sources, destinations, num_ranks)
-    # edge_at[0, rank, color]: what the rank sends in that round; edge_at[1, ...]: what it receives
-    edge_at = np.full((2, num_ranks, num_colors), -1, np.int32)
-    for edge in range(num_edges):
+@helper
+def _color_edges(sources: np.ndarray, destinations: np.ndarray, num_ranks: int, num_colors: int) -> np.ndarray:
+    """A round for each transfer, (edges,) int32 below ``num_colors``, at least :func:`_max_degree`.
+
+    None holds two with one source, or one destination.
+    """
+    colors = int32_zeros(sources.shape[0])
+    # sent[rank, color]: the edge by which a rank sends in that round; received: the one by which it receives
+    sent, received = int32_table(num_ranks, num_colors, number(-1)), int32_table(num_ranks, num_colors, number(-1))
+    for edge in range(sources.shape[0]):
         source, destination = sources[edge], destinations[edge]
-        free_to_send, free_to_receive, common = -1, -1, -1
+        free_to_send, free_to_receive, common = number(-1), number(-1), number(-1)
         for color in range(num_colors):
-            sends = edge_at[0, source, color] < 0
-            receives = edge_at[1, destination, color] < 0
+            sends = sent[source, color] < 0
+            receives = received[destination, color] < 0
             if sends and receives:
                 common = color
                 break
@@ -52,17 +53,18 @@ def color_edges(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -
         if common < 0:
             # Make free_to_send free at the destination: swap the two colours along the path that starts there. It
             # cannot end at the source, which it could enter only by an edge of the colour that the source lacks.
-            _swap_path(edge_at, colors, sources, destinations, destination, free_to_send, free_to_receive)
+            _swap_path(sent, received, colors, sources, destinations, destination, free_to_send, free_to_receive)
             common = free_to_send
         colors[edge] = common
-        edge_at[0, source, common] = edge
-        edge_at[1, destination, common] = edge
+        sent[source, common] = edge
+        received[destination, common] = edge
     return colors
 
 
-@njit(cache=True)
+@helper
 def _swap_path(
-    edge_at: np.ndarray,
+    sent: np.ndarray,
+    received: np.ndarray,
     colors: np.ndarray,
     sources: np.ndarray,
     destinations: np.ndarray,
@@ -71,24 +73,25 @@ def _swap_path(
     other: int,
 ) -> None:
     """Exchanges ``color`` and ``other`` on the alternating path that leaves receiver ``start`` by ``color``."""
-    side, rank, wanted, fresh = 1, start, color, other
-    edge = edge_at[side, rank, wanted]
-    edge_at[side, rank, wanted] = -1
+    rank, wanted, fresh = start, color, other
+    here, there, far_ranks, near_ranks = received, sent, sources, destinations  # the path crosses over at each edge
+    edge = here[rank, wanted]
+    here[rank, wanted] = -1
     while edge >= 0:
-        far_side = 1 - side
-        far_rank = sources[edge] if far_side == 0 else destinations[edge]
-        following = edge_at[far_side, far_rank, fresh]  # has the colour that this edge takes: next to change
+        far_rank = far_ranks[edge]
+        following = there[far_rank, fresh]  # has the colour that this edge takes: next to change
         colors[edge] = fresh
-        edge_at[side, rank, fresh] = edge
-        edge_at[far_side, far_rank, fresh] = edge
+        here[rank, fresh] = edge
+        there[far_rank, fresh] = edge
         if following < 0:
-            edge_at[far_side, far_rank, wanted] = -1
+            there[far_rank, wanted] = -1
         # `following` gives up `fresh` at far_rank and takes `wanted`, the place that `edge` has left
-        side, rank, edge = far_side, far_rank, following
+        rank, edge = far_rank, following
+        here, there, far_ranks, near_ranks = there, here, near_ranks, far_ranks
         wanted, fresh = fresh, wanted
 
 
-@njit(cache=True)
+@kernel
 def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
     """(jobs,) int32: the round of each transfer.
 
@@ -96,49 +99,44 @@ def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
     transfer from a relay takes the first later round in which both ranks' links are free. Should that need more rounds
     than A + B, B being the least for the relays' transfers alone, those are put in B rounds of their own instead.
     """
-    num_jobs = jobs.shape[0]
-    num_relayed = jobs[:, RELAYED].sum()
-    is_relayed = np.zeros(num_jobs, np.bool_)
-    for job in range(num_jobs):
-        is_relayed[job] = jobs[job, RELAYED] == 1
-    rounds = np.full(num_jobs, -1, np.int32)
-    num_held = _color_part(jobs, is_relayed, False, num_ranks, rounds)
-    if num_relayed == 0:
+    from_holders, sources, destinations = _part(jobs, number(0))
+    num_held = _max_degree(sources, destinations, num_ranks)
+    colors = _color_edges(sources, destinations, num_ranks, num_held)
+    rounds = int32_zeros(jobs.shape[0])
+    for i in range(from_holders.shape[0]):
+        rounds[from_holders[i]] = colors[i]
+    if from_holders.shape[0] == jobs.shape[0]:
         return rounds
     fed_by = _relays_first(jobs, rounds, num_held)
-    if _fill_in_relayed(jobs, rounds, fed_by, num_ranks) > num_held + _degree_of_part(jobs, is_relayed, num_ranks):
-        _color_part(jobs, is_relayed, True, num_ranks, rounds)
-        for job in range(num_jobs):
-            if is_relayed[job]:
-                rounds[job] += num_held
+    from_relays, sources, destinations = _part(jobs, number(1))
+    num_relayed = _max_degree(sources, destinations, num_ranks)
+    # A transfer waits for its expert, and then at most for all others of its two ranks.
+    most_rounds = num_held + 1 + 2 * (num_held + num_relayed)
+    if _fill_in_relayed(jobs, rounds, fed_by, num_ranks, most_rounds) > num_held + num_relayed:
+        colors = _color_edges(sources, destinations, num_ranks, num_relayed)
+        for i in range(from_relays.shape[0]):
+            rounds[from_relays[i]] = num_held + colors[i]
     return rounds
 
 
-@njit(cache=True)
-def _degree_of_part(jobs: np.ndarray, chosen: np.ndarray, num_ranks: int) -> int:
-    part = np.flatnonzero(chosen)
-    sources = np.empty(part.size, np.int32)
-    destinations = np.empty(part.size, np.int32)
-    for i in range(part.size):
-        sources[i], destinations[i] = jobs[part[i], SOURCE_RANK], jobs[part[i], DESTINATION_RANK]
-    return max_degree(sources, destinations, num_ranks)
+@helper
+def _part(jobs: np.ndarray, relayed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The jobs whose column RELAYED is ``relayed``, ascending: their numbers, sources and destinations, int32."""
+    count = 0
+    for job in range(jobs.shape[0]):
+        if jobs[job, RELAYED] == relayed:
+            count += 1
+    part, sources, destinations = int32_zeros(count), int32_zeros(count), int32_zeros(count)
+    count = 0
+    for job in range(jobs.shape[0]):
+        if jobs[job, RELAYED] == relayed:
+            part[count] = job
+            sources[count], destinations[count] = jobs[job, SOURCE_RANK], jobs[job, DESTINATION_RANK]
+            count += 1
+    return part, sources, destinations
 
 
-@njit(cache=True)
-def _color_part(jobs: np.ndarray, is_relayed: np.ndarray, part: bool, num_ranks: int, rounds: np.ndarray) -> int:
-    """Colours the jobs whose ``is_relayed`` equals ``part``; returns the number of colours."""
-    edges = np.flatnonzero(is_relayed == part)
-    sources = np.empty(edges.size, np.int32)
-    destinations = np.empty(edges.size, np.int32)
-    for i in range(edges.size):
-        sources[i], destinations[i] = jobs[edges[i], SOURCE_RANK], jobs[edges[i], DESTINATION_RANK]
-    colors = color_edges(sources, destinations, num_ranks)
-    for i in range(edges.size):
-        rounds[edges[i]] = colors[i]
-    return max_degree(sources, destinations, num_ranks)
-
-
-@njit(cache=True)
+@inlined
 def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.ndarray:
     """Reorders the rounds of the holders' transfers, those that feed most relays first.
 
@@ -146,10 +144,10 @@ def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.n
         (jobs,) int32: for each transfer from a relay the transfer that feeds it, -1 for the others.
     """
     num_jobs = jobs.shape[0]
-    fed_by = np.full(num_jobs, -1, np.int32)
-    worth = np.zeros(num_rounds, np.int32)
+    fed_by, worth = int32_zeros(num_jobs), zeros(num_rounds)
     first = 0  # of the jobs of the same expert, which lie together
     for job in range(num_jobs):
+        fed_by[job] = -1
         if jobs[job, EXPERT] != jobs[first, EXPERT]:
             first = job
         if jobs[job, RELAYED] == 0:
@@ -159,8 +157,7 @@ def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.n
             feeder += 1
         fed_by[job] = feeder
         worth[rounds[feeder]] += 1
-    order = np.argsort(-worth, kind="mergesort")
-    place = np.empty(num_rounds, np.int32)
+    order, place = descending(worth), int32_zeros(num_rounds)
     for i in range(num_rounds):
         place[order[i]] = i
     for job in range(num_jobs):
@@ -169,16 +166,17 @@ def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.n
     return fed_by
 
 
-@njit(cache=True)
-def _fill_in_relayed(jobs: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, num_ranks: int) -> int:
+@inlined
+def _fill_in_relayed(jobs: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, num_ranks: int, most_rounds: int) -> int:
     """Gives each transfer from a relay the first round after its expert's arrival; returns the number of rounds."""
     num_jobs = jobs.shape[0]
-    busy = np.zeros((2, num_ranks, 2 * num_jobs + 1), np.bool_)  # sends, receives
+    nothing = number(0)
+    sends, receives = int32_table(num_ranks, most_rounds, nothing), int32_table(num_ranks, most_rounds, nothing)
     most, latest = 0, 0
     for job in range(num_jobs):
         if fed_by[job] < 0:
-            busy[0, jobs[job, SOURCE_RANK], rounds[job]] = True
-            busy[1, jobs[job, DESTINATION_RANK], rounds[job]] = True
+            sends[jobs[job, SOURCE_RANK], rounds[job]] = 1
+            receives[jobs[job, DESTINATION_RANK], rounds[job]] = 1
             most = max(most, rounds[job] + 1)
             latest = max(latest, rounds[job])
     for arrival in range(latest + 1):  # what arrives first is passed on first
@@ -187,9 +185,9 @@ def _fill_in_relayed(jobs: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, n
                 continue
             source, destination = jobs[job, SOURCE_RANK], jobs[job, DESTINATION_RANK]
             at = arrival + 1
-            while busy[0, source, at] or busy[1, destination, at]:
+            while sends[source, at] > 0 or receives[destination, at] > 0:
                 at += 1
-            busy[0, source, at] = busy[1, destination, at] = True
+            sends[source, at] = receives[destination, at] = 1
             rounds[job] = at
             most = max(most, at + 1)
     return most

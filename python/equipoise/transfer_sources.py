@@ -17,64 +17,70 @@ Everything is integer arithmetic in a fixed order, so any machine computes the s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from equipoise.jit import helper, inlined, int32_table, int32_zeros, kernel, number
 
 # Columns of the job table.
 EXPERT, SOURCE_RANK, DESTINATION_RANK, RELAYED = 0, 1, 2, 3
 
 
-@njit(cache=True)
+@kernel
 def first_slots(row: np.ndarray, num_experts: int, num_ranks: int) -> np.ndarray:
     """(E, G) int32: the first slot of each rank that holds each expert, -1 where none does; ``row`` is (P,) int32."""
     slots_per_rank = row.size // num_ranks
-    first = np.full((num_experts, num_ranks), -1, np.int32)
+    first = int32_table(num_experts, num_ranks, number(-1))
     for slot in range(row.size - 1, -1, -1):
         first[row[slot], slot // slots_per_rank] = slot
     return first
 
 
-@njit(cache=True)
 def chunk_of(index: int, num_elements: int, num_chunks: int) -> int:
     """The chunk that holds element ``index`` when elements are split contiguously, larger chunks first."""
-    size, num_larger = divmod(num_elements, num_chunks)
+    size, num_larger = num_elements // num_chunks, num_elements % num_chunks
     in_larger = num_larger * (size + 1)
     if index < in_larger:
         return index // (size + 1)
     return num_larger + (index - in_larger) // size
 
 
-@njit(cache=True)
-def _rank_lists(row: np.ndarray, first: np.ndarray, but_not: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks that hold each expert in ``row`` and not in ``but_not``, ascending, one expert after the other.
+_chunk_of = helper(chunk_of)
+
+
+@helper
+def _rank_lists(
+    row: np.ndarray, first: np.ndarray, but_not: np.ndarray, leave_out: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks that hold each expert in ``row``, ascending, one expert after the other.
 
     Args:
         row: (P,) int32.
         first: (E, G) int32, its first slots.
-        but_not: (E, G) int32 first slots of another map; without columns, nothing is left out.
+        but_not: (E, G) int32, first slots of another map.
+        leave_out: whether those that hold it in that other map are left out.
 
     Returns:
-        Where each expert's part starts, (E + 1,) int32, and the ranks, int32.
+        Where each expert's part starts, (E + 2,) int32 of which the last says nothing, and the ranks, int32.
     """
     num_experts, num_ranks = first.shape
-    slots_per_rank = row.size // num_ranks
-    start = np.zeros(num_experts + 2, np.int32)
-    listed = np.zeros(row.size, np.bool_)
-    for slot in range(row.size):
+    slots_per_rank = row.shape[0] // num_ranks
+    start, listed = int32_zeros(num_experts + 2), int32_zeros(row.shape[0])
+    for slot in range(row.shape[0]):
         expert, rank = row[slot], slot // slots_per_rank
-        listed[slot] = first[expert, rank] == slot and (but_not.shape[1] == 0 or but_not[expert, rank] < 0)
-        start[expert + 2] += listed[slot]
+        if first[expert, rank] == slot and not (leave_out and but_not[expert, rank] >= 0):
+            listed[slot] = 1
+            start[expert + 2] += 1
     for expert in range(num_experts):
         start[expert + 2] += start[expert + 1]
-    ranks = np.empty(start[num_experts + 1], np.int32)
-    for slot in range(row.size):
-        if listed[slot]:
+    ranks = int32_zeros(start[num_experts + 1])
+    for slot in range(row.shape[0]):
+        if listed[slot] > 0:
             expert = row[slot]
             ranks[start[expert + 1]] = slot // slots_per_rank
             start[expert + 1] += 1
-    return start[: num_experts + 1], ranks
+    return start, ranks
 
 
-@njit(cache=True)
+@kernel
 def assign_sources(
     old: np.ndarray, new: np.ndarray, held: np.ndarray, wanted: np.ndarray, ranks_per_node: int
 ) -> np.ndarray:
@@ -92,12 +98,13 @@ def assign_sources(
         in this same step), in ascending order of (expert, destination rank).
     """
     num_experts, num_ranks = held.shape
-    holder_start, holders = _rank_lists(old, held, held[:, :0])
-    job_start, needy = _rank_lists(new, wanted, held)
-    num_jobs = needy.size
-    jobs = np.zeros((num_jobs, 4), np.int32)
-    choice = np.zeros((num_jobs, 2), np.int32)  # holders[begin:end] may serve the job
-    bundle = np.full(num_jobs, -1, np.int32)  # ranks of the node that wait for this expert, at the first of them
+    leave_out = num_ranks < 0  # False, as a variable: see equipoise.jit.number
+    holder_start, holders = _rank_lists(old, held, held, leave_out)
+    job_start, needy = _rank_lists(new, wanted, held, not leave_out)
+    num_jobs = needy.shape[0]
+    jobs = int32_table(num_jobs, number(4), number(0))
+    choice = int32_table(num_jobs, number(2), number(0))  # holders[begin:end] may serve the job
+    bundle = int32_zeros(num_jobs)  # ranks of the node that wait for this expert, at the first of them
     for expert in range(num_experts):
         begin, end = holder_start[expert], holder_start[expert + 1]
         job, num_cross = job_start[expert], 0
@@ -122,15 +129,15 @@ def assign_sources(
             for i in range(num_needy):
                 choice[first_of_node + i, 0] = inside
                 choice[first_of_node + i, 1] = inside_end
-                source = holders[inside + chunk_of(i, num_needy, inside_end - inside)]
+                source = holders[inside + _chunk_of(i, num_needy, inside_end - inside)]
                 jobs[first_of_node + i, SOURCE_RANK] = source
         nth_cross = 0
         for cross in range(job_start[expert], job_start[expert + 1]):
             if bundle[cross] > 0:
                 choice[cross, 0], choice[cross, 1] = begin, end
-                jobs[cross, SOURCE_RANK] = holders[begin + chunk_of(nth_cross, num_cross, end - begin)]
+                jobs[cross, SOURCE_RANK] = holders[begin + _chunk_of(nth_cross, num_cross, end - begin)]
                 nth_cross += 1
-    load = np.zeros(num_ranks, np.int32)
+    load = int32_zeros(num_ranks)
     for job in range(num_jobs):
         if choice[job, 1] - choice[job, 0] == 1:  # no choice: known before the relays are picked
             load[holders[choice[job, 0]]] += 1
@@ -139,7 +146,7 @@ def assign_sources(
     return jobs
 
 
-@njit(cache=True)
+@inlined
 def _choose_relays(jobs: np.ndarray, choice: np.ndarray, bundle: np.ndarray, load: np.ndarray) -> None:
     """Gives the cross-node job of each bundle to one of its ranks and makes that rank the source of the others."""
     largest = 1
@@ -166,25 +173,27 @@ def _choose_relays(jobs: np.ndarray, choice: np.ndarray, bundle: np.ndarray, loa
             load[relay_rank] += size - 1
 
 
-@njit(cache=True)
+@inlined
 def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, load: np.ndarray) -> None:
     """Moves jobs that have a choice of holders until the busiest sender cannot be relieved."""
-    num_jobs, num_ranks = jobs.shape[0], load.size
-    head = np.full(num_ranks, -1, np.int32)  # jobs with a choice, listed by their present source
-    after = np.full(num_jobs, -1, np.int32)
+    num_jobs, num_ranks = jobs.shape[0], load.shape[0]
+    head, after = int32_zeros(num_ranks), int32_zeros(num_jobs)  # jobs with a choice, listed by their present source
+    for rank in range(num_ranks):
+        head[rank] = -1
     for job in range(num_jobs - 1, -1, -1):
         if choice[job, 1] - choice[job, 0] > 1:
             source = jobs[job, SOURCE_RANK]
             load[source] += 1
             after[job] = head[source]
             head[source] = job
-    queue = np.empty(num_ranks, np.int32)
-    reached_by = np.empty(num_ranks, np.int32)  # the job whose move brings one more to this rank
+    queue = int32_zeros(num_ranks)
+    reached_by = int32_zeros(num_ranks)  # the job whose move brings one more to this rank
     while True:
-        top = load.max()
-        reached_by[:] = -2
-        queued = 0
+        top, queued = 0, 0
         for rank in range(num_ranks):
+            top = max(top, load[rank])
+        for rank in range(num_ranks):
+            reached_by[rank] = -2
             if load[rank] == top:
                 queue[queued] = rank
                 reached_by[rank] = -1
@@ -222,35 +231,3 @@ def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, 
             jobs[job, SOURCE_RANK] = target
             target = source
         load[target] -= 1
-
-
-@njit(cache=True)
-def transfer_table(jobs: np.ndarray, rounds: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """(jobs, 5) int32: round, expert, source slot, destination slot, relayed; by round, within it in job order.
-
-    Args:
-        jobs: from :func:`assign_sources`.
-        rounds: (jobs,) int32.
-        before: (E, G) int32 first slots of the map before.
-        after: the same of the map after.
-    """
-    num_jobs = jobs.shape[0]
-    num_rounds = 0
-    for job in range(num_jobs):
-        num_rounds = max(num_rounds, rounds[job] + 1)
-    at = np.zeros(num_rounds + 1, np.int32)
-    for job in range(num_jobs):
-        at[rounds[job] + 1] += 1
-    for i in range(num_rounds):
-        at[i + 1] += at[i]
-    table = np.empty((num_jobs, 5), np.int32)
-    for job in range(num_jobs):
-        row = at[rounds[job]]
-        at[rounds[job]] += 1
-        expert, source = jobs[job, EXPERT], jobs[job, SOURCE_RANK]
-        table[row, 0] = rounds[job]
-        table[row, 1] = expert
-        table[row, 2] = after[expert, source] if jobs[job, RELAYED] else before[expert, source]
-        table[row, 3] = after[expert, jobs[job, DESTINATION_RANK]]
-        table[row, 4] = jobs[job, RELAYED]
-    return table

@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numba import njit
+
+from equipoise.jit import kernel
 
 Verification = Literal["off", "canary", "checksum"]
 
@@ -63,7 +64,7 @@ def _row_sum(row: torch.Tensor) -> int:
     return _wrap(total + row.numel())
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sum_words(words: np.ndarray, start: int = 0) -> np.int64:
     total = np.int64(0)
     for i in range(words.size):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+
+import pytest
 
 from equipoise.algorithms import WarmUp, warm_up, warm_up_in_background, warming
 
@@ -62,3 +65,28 @@ def test_every_kernel_that_a_plan_needs_is_warm():
     finally:
         event.unregister("numba:compile", listener)
     assert compiled == []
+
+
+def test_the_compiling_child_does_not_wait_for_torch():
+    """Its import would take as long as a fifth of the solvers' kernels."""
+    code = "import sys, equipoise.algorithms.solver_kernels, equipoise.kernels; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
+
+
+def test_vector_loops_are_left_out_only_where_that_is_asked_for():
+    import numba
+
+    from equipoise.jit import without_loop_vectors
+
+    usual = numba.config.LOOP_VECTORIZE
+    seen = []
+
+    @without_loop_vectors()
+    def compile_something():
+        seen.append(numba.config.LOOP_VECTORIZE)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        compile_something()
+    assert seen == [0]
+    assert usual == numba.config.LOOP_VECTORIZE

@@ -11,12 +11,15 @@ PACKAGE = Path(equipoise.__file__).parent
 
 # Lowest layer first; a file may import from its own layer and from those before it. Listed by first path component.
 LAYERS = [
-    {"__init__", "errors", "topology", "config", "atomic_file", "cpus"},
+    {"__init__", "errors", "topology", "config", "atomic_file", "cpus", "jit", "order"},
     {"expert_location", "load_trace", "formats", "metrics", "commands"},
     {"algorithms", "dispatch", "trigger"}
     | {
         f"transfer_{part}"
-        for part in ("plan", "sources", "rounds", "pace", "schedule", "steps", "program", "report", "table")
+        for part in (
+            *("plan", "sources", "rounds", "pace", "schedule", "steps", "places", "cycles", "program"),
+            *("report", "table"),
+        )
     }
     | {"placement_alignment"},
     {"communicator", "small_sums", "in_memory_communicator", "pinned_host_communicator", "fault_injection"}
@@ -35,6 +38,7 @@ LAYERS = [
     {
         "background_planner",
         "kernels",
+        "transfer_kernels",
         "planning",
         "migration",
         "recording",

@@ -4,14 +4,15 @@ A new algorithm is a function from :class:`~equipoise.algorithms.problem.Placeme
 :class:`~equipoise.algorithms.problem.Placement` and a line in ``registry.py``.
 """
 
-from equipoise.algorithms.registry import (
-    DEFAULT_MOVE_PRICE,
-    available_algorithms,
-    check_algorithm,
-    plans_by_nodes,
-    rebalance_experts,
-)
-from equipoise.algorithms.warming import WarmUp, warm_up, warm_up_in_background
+from typing import TYPE_CHECKING
+
+from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
+from equipoise.algorithms.registry import available_algorithms, check_algorithm, plans_by_nodes
+from equipoise.algorithms.warming import WarmUp, warm_up_in_background
+
+if TYPE_CHECKING:
+    from equipoise.algorithms.rebalance import rebalance_experts
+    from equipoise.algorithms.solver_kernels import warm_up
 
 __all__ = [
     "DEFAULT_MOVE_PRICE",
@@ -23,3 +24,16 @@ __all__ = [
     "warm_up",
     "warm_up_in_background",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Loads on first use what needs torch, and what is a program of its own: compiling the solvers needs no torch."""
+    if name == "rebalance_experts":
+        from equipoise.algorithms.rebalance import rebalance_experts
+
+        return rebalance_experts
+    if name == "warm_up":
+        from equipoise.algorithms.solver_kernels import warm_up
+
+        return warm_up
+    raise AttributeError(f"module 'equipoise.algorithms' has no attribute {name!r}")

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
-from equipoise.algorithms.kernel import helper, int_zeros, kernel, number
 from equipoise.algorithms.layer_state import new_state, settle_all
 from equipoise.algorithms.layers import for_each_layer
 from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, origin, search, spent
@@ -33,6 +32,7 @@ from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread
 from equipoise.algorithms.risk import exponents
 from equipoise.algorithms.scenarios import NUM_SCENARIOS, Scenarios, make_scenarios, mean_load
 from equipoise.errors import ConfigError
+from equipoise.jit import helper, int_zeros, kernel, number
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails

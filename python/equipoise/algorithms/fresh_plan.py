@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, inlined, int_zeros, zeros
-from equipoise.algorithms.order import descending
+from equipoise.jit import helper, inlined, int_zeros, zeros
+from equipoise.order import descending
 
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
 

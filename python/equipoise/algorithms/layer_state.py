@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, int_zeros, number
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
+from equipoise.jit import helper, int_zeros, number
 
 _TINY = 1e-9
 # Columns of LayerState.ranks; the load per scenario comes first, then the slope per scenario.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, inlined, int_zeros, number, zeros
 from equipoise.algorithms.layer_state import (
     COST,
     COUNT,
@@ -36,6 +35,7 @@ from equipoise.algorithms.layer_state import (
     settle_all,
 )
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
+from equipoise.jit import helper, inlined, int_zeros, number, zeros
 
 NUM_HOT = 3  # ranks whose load a step tries to lower
 NUM_COOL = 6  # ranks it tries to put it on, at first

@@ -8,8 +8,8 @@ bound that no choice of shares beats.
 
 from __future__ import annotations
 
-from equipoise.algorithms.kernel import inlined, int_zeros
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
+from equipoise.jit import inlined, int_zeros
 
 _LEVEL = 1e-9  # relative: ranks closer than this are level
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from equipoise.errors import ConfigError, PlacementError
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.metrics import LoadLike, as_load_array
 from equipoise.topology import EpTopology
+
+if TYPE_CHECKING:  # solvers know numpy only: the process that compiles them need not load torch
+    from equipoise.expert_location import ExpertLocationMetadata
+
+DEFAULT_MOVE_PRICE = 0.12
 
 
 class Placement(NamedTuple):
@@ -49,7 +52,7 @@ class PlacementProblem:
     @classmethod
     def check(
         cls,
-        load: LoadLike,
+        load: np.ndarray,
         topology: EpTopology,
         *,
         current: ExpertLocationMetadata | None,
@@ -59,17 +62,15 @@ class PlacementProblem:
         move_price: float,
         num_threads: int,
     ) -> PlacementProblem:
-        """Builds a problem from what a caller handed in.
+        """Builds a problem from what a caller handed in; ``load`` from :func:`equipoise.metrics.as_load_array`.
 
         Raises:
-            LoadError: the load is not a matrix of finite counts.
             ConfigError: too few slots, groups that do not divide the experts, a negative limit, price or capacity.
             PlacementError: ``current`` has another topology or other sizes than the load.
         """
-        array = as_load_array(load)
-        if array.ndim == 2:
-            array = array[None]
-        num_layers, num_experts = array.shape[1:]
+        if load.ndim == 2:
+            load = load[None]
+        num_layers, num_experts = load.shape[1:]
         if topology.num_slots < num_experts:
             raise ConfigError(
                 f"{num_experts} logical experts do not fit into {topology.num_slots} slots "
@@ -98,7 +99,7 @@ class PlacementProblem:
                     field="current",
                 )
         return cls(
-            np.ascontiguousarray(array),
+            np.ascontiguousarray(load),
             topology,
             current,
             num_groups,

@@ -1,26 +1,17 @@
-"""The registry of placement algorithms and the one function that callers use."""
+"""The registry of placement algorithms: what each is called, and what sets it apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
 
-import numpy as np
-import numpy.typing as npt
-
 from equipoise.algorithms import deepseek, equipoise
 from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.cpus import available_cpus
 from equipoise.errors import ConfigError
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.metrics import LoadLike
-from equipoise.topology import EpTopology
 
 Solver = Callable[[PlacementProblem], Placement]
 
-DEFAULT_MOVE_PRICE = 0.12
-
-_SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
+SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
     {
         "deepseek": deepseek.solve_global,
         "deepseek_hierarchical": deepseek.solve_hierarchical,
@@ -28,8 +19,6 @@ _SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
         "reweight": equipoise.solve_weights,
     }
 )
-
-
 _BY_NODES = frozenset({"deepseek_hierarchical"})
 
 
@@ -43,7 +32,7 @@ def plans_by_nodes(name: str) -> bool:
 
 def available_algorithms() -> list[str]:
     """Names that :func:`rebalance_experts` takes besides ``auto``, sorted."""
-    return sorted(_SOLVERS)
+    return sorted(SOLVERS)
 
 
 def check_algorithm(name: str, *, field: str = "algorithm") -> None:
@@ -51,74 +40,15 @@ def check_algorithm(name: str, *, field: str = "algorithm") -> None:
     Raises:
         ConfigError: ``name`` is neither ``auto`` nor one of :func:`available_algorithms`; the message lists them.
     """
-    if name != "auto" and name not in _SOLVERS:
+    if name != "auto" and name not in SOLVERS:
         known = ", ".join(["auto", *available_algorithms()])
         raise ConfigError(f"{field} must be one of {known}, got {name!r}", field=field)
 
 
-def rebalance_experts(
-    load: LoadLike,
-    topology: EpTopology,
-    *,
-    algorithm: str = "auto",
-    current: ExpertLocationMetadata | None = None,
-    num_groups: int | None = None,
-    max_moves_per_layer: int | None = None,
-    rank_capacity: npt.ArrayLike | None = None,
-    move_price: float = DEFAULT_MOVE_PRICE,
-    num_threads: int | None = None,
-) -> ExpertLocationMetadata:
-    """Computes a placement for the load to come from the load that was.
-
-    Pure: the same arguments give the same placement on any machine and with any number of threads.
-
-    Args:
-        load: (L, E) tokens per expert, or (T, L, E) for T windows, oldest first.
-        topology: where the ``P >= E`` slots lie.
-        algorithm: one of :func:`available_algorithms`, or ``auto``.
-        current: the placement in force; algorithms that count moves start from it.
-        num_groups: expert groups of group-limited routing; a group's experts then share a node. None: no groups.
-        max_moves_per_layer: most slots of a layer that may receive another expert. Holds for every algorithm: a layer
-            whose plan an algorithm cannot shorten keeps its current placement. Without ``current`` it says nothing.
-        rank_capacity: (G,) relative speed of each rank; 0 for a rank that is gone.
-        move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it.
-        num_threads: layers solved side by side; None: one thread per CPU this process may use.
-
-    Returns:
-        A fresh placement on the CPU, with dispatch weights where the algorithm solves them and uniform ones elsewhere.
-
-    Raises:
-        LoadError: NaN, infinite or negative load, or a wrong shape.
-        ConfigError: an unknown algorithm, or options that do not fit together; ``field`` names the option.
-        PlacementError: ``current`` has other sizes than the load and the topology.
+def solver(name: str) -> Solver:
     """
-    problem = PlacementProblem.check(
-        load,
-        topology,
-        current=current,
-        num_groups=num_groups,
-        max_moves_per_layer=max_moves_per_layer,
-        rank_capacity=rank_capacity,
-        move_price=move_price,
-        num_threads=available_cpus() if num_threads is None else num_threads,
-    )
-    placed, weights = _solver(algorithm)(problem)
-    if current is not None and max_moves_per_layer is not None:
-        placed = _within_limit(placed, problem)
-    return ExpertLocationMetadata.from_physical_to_logical(
-        placed, problem.num_logical_experts, topology, dispatch_weights=weights
-    )
-
-
-def _solver(algorithm: str) -> Solver:
-    if algorithm == "auto":
-        return _SOLVERS["equipoise"]
-    check_algorithm(algorithm)
-    return _SOLVERS[algorithm]
-
-
-def _within_limit(placed: np.ndarray, problem: PlacementProblem) -> np.ndarray:
-    current = problem.current_map
-    assert current is not None
-    over = (placed != current).sum(1) > problem.max_moves_per_layer
-    return np.where(over[:, None], current, placed)
+    Raises:
+        ConfigError: as :func:`check_algorithm`.
+    """
+    check_algorithm(name)
+    return SOLVERS["equipoise" if name == "auto" else name]

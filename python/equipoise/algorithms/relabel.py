@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper
+from equipoise.jit import helper
 
 MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 _NEVER = 1e9

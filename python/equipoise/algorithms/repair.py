@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, number
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 from equipoise.algorithms.local_search import ON_RANK, overwrite
+from equipoise.jit import helper, number
 
 
 @helper

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, kernel, number, zeros
+from equipoise.jit import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
 DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)

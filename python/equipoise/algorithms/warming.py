@@ -1,4 +1,4 @@
-"""Compiles the solvers' kernels before anybody waits for a plan.
+"""Compiles kernels in the background, before anybody waits for a plan.
 
 The first plan on a fresh installation compiles for some seconds; afterwards the kernels are loaded from numba's cache
 on disk. Compiling in the engine's own process would hold the GIL and delay steps, so a child process fills the cache.
@@ -17,12 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from equipoise.algorithms import equipoise
-from equipoise.algorithms.problem import PlacementProblem
-from equipoise.algorithms.registry import DEFAULT_MOVE_PRICE, available_algorithms, rebalance_experts
-from equipoise.topology import EpTopology
+from equipoise.jit import compile_common_helpers
 
 _NICE = 10  # three processes at 10 weigh as much as one at 5
 # The child's standard input is a pipe that its parent never writes to: it ends when the parent does, however that was.
@@ -61,7 +56,7 @@ class WarmUp:
         self.process.communicate()
 
 
-def warm_up_in_background(module: str = "equipoise.algorithms.warming") -> WarmUp:
+def warm_up_in_background(module: str = "equipoise.algorithms.solver_kernels") -> WarmUp:
     """Starts compiling all kernels into numba's cache, in a child process of low priority, and returns at once.
 
     ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
@@ -84,6 +79,7 @@ def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:
     They end when this process does. Call it in a process made for that: what other threads hold stays locked in the
     forked ones for ever.
     """
+    compile_common_helpers()
     watched, held = os.pipe()  # closed on this side when this process ends, however that was
     children = []
     for share in shares:
@@ -108,43 +104,3 @@ def _compile_and_exit(share: Callable[[], None]) -> None:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
-
-
-def compile_search() -> None:
-    """Compiles, or loads from the cache, the search of the default algorithm: half of the solvers' kernels."""
-    equipoise.compile_search(_small_problem())
-
-
-def compile_all_but_search() -> None:
-    """Compiles, or loads from the cache, the solvers' other kernels."""
-    problem = _small_problem()
-    for algorithm in available_algorithms():
-        if algorithm != "equipoise":
-            rebalance_experts(problem.load, problem.topology, algorithm=algorithm, num_threads=1)
-    equipoise.compile_fresh_plan(problem)
-
-
-SHARES = (compile_search, compile_all_but_search)
-
-
-def warm_up() -> None:
-    """Compiles, or loads from the cache, every kernel; some 13 s the first time, less than half a second later."""
-    for share in SHARES:
-        share()
-
-
-def _small_problem() -> PlacementProblem:
-    return PlacementProblem(
-        load=np.arange(1.0, 17.0).reshape(2, 1, 8),
-        topology=EpTopology(4, 2, 3),
-        current=None,
-        num_groups=None,
-        max_moves_per_layer=None,
-        rank_capacity=None,
-        move_price=DEFAULT_MOVE_PRICE,
-        num_threads=1,
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(0 if compile_side_by_side(SHARES) else 1)

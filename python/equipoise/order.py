@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.kernel import helper, int_zeros
+from equipoise.jit import helper, int_zeros
 
 
 @helper
