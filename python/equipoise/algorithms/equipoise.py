@@ -5,41 +5,28 @@ Per layer: the shares of the placement in force settle on the load to come (scen
 nothing (fresh_plan.py), its ranks renamed after the old ones (relabel.py), is searched as well, and the better of the
 two wins. Without a placement in force, moves are free and only the plan from nothing is made.
 
-`reweight` does the first of these alone: it moves nothing. How far off the forecast is (risk.py) sets the price of
-risk, and the exponent of the soft maximum where weights alone are solved.
-
-A single window is no sample to spread risk over. There the shares are finished by the exact least maximum for the
-placement (min_max.py).
+How far off the forecast is (risk.py) sets the price of risk. A single window is no sample to spread risk over: there
+the shares are finished by the exact least maximum for the placement (min_max.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 
 from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
-from equipoise.algorithms.layer_state import new_state, settle_all
-from equipoise.algorithms.layers import for_each_layer
-from equipoise.algorithms.local_search import ELSEWHERE, NUM_COOL, ON_NODE, origin, search, spent
-from equipoise.algorithms.min_max import level_ranks
+from equipoise.algorithms.layer_state import new_state
+from equipoise.algorithms.local_search import NUM_COOL, search
+from equipoise.algorithms.move_price import ELSEWHERE, origin, spent
 from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.relabel import align, relabel
-from equipoise.algorithms.repair import lost_experts, part_twins, revive, spread_shares
-from equipoise.algorithms.risk import exponents
-from equipoise.algorithms.scenarios import NUM_SCENARIOS, Scenarios, make_scenarios, mean_load
+from equipoise.algorithms.relabel import relabel
+from equipoise.algorithms.repair import part_twins, revive, spread_shares
+from equipoise.algorithms.scenarios import NUM_SCENARIOS, Scenarios
+from equipoise.algorithms.task import NODE_PRICE, Task
 from equipoise.errors import ConfigError
-from equipoise.jit import helper, int_zeros, kernel, number
+from equipoise.jit import helper, int_zeros, kernel
 
-NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
-RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails
 STAGES = (2, 3, 5)  # exponents of the soft maximum: 2**2 = 4, then 8, then 32
-ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
 SINGLE_STAGES = (3, 6)  # the same where there is one window
-SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
 SINGLE_MOST_COOL = 24  # ranks that a step looks at then
@@ -53,24 +40,24 @@ def solve(problem: PlacementProblem) -> Placement:
         ConfigError: ``max_moves_per_layer`` leaves too few moves to keep the experts of ranks that are gone, or a node
             has too few live slots for its expert groups.
     """
-    task = _Task.of(problem)
+    task = Task.of(problem)
     value = np.full(problem.num_layers, -np.inf)
     placed, share = task.old.copy(), task.old_share.copy()
     if problem.current is not None:
-        task.improve(placed, share, value)
+        _improve(task, placed, share, value)
         # A plan from nothing moves more than half of the slots: below, it could win nevertheless.
         retried = np.flatnonzero(value < 1.0 - 0.5 * problem.move_price)
     else:
         retried = np.arange(problem.num_layers)
     if retried.size:
         part = task.take(retried)
-        fresh, enough = part.plan_afresh()
+        fresh, enough = _plan_afresh(part)
         if problem.current is not None:
             nodes, grouped = problem.topology.num_nodes, problem.grouped
             for layer in np.flatnonzero(enough):
                 fresh[layer] = relabel(fresh[layer], part.old[layer], nodes, part.slowness, NODE_PRICE, grouped)
         fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
-        part.improve(fresh, fresh_share, fresh_value)
+        _improve(part, fresh, fresh_share, fresh_value)
         better = enough & (fresh_value > value[retried])
         chosen = retried[better]
         placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
@@ -84,140 +71,52 @@ def solve(problem: PlacementProblem) -> Placement:
     return task.finish(placed, share)
 
 
-def solve_weights(problem: PlacementProblem) -> Placement:
-    """Re-solves the dispatch weights of the current placement, contiguous if there is none; no slot changes.
-
-    Raises:
-        ConfigError: an expert has no replica on a rank with a capacity above 0.
-    """
-    task = _Task.of(problem)
-    share, lost = task.old_share.copy(), np.zeros(problem.num_layers, dtype=np.int64)
-    doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
-    task.run(_weigh_layers, task.old, share, task.experts, task.weight, task.slowness, doublings, lost)
-    if lost.any():
-        raise ConfigError(
-            f"rank_capacity leaves experts of layer {int(np.flatnonzero(lost)[0])} without a live rank, and weights "
-            f"alone cannot bring them back",
-            field="rank_capacity",
-        )
-    return task.finish(task.old, share)
-
-
 def compile_search(problem: PlacementProblem) -> None:
     """Compiles the search and nothing else; the values of ``problem`` do not matter, and no scenarios are made."""
     shape = (problem.num_layers, problem.num_logical_experts)
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
     flat = Scenarios(np.ones((*shape, NUM_SCENARIOS)), np.full(NUM_SCENARIOS, 0.25), np.zeros(shape), any_load, 1.0)
-    task = _Task.of(problem, flat)
-    task.improve(task.old, task.old_share, np.full(problem.num_layers, -np.inf))
+    task = Task.of(problem, flat)
+    _improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))
 
 
 def compile_fresh_plan(problem: PlacementProblem) -> None:
     """Compiles the plan from nothing, and scenarios, without the search."""
-    _Task.of(problem).plan_afresh()
+    _plan_afresh(Task.of(problem))
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A problem as the kernels take it."""
-
-    problem: PlacementProblem
-    old: np.ndarray  # (L, P) int64, the placement in force; contiguous if there is none
-    old_share: np.ndarray  # (L, P) float64, its dispatch weights; 0 if there is none
-    experts: np.ndarray  # (L, E, S + 1), see LayerState.experts
-    weight: np.ndarray  # (S,) of the scenarios
-    any_load: np.ndarray  # (L,) bool
-    slowness: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
-    exponent: np.ndarray  # (L,) of the soft maximum, that fits the forecast's error
-    prices: np.ndarray  # (3,) of a move by where the expert was
-
-    @classmethod
-    def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> _Task:
-        shape = (problem.num_layers, problem.topology.num_slots)
-        slowness = _slowness(problem)
-        if scenarios is None:
-            scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
-        prices = np.zeros(3)
-        if problem.current is None:
-            old = np.tile(np.arange(shape[1]) % problem.num_logical_experts, (shape[0], 1))
-            old_share = np.zeros(shape)
-        else:
-            old = problem.current.physical_to_logical_map.cpu().numpy().copy()
-            old_share = problem.current.dispatch_weights.cpu().numpy().astype(np.float64)
-            prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
-        live = int((slowness > 0).sum())
-        mean = mean_load(scenarios.tokens, scenarios.weight)
-        exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
-        noise = scenarios.noise * (RISK_PRICE * 0.5 * (exponent[:, None] - 1.0))
-        experts = np.concatenate([scenarios.tokens, noise[..., None]], axis=2)
-        return cls(problem, old, old_share, experts, scenarios.weight, scenarios.any_load, slowness, exponent, prices)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Ranks per node, and the number of groups to keep whole, 0 for none."""
-        groups = self.problem.num_groups if self.problem.grouped else None
-        return self.problem.topology.ranks_per_node, groups or 0
-
-    def take(self, layers: np.ndarray) -> _Task:
-        return replace(
-            self,
-            old=self.old[layers],
-            old_share=self.old_share[layers],
-            experts=self.experts[layers],
-            exponent=self.exponent[layers],
-            any_load=self.any_load[layers],
-        )
-
-    def run(self, kernel: Callable[..., None], *args: Any) -> None:
-        for_each_layer(kernel, len(self.old), self.problem.num_threads, *args)
-
-    def plan_afresh(self) -> tuple[np.ndarray, np.ndarray]:
-        """(L, P) experts, placed from nothing; (L,) bool, False where a node has too few live slots for its groups."""
-        fresh, enough = self.old.copy(), np.zeros(len(self.old), dtype=np.bool_)
-        self.run(_fresh_layers, fresh, enough, self.experts, self.weight, self.slowness, *self.shape)
-        return fresh, enough
-
-    def improve(self, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
-        """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
-        problem, from_nothing = self.problem, self.problem.current is None
-        num_slots, limit = problem.topology.num_slots, problem.max_moves_per_layer
-        several = problem.load.shape[0] > 1
-        self.run(
-            _improve_layers,
-            self.old,
-            placed,
-            share,
-            value,
-            self.experts,
-            self.weight,
-            self.any_load,
-            self.slowness,
-            *self.shape,
-            self.prices,
-            problem.move_price / num_slots,
-            NO_LIMIT if limit is None or from_nothing else limit,
-            np.array(STAGES if several else SINGLE_STAGES),
-            # From nothing, with several windows to please, a few steps bring what carries over to the next window.
-            max(24, problem.topology.num_ranks // 2) if from_nothing and several else num_slots,
-            LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
-            NUM_COOL if several or not from_nothing else SINGLE_MOST_COOL,
-        )
-
-    def finish(self, placed: np.ndarray, share: np.ndarray) -> Placement:
-        problem = self.problem
-        keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
-        self.run(_finish_layers, self.old, placed, share, self.experts, self.weight, self.slowness, keep_slots, exact)
-        return Placement(placed, share)
+def _plan_afresh(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """(L, P) experts, placed from nothing; (L,) bool, False where a node has too few live slots for its groups."""
+    fresh, enough = task.old.copy(), np.zeros(len(task.old), dtype=np.bool_)
+    task.run(_fresh_layers, fresh, enough, task.experts, task.weight, task.slowness, *task.shape)
+    return fresh, enough
 
 
-def _slowness(problem: PlacementProblem) -> np.ndarray:
-    """(G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone."""
-    capacity = problem.rank_capacity
-    if capacity is None:
-        return np.ones(problem.topology.num_ranks)
-    live = capacity > 0
-    speed = np.maximum(capacity / capacity.max(), SLOWEST)
-    return np.where(live, speed[live].sum() / live.sum() / speed, 0.0)
+def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
+    """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
+    problem, from_nothing = task.problem, task.problem.current is None
+    num_slots, limit = problem.topology.num_slots, problem.max_moves_per_layer
+    several = problem.load.shape[0] > 1
+    task.run(
+        _improve_layers,
+        task.old,
+        placed,
+        share,
+        value,
+        task.experts,
+        task.weight,
+        task.any_load,
+        task.slowness,
+        *task.shape,
+        task.prices,
+        problem.move_price / num_slots,
+        NO_LIMIT if limit is None or from_nothing else limit,
+        np.array(STAGES if several else SINGLE_STAGES),
+        # From nothing, with several windows to please, a few steps bring what carries over to the next window.
+        max(24, problem.topology.num_ranks // 2) if from_nothing and several else num_slots,
+        LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
+        NUM_COOL if several or not from_nothing else SINGLE_MOST_COOL,
+    )
 
 
 @kernel
@@ -269,55 +168,6 @@ def _improve_layers(
             )
         else:
             value[layer] = 1.0  # no token was seen: nothing speaks for a change
-
-
-@kernel
-def _weigh_layers(
-    first: int,
-    last: int,
-    placed: np.ndarray,
-    share: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    slowness: np.ndarray,
-    doublings: np.ndarray,
-    lost: np.ndarray,
-) -> None:
-    """Re-solves rows first..last-1 of ``share`` (L, P), in place, with exponents ``2 ** doublings`` (L,).
-
-    ``lost`` (L,) takes the number of experts without a live rank.
-    """
-    for layer in range(first, last):
-        state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
-        lost[layer] = lost_experts(state)
-        if lost[layer] == 0:
-            spread_shares(state)
-            settle_all(state, doublings[layer], number(40), 1e-6)
-
-
-@kernel
-def _finish_layers(
-    first: int,
-    last: int,
-    old: np.ndarray,
-    placed: np.ndarray,
-    share: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    slowness: np.ndarray,
-    keep_slots: bool,
-    exact: bool,
-) -> None:
-    """Makes shares exact for a single window, puts experts that stay on a rank into their old slots, and cleans up."""
-    size = placed.shape[1] // slowness.shape[0]
-    for layer in range(first, last):
-        if exact:
-            level_ranks(new_state(placed[layer], share[layer], experts[layer], weight, slowness))
-        if keep_slots:
-            align(placed[layer], share[layer], old[layer], size)
-        for slot in range(placed.shape[1]):
-            live = slowness[slot // size] > 0.0
-            share[layer, slot] = min(max(share[layer, slot], 0.0), 1.0) if live else 0.0
 
 
 @helper

@@ -14,66 +14,36 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.algorithms.changes import (
+    apply_change,
+    find_heir,
+    first_order_gain,
+    most_gain,
+    overwrite_gain,
+    slot_loads,
+    swap_gain,
+)
 from equipoise.algorithms.layer_state import (
     COST,
     COUNT,
-    FIRST,
-    NOISE,
     SLOPE,
     SLOWNESS,
     LayerState,
-    add_share,
-    best_transfer,
     copy_placement,
     expected_balance,
     fill,
-    marginal,
-    power,
-    refresh,
-    relink,
-    settle,
-    settle_all,
 )
+from equipoise.algorithms.move_price import ON_RANK, spent
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
+from equipoise.algorithms.shares import marginal, settle_all
 from equipoise.jit import helper, inlined, int_zeros, number, zeros
 
 NUM_HOT = 3  # ranks whose load a step tries to lower
 NUM_COOL = 6  # ranks it tries to put it on, at first
 PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
-ON_RANK, ON_NODE, ELSEWHERE = 0, 1, 2  # where an expert was before the search
 _FREE = 0.05  # price that a change without a move is ranked by
 WORTH = 0.3  # of what a change must gain to pay: below, it is not even walked through
 MANY_RANKS = 32  # beyond, one step is a smaller part of the whole, and may gain as much less
-
-
-@helper
-def origin(expert: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int) -> np.ndarray:
-    """(G, E) uint8: whether each rank holds an expert already, or at least its node does."""
-    size = expert.shape[0] // num_ranks
-    where = np.empty((num_ranks, num_experts), dtype=np.uint8)
-    for rank in range(num_ranks):
-        for e in range(num_experts):
-            where[rank, e] = ELSEWHERE
-    for slot in range(expert.shape[0]):
-        node = slot // size // ranks_per_node
-        for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
-            if where[rank, expert[slot]] == ELSEWHERE:
-                where[rank, expert[slot]] = ON_NODE
-        where[slot // size, expert[slot]] = ON_RANK
-    return where
-
-
-@helper
-def spent(expert: np.ndarray, where: np.ndarray, prices: np.ndarray) -> tuple[float, int]:
-    """Price and number of the moves that lead to the present placement."""
-    size = expert.shape[0] // where.shape[0]
-    total, moves = 0.0, 0
-    for slot in range(expert.shape[0]):
-        place = where[slot // size, expert[slot]]
-        total += prices[place]
-        if place != ON_RANK:
-            moves += 1
-    return total, moves
 
 
 @helper
@@ -91,152 +61,6 @@ def _pick_ranks(ranks: np.ndarray, first: int, last: int, picked: np.ndarray, mo
             i -= 1
         picked[i] = rank
     return count
-
-
-@helper
-def _loads(expert: np.ndarray, share: np.ndarray, experts: np.ndarray, rank: int, size: int, out: np.ndarray) -> None:
-    """Fills ``out`` (S, scenarios) with what each slot of a rank adds to its load."""
-    for k in range(size):
-        slot = rank * size + k
-        part, e = share[slot], expert[slot]
-        risk = experts[e, NOISE] * part * part
-        for s in range(NUM_SCENARIOS):
-            out[k, s] = part * experts[e, s] + risk
-
-
-@helper
-def _drop(ranks: np.ndarray, loads: np.ndarray, k: int, source: int, target: int) -> float:
-    """First-order gain (over q) of row ``k`` of ``loads`` going from one rank to another."""
-    total = 0.0
-    for s in range(NUM_SCENARIOS):
-        total += (ranks[source, SLOPE + s] - ranks[target, SLOPE + s]) * loads[k, s]
-    return total
-
-
-@helper
-def _swap_gain(
-    ranks: np.ndarray,
-    weight: np.ndarray,
-    loads_1: np.ndarray,
-    k_1: int,
-    rank_1: int,
-    loads_2: np.ndarray,
-    k_2: int,
-    rank_2: int,
-    doublings: int,
-) -> float:
-    gain = ranks[rank_1, COST] + ranks[rank_2, COST]
-    for s in range(NUM_SCENARIOS):
-        moved = loads_1[k_1, s] - loads_2[k_2, s]
-        gain -= weight[s] * (
-            power(ranks[rank_1, s] - moved * ranks[rank_1, SLOWNESS], doublings)
-            + power(ranks[rank_2, s] + moved * ranks[rank_2, SLOWNESS], doublings)
-        )
-    return gain
-
-
-@helper
-def _most_gain(
-    ranks: np.ndarray, weight: np.ndarray, rank_1: int, rank_2: int, loads_2: np.ndarray, k: int, doublings: int
-) -> float:
-    """Bound on the gain of any exchange between two ranks, when row ``k`` of ``loads_2`` (-1: none) leaves for good.
-
-    The cost is convex: the two can do no better than share their load in the proportion of their speeds.
-    """
-    gain = ranks[rank_1, COST] + ranks[rank_2, COST]
-    slow_1, slow_2 = ranks[rank_1, SLOWNESS], ranks[rank_2, SLOWNESS]
-    for s in range(NUM_SCENARIOS):
-        load = ranks[rank_1, s] * slow_2 + ranks[rank_2, s] * slow_1
-        if k >= 0:
-            load -= loads_2[k, s] * slow_1 * slow_2
-        gain -= 2.0 * weight[s] * power(load / (slow_1 + slow_2), doublings)
-    return gain
-
-
-@helper
-def _heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
-    """The replica that takes a slot's share most cheaply when the slot is overwritten; first-order cost (over q)."""
-    expert, following, share, replicas, _, ranks, experts, _ = state
-    e, part = expert[slot], share[slot]
-    best, least = number(-1), np.inf
-    other = replicas[e, FIRST]
-    while other >= 0:
-        if other != slot:
-            price = part * marginal(ranks, experts, other // size, e, share[other] + 0.5 * part)
-            if price < least:
-                best, least = other, price
-        other = following[other]
-    return best, least
-
-
-@helper
-def _overwrite_gain(
-    state: LayerState, hot_slot: int, slot: int, heir: int, doublings: int, saved: np.ndarray
-) -> tuple[float, float]:
-    """Gain of giving ``slot`` a replica of ``hot_slot``'s expert, and the share that it best takes over."""
-    expert, _, share, _, _, ranks, experts, weight = state
-    size = expert.shape[0] // ranks.shape[0]
-    hot, rank, third = hot_slot // size, slot // size, heir // size
-    e, has, freed, heir_share = expert[hot_slot], share[hot_slot], share[slot], share[heir]
-    apart = third != hot and third != rank
-    gain = ranks[hot, COST] + ranks[rank, COST]
-    if apart:
-        gain += ranks[third, COST]
-    for s in range(NUM_SCENARIOS):
-        saved[0, s], saved[1, s] = ranks[rank, s], ranks[third, s]
-    add_share(expert, share, ranks, experts, slot, -freed)
-    add_share(expert, share, ranks, experts, heir, freed)
-    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, number(2))
-    for s in range(NUM_SCENARIOS):
-        less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, SLOWNESS]
-        more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, SLOWNESS]
-        gain -= weight[s] * (power(ranks[hot, s] - less, doublings) + power(ranks[rank, s] + more, doublings))
-        if apart:
-            gain -= weight[s] * power(ranks[third, s], doublings)
-    share[slot], share[heir] = freed, heir_share
-    for s in range(NUM_SCENARIOS):
-        ranks[third, s] = saved[1, s]
-        ranks[rank, s] = saved[0, s]
-    return gain, t
-
-
-@helper
-def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
-    """Gives ``slot`` to the expert ``new``, with no share yet; what was there leaves its share to ``heir``."""
-    expert, following, share, replicas, held, ranks, experts, _ = state
-    freed = share[slot]
-    add_share(expert, share, ranks, experts, slot, -freed)
-    add_share(expert, share, ranks, experts, heir, freed)
-    relink(expert, following, replicas, held, slot, new)
-    share[slot] = 0.0
-
-
-@helper
-def _apply(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
-    """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
-    expert, following, share, replicas, held, ranks, experts, weight = state
-    size = expert.shape[0] // ranks.shape[0]
-    e_1, e_2, share_1, share_2 = expert[slot_1], expert[slot_2], share[slot_1], share[slot_2]
-    if heir >= 0:
-        overwrite(state, slot_2, heir, e_1)
-        add_share(expert, share, ranks, experts, slot_1, -t)
-        add_share(expert, share, ranks, experts, slot_2, t)
-    else:
-        add_share(expert, share, ranks, experts, slot_1, -share_1)
-        add_share(expert, share, ranks, experts, slot_2, -share_2)
-        relink(expert, following, replicas, held, slot_1, e_2)
-        relink(expert, following, replicas, held, slot_2, e_1)
-        add_share(expert, share, ranks, experts, slot_1, share_2)
-        add_share(expert, share, ranks, experts, slot_2, share_1)
-    for i in range(3 if heir >= 0 else 2):
-        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
-        refresh(ranks, weight, slot // size, doublings)
-    for i in range(3 if heir >= 0 else 2):
-        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
-        first = slot // size * size
-        for near in range(first, first + size):
-            if replicas[expert[near], COUNT] > 1:
-                settle(state, expert[near], doublings, 1e-3)
 
 
 @helper
@@ -261,18 +85,18 @@ def _step(
     num_cool = _pick_ranks(ranks, first, last, cool, cool.shape[0], -1.0)
     loads_2, saved = scratch[NUM_HOT], scratch[NUM_HOT + 1]
     for i in range(num_hot):
-        _loads(expert, share, experts, hot[i], size, scratch[i])
+        slot_loads(expert, share, experts, hot[i], size, scratch[i])
     heirs, freed, hopes, back = int_zeros(size), zeros(size), zeros(size), zeros(size)
     best, slot_1, slot_2, best_heir, best_t = least_gain, number(-1), number(-1), number(-1), 0.0
     for j in range(num_cool):
         rank_2 = cool[j]
-        _loads(expert, share, experts, rank_2, size, loads_2)
+        slot_loads(expert, share, experts, rank_2, size, loads_2)
         most_freed = -np.inf
         for k in range(size):
             slot = rank_2 * size + k
             heirs[k] = -1
             if replicas[expert[slot], COUNT] > 1:
-                heirs[k], cost = _heir(state, slot, size)
+                heirs[k], cost = find_heir(state, slot, size)
                 freed[k] = -cost
                 for s in range(NUM_SCENARIOS):
                     freed[k] += ranks[rank_2, SLOPE + s] * loads_2[k, s]
@@ -283,18 +107,18 @@ def _step(
                 continue
             most_back = -np.inf
             for k in range(size):
-                back[k] = _drop(ranks, loads_2, k, rank_2, rank_1)
+                back[k] = first_order_gain(ranks, loads_2, k, rank_2, rank_1)
                 most_back = max(most_back, back[k])
-            hope = _most_gain(ranks, weight, rank_1, rank_2, loads_2, number(-1), doublings)
+            hope = most_gain(ranks, weight, rank_1, rank_2, loads_2, number(-1), doublings)
             for k in range(size):
                 if heirs[k] >= 0:
-                    hopes[k] = _most_gain(ranks, weight, rank_1, rank_2, loads_2, k, doublings)
+                    hopes[k] = most_gain(ranks, weight, rank_1, rank_2, loads_2, k, doublings)
             for k_1 in range(size):
                 p = rank_1 * size + k_1
                 e, part = expert[p], share[p]
                 if part <= 0.0 or held[rank_2, e] > 0:
                     continue
-                out = _drop(ranks, scratch[i], k_1, rank_1, rank_2)
+                out = first_order_gain(ranks, scratch[i], k_1, rank_1, rank_2)
                 rate = part * (marginal(ranks, experts, rank_1, e, part) - marginal(ranks, experts, rank_2, e, 0.0))
                 if q * max(out + most_back, rate + most_freed) <= best * _FREE:
                     continue
@@ -308,7 +132,7 @@ def _step(
                     if heirs[k] >= 0 and rate > 0.0 and more <= room:
                         pay = max(price, _FREE)
                         if min(q * (rate + freed[k]), hopes[k]) > best * pay:
-                            gain, t = _overwrite_gain(state, p, slot, heirs[k], doublings, saved)
+                            gain, t = overwrite_gain(state, p, slot, heirs[k], doublings, saved)
                             if gain > best * pay and t > 0.0:
                                 best, slot_1, slot_2, best_heir, best_t = gain / pay, p, slot, heirs[k], t
                     if min(q * (out + back[k]), hope) > best * _FREE and held[rank_1, other] == 0:
@@ -316,11 +140,11 @@ def _step(
                         pay = max(price + prices[there] - prices[here], _FREE)
                         more += (there != ON_RANK) - (here != ON_RANK)
                         if more <= room and min(q * (out + back[k]), hope) > best * pay:
-                            gain = _swap_gain(ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings)
+                            gain = swap_gain(ranks, weight, scratch[i], k_1, rank_1, loads_2, k, rank_2, doublings)
                             if gain > best * pay:
                                 best, slot_1, slot_2, best_heir = gain / pay, p, slot, number(-1)
     if slot_1 >= 0:
-        _apply(state, slot_1, slot_2, best_heir, best_t, doublings)
+        apply_change(state, slot_1, slot_2, best_heir, best_t, doublings)
     return slot_1 >= 0
 
 
@@ -340,7 +164,7 @@ def search(
     """Searches from the state's placement and leaves the best one found in it.
 
     Args:
-        where: (G, E) from :func:`origin`.
+        where: (G, E) from :func:`~equipoise.algorithms.move_price.origin`.
         prices: (3,) price of a move by where the expert was: ON_RANK, ON_NODE, ELSEWHERE.
         slot_price: balance that a move of price 1 has to gain.
         ranks_per_domain: experts stay within such a block of ranks: all of them, or a node.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import MappingProxyType
 
-from equipoise.algorithms import deepseek, equipoise
+from equipoise.algorithms import deepseek, equipoise, reweight
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.errors import ConfigError
 
@@ -16,7 +16,7 @@ SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
         "deepseek": deepseek.solve_global,
         "deepseek_hierarchical": deepseek.solve_hierarchical,
         "equipoise": equipoise.solve,
-        "reweight": equipoise.solve_weights,
+        "reweight": reweight.solve,
     }
 )
 _BY_NODES = frozenset({"deepseek_hierarchical"})

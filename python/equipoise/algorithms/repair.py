@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.algorithms.changes import overwrite
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
-from equipoise.algorithms.local_search import ON_RANK, overwrite
+from equipoise.algorithms.move_price import ON_RANK
 from equipoise.jit import helper, number
 
 
