@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 
 from equipoise.errors import PlacementError
+from equipoise.expert_maps import IntMap, build_expert_maps
 from equipoise.topology import EpTopology
-
-IntMap = npt.ArrayLike | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -77,28 +76,25 @@ class ExpertLocationMetadata:
         Args:
             physical_to_logical_map: (L, P) ints.
             num_logical_experts: ``E``.
+            topology: where slots lie; ``P`` is its ``num_slots``.
             dispatch_weights: (L, P) shares, non-negative, summing to 1 per expert; uniform over replicas if None.
             max_replicas: ``X``, the replicas an expert can have without a new allocation; as many as the map needs
                 if None. The live metadata of an engine takes ``R + 1``, which any valid placement fits.
             device: where the tensors live.
 
         Raises:
-            PlacementError: wrong shape, an id outside [0, E), an expert without a slot, weights that do not sum
-                to 1. The message names the layer, the experts and the values.
+            PlacementError: wrong shape, an id outside [0, E), an expert without a slot or with more than ``X``, weights
+                that do not sum to 1. The message names the layer, the experts and the values.
         """
-        p2l = _as_int_matrix(physical_to_logical_map, topology)
-        _require_every_expert(p2l, num_logical_experts)
-        l2p, num_replicas, order = _invert(p2l, num_logical_experts, max_replicas)
-        weights = _checked_weights(dispatch_weights, p2l, num_replicas)
-        cdf = _dispatch_cdf(weights, p2l, num_replicas, order, l2p.shape[2])
-        return cls(
-            torch.from_numpy(p2l).to(device),
-            torch.from_numpy(l2p).to(device),
-            torch.from_numpy(num_replicas).to(device),
-            torch.from_numpy(weights).to(device),
-            torch.from_numpy(cdf).to(device),
+        maps = build_expert_maps(
+            physical_to_logical_map,
+            num_logical_experts,
             topology,
+            dispatch_weights=dispatch_weights,
+            max_replicas=max_replicas,
         )
+        p2l, l2p, num_replicas, weights, cdf = (torch.from_numpy(array).to(device) for array in maps)
+        return cls(p2l, l2p, num_replicas, weights, cdf, topology)
 
     @classmethod
     def trivial(
@@ -113,11 +109,7 @@ class ExpertLocationMetadata:
         """Expert ``p % E`` in slot ``p``: contiguous, redundant slots repeat the first experts (as SGLang starts)."""
         row = np.arange(topology.num_slots) % num_logical_experts
         return cls.from_physical_to_logical(
-            np.tile(row, (num_layers, 1)),
-            num_logical_experts,
-            topology,
-            max_replicas=max_replicas,
-            device=device,
+            np.tile(row, (num_layers, 1)), num_logical_experts, topology, max_replicas=max_replicas, device=device
         )
 
     @property
@@ -218,11 +210,7 @@ class ExpertLocationMetadata:
         p2l = self.physical_to_logical_map.cpu()
         weights = self.dispatch_weights.cpu()
         fresh = ExpertLocationMetadata.from_physical_to_logical(
-            p2l,
-            self.num_logical_experts,
-            self.topology,
-            dispatch_weights=weights,
-            max_replicas=self.max_replicas,
+            p2l, self.num_logical_experts, self.topology, dispatch_weights=weights, max_replicas=self.max_replicas
         )
         for name in ("logical_to_physical_map", "num_replicas", "dispatch_cdf"):
             held, derived = getattr(self, name).cpu(), getattr(fresh, name)
@@ -243,112 +231,6 @@ class ExpertLocationMetadata:
                 f"placements do not fit together: (layers, logical experts, topology) is {mine} here, {theirs} there",
                 field="physical_to_logical_map",
             )
-
-
-def _as_int_matrix(value: IntMap, topology: EpTopology) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.ndim != 2 or array.shape[1] != topology.num_slots or array.shape[0] < 1:
-        raise PlacementError(
-            f"physical_to_logical_map must have shape (layers, {topology.num_slots}) for {topology}, "
-            f"got {tuple(array.shape)}",
-            field="physical_to_logical_map",
-        )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise PlacementError(
-            f"physical_to_logical_map must hold integers, got dtype {array.dtype}",
-            field="physical_to_logical_map",
-        )
-    return np.array(array, dtype=np.int64, order="C")  # a copy: nobody else can change it
-
-
-def _require_every_expert(p2l: np.ndarray, num_logical_experts: int) -> None:
-    outside = (p2l < 0) | (p2l >= num_logical_experts)
-    if outside.any():
-        layer, slot = (int(i) for i in np.argwhere(outside)[0])
-        raise PlacementError(
-            f"physical_to_logical_map[{layer}][{slot}] is {p2l[layer, slot]}, "
-            f"outside [0, {num_logical_experts}) logical experts",
-            field="physical_to_logical_map",
-        )
-    present = np.zeros((p2l.shape[0], num_logical_experts), dtype=bool)
-    np.put_along_axis(present, p2l, True, axis=1)
-    if not present.all():
-        layer = int(np.flatnonzero(~present.all(1))[0])
-        missing = np.flatnonzero(~present[layer]).tolist()
-        shown = str(missing) if len(missing) <= 8 else f"{str(missing[:8])[:-1]}, ...] ({len(missing)} in all)"
-        raise PlacementError(
-            f"physical_to_logical_map misses experts {shown} in layer {layer}: each of the {num_logical_experts} "
-            f"logical experts needs at least one of the {p2l.shape[1]} slots",
-            field="physical_to_logical_map",
-        )
-
-
-def _invert(
-    p2l: np.ndarray, num_logical_experts: int, max_replicas: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The inverse map (L, E, X), the replica counts (L, E), and slots sorted by expert (L, P)."""
-    num_layers, num_slots = p2l.shape
-    layer_column = np.arange(num_layers)[:, None]
-    keys = p2l + layer_column * num_logical_experts
-    num_replicas = np.bincount(keys.ravel(), minlength=num_layers * num_logical_experts)
-    num_replicas = num_replicas.reshape(num_layers, num_logical_experts).astype(np.int64)
-    most = int(num_replicas.max())
-    if max_replicas is not None and most > max_replicas:
-        raise PlacementError(
-            f"an expert has {most} replicas, more than max_replicas={max_replicas}", field="max_replicas"
-        )
-    order = np.argsort(p2l, axis=1, kind="stable")
-    experts = np.take_along_axis(p2l, order, axis=1)
-    first = np.cumsum(num_replicas, axis=1) - num_replicas
-    nth_replica = np.arange(num_slots)[None, :] - np.take_along_axis(first, experts, axis=1)
-    l2p = np.full((num_layers, num_logical_experts, max_replicas or most), -1, dtype=np.int64)
-    l2p[layer_column, experts, nth_replica] = order
-    return l2p, num_replicas, order
-
-
-def _checked_weights(
-    weights: npt.ArrayLike | torch.Tensor | None, p2l: np.ndarray, num_replicas: np.ndarray
-) -> np.ndarray:
-    """(L, P) float32 shares; uniform over the replicas of an expert if ``weights`` is None."""
-    if weights is None:
-        return (1.0 / np.take_along_axis(num_replicas, p2l, axis=1)).astype(np.float32)
-    raw = weights.detach().cpu().numpy() if isinstance(weights, torch.Tensor) else np.asarray(weights)
-    if raw.shape != p2l.shape:
-        raise PlacementError(f"dispatch_weights must have shape {p2l.shape}, got {raw.shape}", field="dispatch_weights")
-    array = np.array(raw, dtype=np.float32, order="C")
-    if not (np.isfinite(array) & (array >= 0)).all():
-        layer, slot = (int(i) for i in np.argwhere(~(np.isfinite(array) & (array >= 0)))[0])
-        raise PlacementError(
-            f"dispatch_weights[{layer}][{slot}] is {array[layer, slot]}, must be finite and not negative",
-            field="dispatch_weights",
-        )
-    num_layers, num_experts = num_replicas.shape
-    keys = (p2l + np.arange(num_layers)[:, None] * num_experts).ravel()
-    sums = np.bincount(keys, weights=array.ravel(), minlength=num_layers * num_experts)
-    off = np.abs(sums - 1.0) > 1e-4
-    if off.any():
-        layer, expert = divmod(int(np.flatnonzero(off)[0]), num_experts)
-        raise PlacementError(
-            f"dispatch_weights of expert {expert} in layer {layer} sum to {sums.reshape(-1)[off][0]:.6g}, must be 1",
-            field="dispatch_weights",
-        )
-    return array
-
-
-def _dispatch_cdf(
-    weights: np.ndarray, p2l: np.ndarray, num_replicas: np.ndarray, order: np.ndarray, width: int
-) -> np.ndarray:
-    num_layers, num_experts = num_replicas.shape
-    layer_column = np.arange(num_layers)[:, None]
-    experts = np.take_along_axis(p2l, order, axis=1)
-    first = np.cumsum(num_replicas, axis=1) - num_replicas
-    nth_replica = np.arange(p2l.shape[1])[None, :] - np.take_along_axis(first, experts, axis=1)
-    per_replica = np.zeros((num_layers, num_experts, width), dtype=np.float64)
-    per_replica[layer_column, experts, nth_replica] = np.take_along_axis(weights, order, axis=1)
-    cdf = np.cumsum(per_replica, axis=2)
-    # From the last replica on the sum is 1 by definition; rounding must not leave a gap above it.
-    cdf[np.arange(width)[None, None, :] >= num_replicas[:, :, None] - 1] = 1.0
-    return cdf.astype(np.float32)
 
 
 def _was_on(old_p2l: np.ndarray, new_p2l: np.ndarray, slots_per_place: int, num_experts: int) -> np.ndarray:

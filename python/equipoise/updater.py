@@ -14,23 +14,21 @@ compared with the plan before anything is sent and again where it lands. ``check
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from equipoise.communicator import Communicator, Pending
+from equipoise.communicator import Communicator
 from equipoise.errors import PlanMismatchError
 from equipoise.expert_store import ExpertStore, ExpertWeights
 from equipoise.fault_injection import FaultInjector, NoFaults
 from equipoise.layer_vote import VOTE_GRACE_SECONDS, LayerVote
 from equipoise.side_stream import SideStream
 from equipoise.topology import EpTopology
-from equipoise.transfer_pace import Pace
+from equipoise.transfer_pipeline import TransferPipeline
 from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
-from equipoise.transfer_program import RankProgram, Round, compile_program_kernels, rank_program
+from equipoise.transfer_program import RankProgram, compile_program_kernels, rank_program
 from equipoise.transfer_report import LayerTransferReport, experts_over_ranks
 from equipoise.verification import Verification, checksum
 
@@ -89,13 +87,10 @@ class ExpertLocationUpdater:
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        assert rounds_in_flight >= 1, f"{rounds_in_flight=}"
-        self._rounds_in_flight = rounds_in_flight if duty == 1.0 else 1
         self._communicator = communicator
         self._topology = topology
         self._verification = verification
         self._timeout = timeout
-        self._pace = Pace(duty, sleep)
         self._faults = faults if faults is not None else NoFaults()
         self._clock = clock
         self._store = ExpertStore(
@@ -103,6 +98,9 @@ class ExpertLocationUpdater:
         )
         self._vote = LayerVote(communicator, timeout + vote_grace, self._faults)
         self._stream = SideStream(self._store.memory.device)
+        self._pipeline = TransferPipeline(
+            communicator, self._store, self._stream, self._faults, rounds_in_flight, duty, clock=clock, sleep=sleep
+        )
 
     @property
     def broken(self) -> str | None:
@@ -177,8 +175,6 @@ class ExpertLocationUpdater:
         """
         start = self._clock()
         program = rank_program(step, self._communicator.rank, self._topology)
-        sent = np.zeros(self._topology.num_ranks, np.int64)
-        received = np.zeros(self._topology.num_ranks, np.int64)
         failure: Exception | None = None
         transferred: float | None = None
         with self._stream.beside_the_forward_pass():
@@ -186,7 +182,7 @@ class ExpertLocationUpdater:
                 # A rank whose live slots are not what the plan says still takes part: its peers wait for it.
                 failure = self._store.check_live(layer_id, step)
                 self._store.memory.reserve(program.num_staging_slots)
-                self._transfer(layer_id, program, start + self._timeout, sent, received)
+                self._pipeline.run(layer_id, program, start + self._timeout)
                 self._stream.finish()
                 transferred = self._clock()
                 self._verify(layer_id, program)
@@ -200,11 +196,7 @@ class ExpertLocationUpdater:
         report = LayerTransferReport(
             layer_id=layer_id,
             rank=self._communicator.rank,
-            topology=self._topology,
-            sent_to_rank=sent,
-            received_from_rank=received,
             num_rounds=len(program.rounds),
-            num_steps=1,
             transfer_seconds=transferred - start,
             verify_seconds=ended - transferred,
             commit_seconds=0.0,
@@ -241,33 +233,6 @@ class ExpertLocationUpdater:
         """Gives staging memory back between two rebalances."""
         self._store.memory.release()
 
-    def _transfer(
-        self, layer_id: int, program: RankProgram, deadline: float, sent: np.ndarray, received: np.ndarray
-    ) -> None:
-        fault = self._faults.at("transfer", layer_id)
-        under_way: deque[tuple[Round, Pending]] = deque()
-        began, moved, expert_bytes = self._clock(), 0, self._store.message_bytes(layer_id)
-        for number, each in enumerate(program.rounds):
-            while under_way and (len(under_way) == self._rounds_in_flight or _awaits_one_of(each, under_way)):
-                under_way.popleft()[1].wait(max(deadline - self._clock(), 0.001))
-                self._pace.rest(moved, self._clock() - began)
-                began, moved = self._clock(), 0
-            sends = self._store.outgoing(layer_id, each.send, number % self._rounds_in_flight) if each.send else []
-            recvs = self._store.incoming(layer_id, each.receive) if each.receive else []
-            if fault is not None and sends:
-                sends = [] if fault == "drop" else [(peer, tensor.bitwise_xor(0x55)) for peer, tensor in sends]
-                fault = None
-            self._stream.finish()  # what was packed must be there before a transport that knows no streams reads it
-            under_way.append((each, self._communicator.post(sends, recvs)))
-            if each.send:
-                sent[each.send.peer] += expert_bytes
-                moved += expert_bytes
-            if each.receive:
-                received[each.receive.peer] += expert_bytes
-                moved += expert_bytes
-        for _, pending in under_way:
-            pending.wait(max(deadline - self._clock(), 0.001))
-
     def _verify(self, layer_id: int, program: RankProgram) -> None:
         fault = self._faults.at("verify", layer_id)
         if fault == "drop":
@@ -275,10 +240,3 @@ class ExpertLocationUpdater:
         elif fault == "corrupt":
             self._store.damage_staged(layer_id, program)
         self._store.check_staged(layer_id, program)
-
-
-def _awaits_one_of(each: Round, under_way: Iterable[tuple[Round, Pending]]) -> bool:
-    """Whether a round passes on what a round under way has yet to bring."""
-    if each.send is None or each.send.place >= 0:
-        return False
-    return any(before.receive and before.receive.staging_index == ~each.send.place for before, _ in under_way)

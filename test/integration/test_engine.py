@@ -310,7 +310,7 @@ class TestEnds:
         began = time.monotonic()
         engine.close()
         assert time.monotonic() - began < 8
-        assert engine._process.returncode is not None
+        assert engine._processes.supervisor.returncode is not None
 
     def test_a_bad_option_is_one_clear_error(self, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(ConfigError, match="ep_num_redundant_experts=1 would do") as caught:

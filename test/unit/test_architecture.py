@@ -12,13 +12,13 @@ PACKAGE = Path(equipoise.__file__).parent
 # Lowest layer first; a file may import from its own layer and from those before it. Listed by first path component.
 LAYERS = [
     {"__init__", "errors", "topology", "config", "atomic_file", "cpus", "jit", "order"},
-    {"expert_location", "load_trace", "formats", "metrics", "commands"},
+    {"expert_location", "expert_maps", "load_trace", "formats", "metrics", "commands"},
     {"algorithms", "dispatch", "trigger"}
     | {
         f"transfer_{part}"
         for part in (
             *("plan", "sources", "rounds", "pace", "schedule", "steps", "places", "cycles", "program"),
-            *("report", "table"),
+            *("report", "table", "types"),
         )
     }
     | {"placement_alignment"},
@@ -34,7 +34,7 @@ LAYERS = [
         "layer_vote",
         "updater",
     }
-    | {"sums_between_polls", "transfer_runner", "transfer_worker", "recorder"},
+    | {"sums_between_polls", "transfer_pipeline", "transfer_runner", "transfer_worker", "recorder"},
     {
         "background_planner",
         "kernels",

@@ -238,6 +238,14 @@ class TestRefusals:
             save_file(kept if changed is None else {**kept, name: changed}, model / "model.safetensors")
             self.refused(model, match, run=True)
 
+    def test_another_number_of_experts_in_one_tensor(self, tmp_path: Path) -> None:
+        model = make_tiny_model(tmp_path / "m", "gpt_oss")
+        tensors = load_file(model / "model.safetensors")
+        name = "model.layers.1.mlp.experts.down_proj"
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])  # every row that is asked for is there
+        save_file(tensors, model / "model.safetensors")
+        self.refused(model, f"{name} must hold 8 experts, has shape \\(9, ", run=True)
+
     def test_too_few_gpus(self, qwen: Path) -> None:
         if torch.cuda.device_count() > 7:
             pytest.skip("needs a machine with fewer than 8 GPUs")

@@ -55,11 +55,7 @@ class Runner:
         return LayerTransferReport(
             layer_id=layer_id,
             rank=0,
-            topology=EpTopology(4, 2, 5),
-            sent_to_rank=np.array([0, 5, 3, 2]),
-            received_from_rank=np.array([0, 4, 0, 3]),
             num_rounds=1,
-            num_steps=1,
             transfer_seconds=0.5,
             verify_seconds=0.25,
             commit_seconds=0.125,
@@ -185,6 +181,7 @@ def test_bytes_and_staging_of_all_commits_add_up() -> None:
     assert scene.migration.peak_staging_bytes == 103
     profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in scene.migration.profiles]
     assert profiles == [(layer, 0.5, 0.25, 0.125) for layer in (0, 1, 3)]
+    assert [p.bytes_received for p in scene.migration.profiles] == [7, 7, 7], "by rank 0"
     scene.migration.begin(scene.live, None)  # the next one begins at nothing
     assert scene.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]] * 2
     assert (scene.migration.peak_staging_bytes, scene.migration.profiles) == (0, [])

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
-import equipoise
 from equipoise.commands import Command
 from equipoise.config import ServeConfig
 from equipoise.engine.messages import (
@@ -23,7 +17,6 @@ from equipoise.engine.messages import (
     Died,
     Ended,
     EngineDeadError,
-    FromEngine,
     Log,
     Ready,
     Reply,
@@ -34,11 +27,9 @@ from equipoise.engine.messages import (
     Tokens,
 )
 from equipoise.engine.model_files import load_tokenizer, model_directory
+from equipoise.engine.processes import CLOSE_SECONDS, EngineProcesses
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import ConfigError, EquipoiseError
-
-_CLOSE_SECONDS = 10.0
-"""How long the ranks may take to leave on their own before they are ended."""
 
 
 @dataclass
@@ -75,15 +66,13 @@ class Engine:
         self.weight_bytes: tuple[int, ...] = ()
         self.worker_pids: tuple[int, ...] = ()
         self.error: str | None = None
-        # Two locks: the reader thread must never wait for a sender, or a full pipe would stop both sides.
-        self._books = threading.Lock()  # guards who waits, and error
-        self._sending = threading.Lock()  # guards the pipe
+        self._books = threading.Lock()  # guards who waits, and error; never held while sending
         self._streams: dict[str, _Waiting] = {}
         self._calls: dict[int, _Waiting] = {}
         self._num_calls = 0
         self._tell: Callable[[str], None] = lambda _line: None
         self._reader: threading.Thread | None = None
-        self._process, self._requests, self._control = _start_supervisor(config)
+        self._processes = EngineProcesses(config)
 
     @classmethod
     def launch(cls, config: ServeConfig, on_progress: Callable[[str], None] | None = None) -> Engine:
@@ -175,16 +164,10 @@ class Engine:
             self._send(Stop())
         self._die("the engine was closed")
         if self._reader is None:
-            self._process.terminate()  # the ranks were still starting: nothing that must end in order
+            self._processes.terminate()  # the ranks were still starting: nothing that must end in order
         elif self._reader is not threading.current_thread():
-            self._reader.join(_CLOSE_SECONDS)
-        self._control.close()  # a supervisor that is still there ends its ranks when this breaks
-        try:
-            self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._requests.close()
+            self._reader.join(CLOSE_SECONDS)
+        self._processes.close()
 
     def _check(self, request: GenerateRequest) -> None:
         ids = request.input_ids
@@ -208,15 +191,11 @@ class Engine:
 
     def _send(self, message: ToEngine) -> None:
         self._require_alive()
-        try:
-            with self._sending:
-                self._requests.send(message)
-        except OSError:
-            raise EngineDeadError("the engine has just died") from None
+        self._processes.send(message)
 
     def _await_ready(self, tell: Callable[[str], None]) -> None:
         while True:
-            for message in self._receive():
+            for message in self._processes.receive():
                 if isinstance(message, Started):
                     self.worker_pids = message.pids
                     tell("loading weights")
@@ -228,38 +207,14 @@ class Engine:
                     tell("ready")
                     return
                 elif isinstance(message, Died):
-                    raise message.error or EngineDeadError(_obituary(message))
+                    raise message.error or EngineDeadError(message.obituary)
                 else:
                     raise EngineDeadError("the engine ended while it was starting")
-
-    def _receive(self) -> list[FromEngine]:
-        """The next messages; a broken pipe of the supervisor is a death like any other."""
-        messages: list[FromEngine] = []
-        pipes = [self._control] if self._requests.closed else [self._control, self._requests]
-        for ready in wait(pipes):
-            assert isinstance(ready, Connection)
-            try:
-                messages.append(ready.recv())
-            except (EOFError, OSError):
-                if ready is self._control:
-                    return [*messages, Died(None, "the supervisor process has ended")]
-                # Rank 0 is gone: the supervisor says why.
-                return [*messages, *self._last_words()]
-        return messages
-
-    def _last_words(self) -> list[FromEngine]:
-        try:
-            while True:
-                message: FromEngine = self._control.recv()
-                if isinstance(message, Died | Ended):
-                    return [message]
-        except (EOFError, OSError):
-            return [Died(None, "the supervisor process has ended")]
 
     def _read(self) -> None:
         """The reader thread: hands what comes from the engine to the calls that wait for it."""
         while True:
-            for message in self._receive():
+            for message in self._processes.receive():
                 if isinstance(message, Tokens):
                     self._hand_out(message)
                 elif isinstance(message, Reply):
@@ -270,7 +225,7 @@ class Engine:
                 elif isinstance(message, Log):
                     self._tell(message.text)
                 elif isinstance(message, Died | Ended):
-                    self._die(_obituary(message) if isinstance(message, Died) else "the engine was closed")
+                    self._die(message.obituary if isinstance(message, Died) else "the engine was closed")
                     return
 
     def _hand_out(self, message: Tokens) -> None:
@@ -286,29 +241,3 @@ class Engine:
                 self.error = reason
             for waiting in [*self._streams.values(), *self._calls.values()]:
                 waiting.put(EngineDeadError(self.error))
-
-
-def _start_supervisor(config: ServeConfig) -> tuple[subprocess.Popen[bytes], Connection, Connection]:
-    requests, far_requests = Pipe()
-    control, far_control = Pipe()
-    ends = (far_requests.fileno(), far_control.fileno())
-    # This package from where it was imported here, and nothing that happens to lie in the current directory (-P).
-    package_root = str(Path(equipoise.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    # A session of its own: a Ctrl-C in the terminal reaches the launcher, which then ends the ranks in order.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "equipoise.engine.supervisor", *map(str, ends)],
-        pass_fds=ends,
-        env={**os.environ, "PYTHONPATH": search_path},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    far_requests.close()
-    far_control.close()
-    control.send(config)
-    return process, requests, control
-
-
-def _obituary(message: Died) -> str:
-    who = "the supervisor" if message.rank is None else f"rank {message.rank}"
-    return f"{who} has died: {message.reason}"

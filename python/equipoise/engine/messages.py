@@ -87,6 +87,12 @@ class Died:
     reason: str  # one line
     error: EquipoiseError | None = None  # what the rank raised, if it was one of ours
 
+    @property
+    def obituary(self) -> str:
+        """Who has died, and why, in one line."""
+        who = "the supervisor" if self.rank is None else f"rank {self.rank}"
+        return f"{who} has died: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Ended:

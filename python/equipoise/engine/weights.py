@@ -1,47 +1,19 @@
-"""Loading what one rank needs of a checkpoint into a model built on the meta device.
-
-Checkpoints on disk may name and cut their tensors differently from the model (one tensor per expert and projection,
-say). transformers keeps for each family a list of transforms from the one to the other; they are used here as they
-are, but fed with the tensors of this rank's experts only.
-"""
+"""Loading what one rank needs of a checkpoint into a model built on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import dot_natural_key
 
 from equipoise.engine.checkpoint import Checkpoint
+from equipoise.engine.conversion import CheckpointConversion
 from equipoise.engine.experts import num_experts_of
 from equipoise.errors import ModelError
 from equipoise.expert_pool import ExpertPool
-
-Read = Callable[[str, str], Sequence[Callable[[], torch.Tensor]]]
-"""Readers of the tensors that a pattern's key stands for; a transform calls them when it needs them."""
-
-
-@dataclass
-class _Source:
-    """The checkpoint's tensors that make up one parameter."""
-
-    transform: WeightConverter | WeightRenaming
-    keys: dict[str, list[str]] = field(default_factory=dict)  # by the transform's pattern, in natural order
-
-    @property
-    def merges_experts(self) -> bool:
-        """Each key is one expert's tensor; the transform stacks them."""
-        return any(isinstance(op, MergeModulelist) for op in getattr(self.transform, "operations", ()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +37,7 @@ class WeightLoader:
         self._checkpoint = checkpoint
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._dtypes = {name: _target_dtype(model, name, tensor) for name, tensor in model.state_dict().items()}
-        self._sources = self._match()
+        self._conversion = CheckpointConversion(model, checkpoint)
 
     def expert_specs(self) -> list[list[tuple[torch.Size, torch.dtype]]]:
         """Per MoE layer, shape and dtype of each tensor of one expert, in the order of its module's parameters."""
@@ -103,13 +75,17 @@ class WeightLoader:
         tied = self._model.all_tied_weights_keys
         wanted = {name for name in self._shapes if name not in tied and (with_head or self._in_base_model(name))}
         placed: set[str] = set()
-        for name, source in self._sources.items():
+        for name in self._conversion.parameters:
             if name in wanted and name not in expert_layer:
-                placed |= self._place(self._convert(name, source, self._whole), device)
+                placed |= self._place(self._conversion.make(name), device)
         dense_bytes = self._checkpoint.bytes_read
         for name, layer in expert_layer.items():
-            if name in self._sources:
-                placed |= self._place_experts(name, self._sources[name], layer, slots[layer], device, pool)
+            if name in self._conversion.parameters:
+                count, held = num_experts_of(self._experts[layer][1]), slots[layer]
+                rows = None if pool is None else (pool, layer)
+                placed |= self._place(
+                    self._conversion.make_experts(name, count, held), device, held=len(held), rows=rows
+                )
         if missing := sorted(wanted - placed, key=dot_natural_key):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}{more}", field="model_path")
@@ -119,68 +95,6 @@ class WeightLoader:
             if target in self._shapes and (with_head or self._in_base_model(target)):
                 self._set(target, self._model.get_parameter(origin))
         return LoadReport(self._checkpoint.bytes_read, self._checkpoint.bytes_read - dense_bytes)
-
-    def _match(self) -> dict[str, _Source]:
-        """Sorts the checkpoint's keys by the parameter they belong to; keys the model has no use for are left out."""
-        transforms = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        prefix, known = self._model.base_model_prefix, self._shapes
-        sources: dict[str, _Source] = {}
-        for key in sorted(self._checkpoint.keys(), key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = key, None
-            if name not in known:
-                continue
-            if name not in sources:
-                transform = WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
-                sources[name] = _Source(transform)
-            sources[name].keys.setdefault(pattern or key, []).append(key)
-        return sources
-
-    def _convert(self, name: str, source: _Source, read: Read) -> dict[str, torch.Tensor]:
-        transform = source.transform
-        for pattern, keys in source.keys.items():
-            for key in keys:
-                for reader in read(pattern, key):
-                    transform.add_tensor(name, key, pattern, reader)
-        try:
-            made = transform.convert(name, model=self._model, config=self._model.config)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{name} cannot be made from the checkpoint: {error}", field="model_path") from None
-        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
-
-    def _whole(self, _pattern: str, key: str) -> Sequence[Callable[[], torch.Tensor]]:
-        return [lambda: self._checkpoint.read(key)]
-
-    def _place_experts(
-        self,
-        name: str,
-        source: _Source,
-        layer: int,
-        held: Sequence[int],
-        device: torch.device,
-        pool: ExpertPool | None,
-    ) -> set[str]:
-        count = num_experts_of(self._experts[layer][1])
-        if source.merges_experts:
-            for pattern, keys in source.keys.items():
-                if len(keys) != count:
-                    raise ModelError(
-                        f"{name} needs {count} experts, the checkpoint has {len(keys)} of {pattern}", field="model_path"
-                    )
-                source.keys[pattern] = [keys[expert] for expert in held]
-            made = self._convert(name, source, self._whole)
-        else:
-            for keys in source.keys.values():
-                for key in keys:
-                    if self._checkpoint.shape(key)[0] != count:
-                        shape = self._checkpoint.shape(key)
-                        raise ModelError(f"{key} must hold {count} experts, has shape {shape}", field="model_path")
-            made = self._convert(name, source, lambda _, key: [lambda: self._checkpoint.read_rows(key, held)])
-        return self._place(made, device, held=len(held), rows=None if pool is None else (pool, layer))
 
     def _place(
         self,

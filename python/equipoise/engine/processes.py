@@ -1,0 +1,108 @@
+"""The engine's processes as the launcher holds them: started, talked to, and ended.
+
+Two pipes lead there. That for requests reaches rank 0, and breaks when rank 0 is gone; that for control reaches the
+supervisor, which says why a rank is gone, and breaks when the supervisor is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+
+import equipoise
+from equipoise.config import ServeConfig
+from equipoise.engine.messages import Died, Ended, EngineDeadError, FromEngine, ToEngine
+
+CLOSE_SECONDS = 10.0
+"""How long the ranks may take to leave on their own before they are ended."""
+
+
+class EngineProcesses:
+    """A supervisor process, and the ranks below it: begins to start them. One thread receives, any may send.
+
+    Args:
+        config: what the supervisor is told to serve.
+
+    Attributes:
+        supervisor: ends when its ranks have ended, and they when it has.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        # Nothing is held while receiving: if the receiver waited for a sender, a full pipe would stop both sides.
+        self._sending = threading.Lock()
+        self._requests, far_requests = Pipe()
+        self._control, far_control = Pipe()
+        self.supervisor = _start_supervisor(far_requests, far_control)
+        far_requests.close()
+        far_control.close()
+        self._control.send(config)
+
+    def send(self, message: ToEngine) -> None:
+        """To rank 0.
+
+        Raises:
+            EngineDeadError: it is gone.
+        """
+        try:
+            with self._sending:
+                self._requests.send(message)
+        except OSError:
+            raise EngineDeadError("the engine has just died") from None
+
+    def receive(self) -> list[FromEngine]:
+        """Waits for the next messages; a broken pipe of the supervisor is a death like any other."""
+        messages: list[FromEngine] = []
+        pipes = [self._control] if self._requests.closed else [self._control, self._requests]
+        for ready in wait(pipes):
+            assert isinstance(ready, Connection)
+            try:
+                messages.append(ready.recv())
+            except (EOFError, OSError):
+                if ready is self._control:
+                    return [*messages, Died(None, "the supervisor process has ended")]
+                # Rank 0 is gone: the supervisor says why.
+                return [*messages, self._last_word()]
+        return messages
+
+    def terminate(self) -> None:
+        """Has the supervisor end its ranks at once, with nothing in order: for ranks that are still starting."""
+        self.supervisor.terminate()
+
+    def close(self) -> None:
+        """Waits until all are gone, and ends them if that takes too long. May be called more than once."""
+        self._control.close()  # a supervisor that is still there ends its ranks when this breaks
+        try:
+            self.supervisor.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.supervisor.kill()
+            self.supervisor.wait()
+        self._requests.close()
+
+    def _last_word(self) -> Died | Ended:
+        try:
+            while True:
+                message: FromEngine = self._control.recv()
+                if isinstance(message, Died | Ended):
+                    return message
+        except (EOFError, OSError):
+            return Died(None, "the supervisor process has ended")
+
+
+def _start_supervisor(requests: Connection, control: Connection) -> subprocess.Popen[bytes]:
+    """Hands the supervisor its ends of the pipes."""
+    ends = (requests.fileno(), control.fileno())
+    # This package from where it was imported here, and nothing that happens to lie in the current directory (-P).
+    package_root = str(Path(equipoise.__file__).parents[1])
+    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    # A session of its own: a Ctrl-C in the terminal reaches the launcher, which then ends the ranks in order.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "equipoise.engine.supervisor", *map(str, ends)],
+        pass_fds=ends,
+        env={**os.environ, "PYTHONPATH": search_path},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
