@@ -13,8 +13,8 @@ from equipoise.expert_pool import ExpertPool
 from equipoise.pooled_experts import PooledExperts
 from equipoise.staging import CHECKSUM_BYTES
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import TransferStep
 from equipoise.transfer_program import RankProgram, Receive, Send
+from equipoise.transfer_types import TransferStep
 from equipoise.verification import Verification, canary_of, checksum, describe_canary
 
 ExpertWeights = Sequence[Sequence[torch.Tensor]] | ExpertPool

@@ -1,4 +1,4 @@
-"""How even a load lies on a placement, and what a change of placement costs: pure functions."""
+"""How even a load lies on a placement: pure functions."""
 
 from __future__ import annotations
 

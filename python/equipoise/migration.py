@@ -13,9 +13,9 @@ from equipoise.config import TransferMode
 from equipoise.dispatch import ExpertDispatcher
 from equipoise.errors import TransferError
 from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.transfer_plan import TransferPlan, TransferStep
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.transfer_runner import TransferRunner
+from equipoise.transfer_types import TransferPlan, TransferStep
 
 _IDLE_WAIT_SECONDS = 0.001
 """Pause between two looks at a transfer when no forward pass runs."""

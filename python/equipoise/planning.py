@@ -17,7 +17,8 @@ from equipoise.errors import InvalidInputError
 from equipoise.expert_location import ExpertLocationMetadata, PlacementDiff
 from equipoise.metrics import balancedness, mean_balancedness
 from equipoise.placement_alignment import align_placement
-from equipoise.transfer_plan import TransferPlan, plan_transfer
+from equipoise.transfer_plan import plan_transfer
+from equipoise.transfer_types import TransferPlan
 from equipoise.trigger import Decision, decide_to_move, decide_to_plan
 
 MAX_WINDOWS = 4

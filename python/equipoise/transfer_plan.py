@@ -49,7 +49,7 @@ def plan_transfer(
         ConfigError: ``max_staged_experts`` or ``num_logical_experts`` below 1.
         PlacementError: shapes that do not fit, an id outside [0, E), or an expert without a slot in either placement.
     """
-    before, after = _as_map(old, "old", topology), _as_map(new, "new", topology)
+    before, after = _slot_map(old, "old", topology), _slot_map(new, "new", topology)
     if before.shape != after.shape:
         raise PlacementError(f"old has shape {before.shape}, new has {after.shape}", field="new")
     if num_logical_experts is None:
@@ -57,6 +57,7 @@ def plan_transfer(
         num_logical_experts = known[0] if known else int(before.max()) + 1
     _require_complete(before, "old", num_logical_experts)
     _require_complete(after, "new", num_logical_experts)
+    before, after = read_only_int32(before), read_only_int32(after)
     if max_staged_experts is not None and max_staged_experts < 1:
         raise ConfigError(f"max_staged_experts must be at least 1, got {max_staged_experts}", field="staging_bytes")
     capacity = min(max_staged_experts or topology.slots_per_rank, topology.slots_per_rank)
@@ -70,13 +71,13 @@ def plan_transfer(
     return TransferPlan(topology, before.shape[0], num_logical_experts, tuple(layers))
 
 
-def _as_map(placement: Placement, name: str, topology: EpTopology) -> np.ndarray:
-    """(L, P) int32, read-only, sharing no memory with the argument; metadata must be of this topology."""
+def _slot_map(placement: Placement, name: str, topology: EpTopology) -> np.ndarray:
+    """(L, P) integers, which may share memory with the argument; metadata must be of this topology."""
     if isinstance(placement, ExpertLocationMetadata):
         if placement.topology != topology:
             raise PlacementError(f"{name} was made for {placement.topology}, not for {topology}", field=name)
         placement = placement.physical_to_logical_map
-    return read_only_int32(as_slot_map(placement, name, topology))
+    return as_slot_map(placement, name, topology)
 
 
 def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
@@ -86,6 +87,8 @@ def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
         raise PlacementError(
             f"{name} holds ids in [{array.min()}, {array.max()}], outside [0, {num_experts})", field=name
         )
+    if num_experts > array.shape[1]:
+        raise PlacementError(f"{name} has {array.shape[1]} slots for {num_experts} logical experts", field=name)
     present = np.zeros((array.shape[0], num_experts), dtype=bool)
     np.put_along_axis(present, array, True, axis=1)
     if not present.all():

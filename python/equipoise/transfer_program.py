@@ -15,7 +15,7 @@ import numpy as np
 
 from equipoise.jit import int32_empty_table, int32_zeros, kernel, number
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import TransferStep
+from equipoise.transfer_types import TransferStep
 
 _NOWHERE = np.iinfo(np.int32).min
 

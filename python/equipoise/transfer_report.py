@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import TransferStep
+from equipoise.transfer_types import TransferStep
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,8 @@ import torch
 
 from equipoise.communicator import Communicator
 from equipoise.errors import InDoubtError, TransferError
-from equipoise.transfer_plan import TransferPlan, TransferStep
 from equipoise.transfer_report import LayerTransferReport
+from equipoise.transfer_types import TransferPlan, TransferStep
 from equipoise.updater import ExpertLocationUpdater, StagedStep
 
 PollResult = Literal["idle", "working", "ready", "broken"]

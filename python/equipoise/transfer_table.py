@@ -17,7 +17,8 @@ from rich.table import Table
 from equipoise.errors import ConfigError, InvalidInputError, PlacementError
 from equipoise.formats.expert_location import MapStart, load_expert_location, read_init_expert_location
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import LayerTransferPlan, SlotCase, TransferPlan, TransferStep, plan_transfer
+from equipoise.transfer_plan import plan_transfer
+from equipoise.transfer_types import LayerTransferPlan, SlotCase, TransferPlan, TransferStep
 
 
 @dataclass(frozen=True)

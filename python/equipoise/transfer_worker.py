@@ -10,9 +10,9 @@ from typing import Literal, get_args
 from equipoise.communicator import Communicator
 from equipoise.errors import EquipoiseError, InDoubtError, TransferError
 from equipoise.sums_between_polls import SumBetweenPolls
-from equipoise.transfer_plan import TransferPlan, TransferStep
 from equipoise.transfer_report import LayerTransferReport
 from equipoise.transfer_runner import OnCommit, PollResult, start_over, steps_of
+from equipoise.transfer_types import TransferPlan, TransferStep
 from equipoise.updater import ExpertLocationUpdater, StagedStep
 
 WorkerState = Literal["working", "ready", "failed", "hung"]

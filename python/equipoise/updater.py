@@ -27,9 +27,9 @@ from equipoise.layer_vote import VOTE_GRACE_SECONDS, LayerVote
 from equipoise.side_stream import SideStream
 from equipoise.topology import EpTopology
 from equipoise.transfer_pipeline import TransferPipeline
-from equipoise.transfer_plan import LayerTransferPlan, TransferPlan, TransferStep
 from equipoise.transfer_program import RankProgram, compile_program_kernels, rank_program
 from equipoise.transfer_report import LayerTransferReport, experts_over_ranks
+from equipoise.transfer_types import LayerTransferPlan, TransferPlan, TransferStep
 from equipoise.verification import Verification, checksum
 
 ROUNDS_IN_FLIGHT = 4

@@ -194,6 +194,8 @@ def test_metadata_and_raw_maps_give_the_same_plan():
     [
         ([[0, 1, 2, 3]], [[0, 1, 2, 2]], "new has no slot for expert 3 in layer 0"),
         ([[0, 1, 2, 3]], [[0, 1, 2, 9]], "outside [0, 4)"),
+        ([[0, 1, 2, 3]], [[0, 1, 2, 2**32 + 3]], "outside [0, 4)"),
+        ([[0, 1, 2, 2**32]], [[0, 1, 2, 3]], "old has 4 slots for 4294967297 logical experts"),
         ([[0, 1, 2, 3]], [[0, 1, 2]], "must have shape (layers, 4)"),
         ([[0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]], "old has shape (1, 4), new has (2, 4)"),
         ([[0.0, 1, 2, 3]], [[0, 1, 2, 3]], "must hold integers"),
