@@ -30,7 +30,7 @@ from neighbours import _load, _stand_in, fetch
 
 ASCEND = "vllm-ascend==0.23.0"
 FLASHLB_WINDOWS = 4
-OUR_WINDOWS = 4
+OUR_WINDOWS = 8
 
 Plan = Callable[[np.ndarray, ExpertLocationMetadata], ExpertLocationMetadata]
 Policy = Callable[[EpTopology], Plan]

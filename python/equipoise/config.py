@@ -202,8 +202,9 @@ class ReplayConfig:
     window: int = 8
     """Steps in a load window: a plan sees the windows before, its score comes from the windows after."""
 
-    history: int = 4
-    """Past windows a plan looks back on. `equipoise` keeps them apart, the published planners add them up."""
+    history: int | None = None
+    """Past windows a plan looks back on: if None 8 for algorithms that keep windows apart, and 1 for the published
+    planners, which add up what they get."""
 
     rebalance_every: int = 1
     """Windows between two plans."""
@@ -218,7 +219,8 @@ class ReplayConfig:
     """For traces of single tokens: consecutive tokens that make one step."""
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_nodes", "window", "history", "rebalance_every", "tokens_per_step"):
+        for name in ("num_ranks", "num_nodes", "window", "rebalance_every", "tokens_per_step"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.history is None or self.history >= 1, "history", self.history, "at least 1, or None")
         redundant = self.num_redundant_experts
         _require(redundant >= 0, "num_redundant_experts", redundant, "at least 0")

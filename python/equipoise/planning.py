@@ -21,9 +21,6 @@ from equipoise.transfer_plan import plan_transfer
 from equipoise.transfer_types import TransferPlan
 from equipoise.trigger import Decision, decide_to_move, decide_to_plan
 
-MAX_WINDOWS = 4
-"""Scenarios a plan is made from: the recorded steps in at most so many consecutive windows."""
-
 
 @dataclass(frozen=True)
 class PlannedRebalance:

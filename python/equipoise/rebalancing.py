@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from equipoise.algorithms import check_algorithm
+from equipoise.algorithms import HISTORY, check_algorithm
 from equipoise.background_planner import BackgroundPlanner, PlanningFailed
 from equipoise.commands import Phase, Rebalance, RebalanceReport, RebalanceTotals
 from equipoise.config import EplbConfig
@@ -22,7 +22,7 @@ from equipoise.errors import ConfigError, PhaseError, TransferError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.manager_replies import rebalance_report
 from equipoise.migration import Migration, MigrationBroken
-from equipoise.planning import MAX_WINDOWS, PlannedRebalance, plan_rebalance
+from equipoise.planning import PlannedRebalance, plan_rebalance
 from equipoise.rebalance_timing import RebalanceTimer
 from equipoise.recording import LoadRecording
 
@@ -145,7 +145,7 @@ class Rebalancing:
     def _begin_planning(self) -> None:
         self._timer.begin()
         asked = self._request.window_steps if self._request is not None else None
-        windows = self._load.windows(MAX_WINDOWS, asked)
+        windows = self._load.windows(HISTORY, asked)
         self._timer.load_gathered()
         job = partial(
             plan_rebalance,

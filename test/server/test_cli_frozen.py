@@ -57,7 +57,7 @@ REPLAY = {
     "--num-redundant-experts": 0,
     "--num-groups": None,
     "--window": 8,
-    "--history": 4,
+    "--history": None,
     "--rebalance-every": 1,
     "--max-moves-per-layer": None,
     "--expert-bytes": None,

@@ -9,7 +9,8 @@ import pytest
 
 from equipoise.algorithms import rebalance_experts
 from equipoise.algorithms.risk import LEAST_EXPONENT, MOST_EXPONENT, exponents
-from equipoise.algorithms.scenarios import make_scenarios, mean_load
+from equipoise.algorithms.scenarios import _group, make_scenarios, mean_load
+from equipoise.algorithms.window_weights import DECAYS, _backtest_error, decayed, distances, is_mixture
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -91,9 +92,83 @@ def test_scenarios_hold_the_weighted_mean_of_the_windows():
     assert scenarios.weight.sum() == pytest.approx(1)
     assert scenarios.tokens.sum(1)[:, scenarios.weight > 0] == pytest.approx(4.0)
     share = load / load.sum(2, keepdims=True) * 4
-    weight = scenarios.decay ** np.arange(6, -1, -1.0)
+    assert scenarios.decay == 1.0
+    weight = np.ones(7)
     expected = (share * (weight / weight.sum())[:, None, None]).sum(0)
     assert mean_load(scenarios.tokens, scenarios.weight) == pytest.approx(expected)
+
+
+def mixed(part: list[float], seed: int = 20, tokens: int = 4000) -> np.ndarray:
+    """Windows of which a ``part`` of the tokens is of one task and the rest of another."""
+    one, other = (counted(seed + i, len(part), tokens=tokens) for i in range(2))
+    return np.stack([p * a + (1 - p) * b for p, a, b in zip(part, one, other, strict=True)])
+
+
+@pytest.mark.parametrize("part", [[1, 0, 0.9, 0.1], [0.2, 0.9, 0.5, 0.1, 1, 0.3], [1, 1, 0, 1, 1, 0, 0, 0]])
+def test_windows_that_come_and_go_are_all_worth_as_much(part):
+    """The newest one is a draw like the others, even where it is far from its neighbour."""
+    scenarios = make_scenarios(mixed(part), 8.0)
+    assert scenarios.decay >= 0.75
+    assert (scenarios.weight > 0).all()
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(drifting(3, 8), id="drift"),
+        pytest.param(mixed([1, 1, 1, 1, 0, 0]), id="a shift"),
+        pytest.param(np.concatenate([counted(seed, 2) for seed in (31, 32, 33)]), id="shift after shift"),
+        pytest.param(np.zeros((5, 4, 32)), id="no token"),
+    ],
+)
+def test_windows_that_lead_away_are_no_mixture(load):
+    share = load / np.maximum(load.sum(2, keepdims=True), 1.0)
+    assert is_mixture(distances(share)) == (not load.any())  # nothing changes: any window is as good
+
+
+def test_more_windows_than_scenarios_are_grouped_by_likeness():
+    """Three kinds of load, of which the rarest came once, and not last: it keeps a scenario of its own."""
+    kinds = [popularity(seed, 4, 32) * 1000 for seed in (41, 42, 43)]
+    order = [0, 1, 0, 2, 1, 0, 1, 0]
+    load = np.stack([kinds[kind] * (1 + 0.01 * i) for i, kind in enumerate(order)])
+    scenarios = make_scenarios(load, 8.0)
+    assert is_mixture(distances(load / load.sum(2, keepdims=True)))
+    for kind in kinds:
+        expected = kind / kind.sum(1, keepdims=True) * 8
+        fits = [np.allclose(scenarios.tokens[..., s], expected) for s in range(4) if scenarios.weight[s] > 0]
+        assert any(fits)
+    assert sum(len(group) for group in _group([1 / 8] * 8, distances(load))) == 8
+
+
+def test_groups_lose_the_least_at_each_join():
+    """Against variances computed from the windows themselves."""
+    rng = np.random.default_rng(5)
+    windows = rng.normal(size=(9, 1, 6))
+    weight = (rng.random(9) + 0.1).tolist()
+    groups = [[i] for i in range(9)]
+    while len(groups) > 4:
+
+        def loss(group: list[int]) -> float:
+            w = np.array([weight[i] for i in group])
+            points = windows[group, 0]
+            return float((w[:, None] * (points - w @ points / w.sum()) ** 2).sum())
+
+        pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
+        a, b = min(pairs, key=lambda p: loss(groups[p[0]] + groups[p[1]]) - loss(groups[p[0]]) - loss(groups[p[1]]))
+        groups[b] += groups.pop(a)
+    found = _group(weight, distances(windows))
+    assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
+
+
+def test_backtest_is_that_of_the_windows():
+    """The error from distances alone equals that of predictions made from the windows."""
+    windows = np.random.default_rng(6).normal(size=(5, 2, 3))
+    for decay in DECAYS:
+        error = 0.0
+        for t in range(1, 5):
+            weight = np.array(decayed(t, decay))
+            error += ((windows[t] - (weight[:, None, None] * windows[:t]).sum(0)) ** 2).sum()
+        assert _backtest_error(distances(windows), decay) == pytest.approx(error)
 
 
 def test_exponent_fits_the_error_of_a_rank_load():

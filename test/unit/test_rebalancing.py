@@ -210,7 +210,7 @@ def test_a_planner_that_fails_is_reported_and_changes_nothing(parts: Parts) -> N
 def test_a_plan_is_made_from_what_was_asked_for(parts: Parts) -> None:
     parts.rebalancing.request(Rebalance(algorithm="deepseek_hierarchical", window_steps=2), parts.reports.append)
     parts.tick()
-    assert parts.load.asked == [(4, 2)]
+    assert parts.load.asked == [(8, 2)]
     given = parts.planner.job.keywords
     assert given["algorithm"] == "deepseek_hierarchical"
     assert given["window_steps"] == 2

@@ -12,6 +12,7 @@ from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.load_trace import LoadTrace
 from equipoise.metrics import balancedness
 from equipoise.replay import replay
+from equipoise.replay.report import legend
 from equipoise.replay.simulate import score_baselines
 from equipoise.replay.windows import cut_windows
 from equipoise.topology import EpTopology
@@ -85,6 +86,18 @@ def test_traces_of_different_models_are_an_error():
 
 
 # ------------------------------------------------------------------ what a policy sees
+
+
+def test_an_algorithm_sees_as_many_windows_as_suit_it():
+    """The published planners add up what they get: more than one window would make them worse than they are."""
+    trace = random_trace(24)
+    seen = {name: replay(trace, TOPOLOGY, name, window=2, oracle_algorithms=()) for name in ("deepseek", "equipoise")}
+    assert {name: result.history for name, result in seen.items()} == {"deepseek": 1, "equipoise": 8}
+    words = legend(list(seen.values()))
+    assert "each from 8 past windows at most (equipoise), 1 past window at most (deepseek)." in words
+    assert "each from 8 past windows at most." in legend([seen["equipoise"]])
+    told = replay(trace, TOPOLOGY, "deepseek", window=2, history=3, oracle_algorithms=())
+    assert told.history == 3
 
 
 @settings(max_examples=40, deadline=None)

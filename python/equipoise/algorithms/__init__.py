@@ -7,7 +7,7 @@ A new algorithm is a function from :class:`~equipoise.algorithms.problem.Placeme
 from typing import TYPE_CHECKING
 
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
-from equipoise.algorithms.registry import available_algorithms, check_algorithm, plans_by_nodes
+from equipoise.algorithms.registry import HISTORY, available_algorithms, check_algorithm, history_of, plans_by_nodes
 from equipoise.algorithms.warming import WarmUp, warm_up_in_background
 
 if TYPE_CHECKING:
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MOVE_PRICE",
+    "HISTORY",
     "WarmUp",
     "available_algorithms",
     "check_algorithm",
+    "history_of",
     "plans_by_nodes",
     "rebalance_experts",
     "warm_up",

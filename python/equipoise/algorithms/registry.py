@@ -20,6 +20,8 @@ SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
     }
 )
 _BY_NODES = frozenset({"deepseek_hierarchical"})
+_BY_ONE_WINDOW = frozenset({"deepseek", "deepseek_hierarchical"})
+HISTORY = 8  # windows that tell drift, shifts and mixtures apart, see window_weights.py; more add little
 
 
 def plans_by_nodes(name: str) -> bool:
@@ -28,6 +30,11 @@ def plans_by_nodes(name: str) -> bool:
     What it keeps together on a node must stay together: ranks may not be renamed across nodes.
     """
     return name in _BY_NODES
+
+
+def history_of(name: str) -> int:
+    """Past windows that an algorithm is best given: the published planners add up what they get, and look at one."""
+    return 1 if name in _BY_ONE_WINDOW else HISTORY
 
 
 def available_algorithms() -> list[str]:

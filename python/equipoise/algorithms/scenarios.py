@@ -1,14 +1,15 @@
 """Scenarios: what the next window may look like, drawn from the windows that were.
 
-A sum of windows hides how they differ. Each window stays apart, scaled so that a perfectly balanced rank carries 1,
-and is weighted by ``decay ** age``. Windows from before a shift of the workload are dropped.
+A sum of windows hides how they differ. Each window stays apart, scaled so that a perfectly balanced rank carries 1, and
+weighted by what it says about the next one (window_weights.py). Where there are more than :data:`NUM_SCENARIOS`, those
+most alike share one, so that rare kinds of load stay apart from common ones (Ward, 1963: each time the two whose union
+loses least).
 
 What differs from one window to the next is split in two: *counting*, whose square grows with an expert's load m (a
 window holds so many tokens), and *drift*, whose square grows with m squared (an expert gains or loses popularity).
 Counting averages out over windows, drift does not: where all is counting, the mean of the windows predicts best, and
-where all is drift, the last one does. The decay is picked per plan by one-step backtest: each window but the first is
-predicted from the ones before it, and the decay with the least squared error wins; with two or three windows to test
-on, that is a noisy choice, and the split leans on it. The same split says how far off a prediction will be.
+where all is drift, the last one does. A backtest of two or three windows is a noisy choice of decay, and leans on that.
+The same split says how far off a prediction will be.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from equipoise.algorithms.window_weights import (
+    MIXTURE_DECAY,
+    best_decay,
+    decayed,
+    distances,
+    is_mixture,
+    last_shift,
+)
 from equipoise.jit import helper, kernel, number, zeros
 
-NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction; older windows share a scenario
-DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
-SHIFT = 5.0  # times larger than all others is the change between windows that counts as a shift
-LEANING = 0.3  # part by which a backtest's error counts more for a decay that is 1 off what drift and counting say
-_NEGLIGIBLE_WEIGHT = 1e-3
+NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
+MOST_WINDOWS = 16  # older ones are left out
 
 
 class Scenarios(NamedTuple):
@@ -38,37 +44,54 @@ class Scenarios(NamedTuple):
 
 def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     """Scenarios from (T, L, E) tokens, oldest first; ``total`` is the sum of all ranks' capacity, G when alike."""
-    num_windows = load.shape[0]
+    load = load[-MOST_WINDOWS:]
+    num_windows, num_layers, num_experts = load.shape
     share = np.empty(load.shape)
-    any_load = np.empty(load.shape[1], dtype=np.bool_)
+    any_load = np.empty(num_layers, dtype=np.bool_)
     _normalise(load, total, share, any_load)
-    first = _last_shift(share)
+    distance = distances(share)
+    mixture = is_mixture(distance)
+    first = 0 if mixture else last_shift(distance)
     # Nothing but one window after a shift: those before it still tell how load changes.
     told = share[first:] if first < num_windows - 1 else share[:first]
-    counting, drift = np.zeros(load.shape[1]), np.zeros(load.shape[1])
+    counting, drift = np.zeros(num_layers), np.zeros(num_layers)
     part = _fit_changes(told, counting, drift) if len(told) > 1 else 0.0
-    share = share[first:]
-    num_windows = len(share)
-    decay = _backtest(share, 1.0 - part) if num_windows > 1 else 1.0
-    weight = decay ** np.arange(num_windows - 1, -1, -1.0)
-    weight[weight < _NEGLIGIBLE_WEIGHT * weight.sum()] = 0.0
-    weight /= weight.sum()
-    tokens = np.zeros((load.shape[1], load.shape[2], NUM_SCENARIOS))
-    lanes = np.zeros(NUM_SCENARIOS)
-    for age in range(min(num_windows, NUM_SCENARIOS)):
-        if age == NUM_SCENARIOS - 1 and num_windows > NUM_SCENARIOS:
-            older = slice(0, num_windows - age)
-            lanes[age] = weight[older].sum()
-            if lanes[age] > 0:
-                # Not a matrix product: its order of additions, and so its last bits, depend on the machine.
-                tokens[..., age] = sum(w * s for w, s in zip(weight[older], share[older], strict=True)) / lanes[age]
-        else:
-            lanes[age] = weight[-1 - age]
-            tokens[..., age] = share[-1 - age]
+    share, distance = share[first:], [row[first:] for row in distance[first:]]
+    decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else 0.0)
+    weight = decayed(len(share), decay)
+    tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
+    for scenario, group in enumerate(_group(weight, distance)):
+        lanes[scenario] = sum(weight[window] for window in group)
+        if len(group) == 1:
+            tokens[..., scenario] = share[group[0]]
+        else:  # not a matrix product: its order of additions, and so its last bits, depend on the machine
+            tokens[..., scenario] = sum(weight[window] * share[window] for window in group) / lanes[scenario]
     mean = mean_load(tokens, lanes)
     # A forecast from several windows has less counting noise of its own, and as much drift as one.
-    noise = (0.5 * (1.0 + float((lanes * lanes).sum())) * counting[:, None] + drift[:, None] * mean) * mean
+    own = sum(w * w for w in weight)
+    noise = (0.5 * (1.0 + own) * counting[:, None] + drift[:, None] * mean) * mean
     return Scenarios(tokens, lanes, noise, any_load, decay)
+
+
+def _group(weight: list[float], distance: list[list[float]]) -> list[list[int]]:
+    """At most :data:`NUM_SCENARIOS` groups of the windows that have a weight, newest first; alike ones together.
+
+    The two groups whose union adds least to the weighted squared distances from the groups' means are joined, until
+    few enough are left. The distances between means follow from those between windows (Lance and Williams, 1967).
+    """
+    groups = {window: [window] for window in range(len(weight) - 1, -1, -1) if weight[window] > 0.0}
+    heavy = dict(enumerate(weight))
+    apart = {(i, j): distance[i][j] for i in groups for j in groups}
+    while len(groups) > NUM_SCENARIOS:
+        pairs = [(i, j) for i in groups for j in groups if i > j]
+        i, j = min(pairs, key=lambda p: heavy[p[0]] * heavy[p[1]] / (heavy[p[0]] + heavy[p[1]]) * apart[p])
+        both = heavy[i] + heavy[j]
+        for k in groups:
+            joined = (heavy[i] * apart[i, k] + heavy[j] * apart[j, k]) / both
+            apart[i, k] = apart[k, i] = joined - heavy[i] * heavy[j] / both**2 * apart[i, j]
+        groups[i] += groups.pop(j)
+        heavy[i] = both
+    return list(groups.values())
 
 
 def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -107,57 +130,6 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
             if largest[window] == 0.0:
                 for expert in range(num_experts):
                     share[window, layer, expert] = mean[expert] / filled if filled else total / num_experts
-
-
-def _last_shift(share: np.ndarray) -> int:
-    """The window that a shift of the workload starts with, 0 without one.
-
-    A backtest cannot see a shift in the newest window: nothing after it is known. But there one change from window to
-    window stands out from all the others.
-    """
-    change = [_change(share, window) for window in range(1, share.shape[0])]
-    if len(change) < 2:
-        return 0
-    largest = max(change)
-    where = change.index(largest)
-    return where + 1 if largest > SHIFT * max(change[:where] + change[where + 1 :]) else 0
-
-
-@kernel
-def _change(share: np.ndarray, window: int) -> float:
-    """Squared distance of a window from the one before it, over all layers."""
-    total = 0.0
-    for layer in range(share.shape[1]):
-        for expert in range(share.shape[2]):
-            gap = share[window, layer, expert] - share[window - 1, layer, expert]
-            total += gap * gap
-    return total
-
-
-def _backtest(share: np.ndarray, expected: float) -> float:
-    """The decay of :data:`DECAYS` that would have predicted best; ``expected`` settles what is nearly a tie."""
-
-    def error(decay: float) -> tuple[float, float]:
-        off = abs(decay - expected)
-        return _backtest_error(share, decay) * (1.0 + LEANING * off), off
-
-    return min(DECAYS, key=error)
-
-
-@kernel
-def _backtest_error(share: np.ndarray, decay: float) -> float:
-    """Squared error, over all windows, of predicting each from the decayed mean of those before it."""
-    num_windows, num_layers, num_experts = share.shape
-    error = 0.0
-    for layer in range(num_layers):
-        for expert in range(num_experts):
-            past, weight = share[0, layer, expert], 1.0
-            for window in range(1, num_windows):
-                gap = share[window, layer, expert] - past / weight
-                error += gap * gap
-                past = past * decay + share[window, layer, expert]
-                weight = weight * decay + 1.0
-    return error
 
 
 @kernel

@@ -65,7 +65,7 @@ def run_replay(
             )
     names = [path.name for path in traces]
     _print_table(to_table(results, f"Replay of {', then '.join(names)}"), console)
-    console.print(legend(results[0]), highlight=False, markup=False, soft_wrap=True)
+    console.print(legend(results), highlight=False, markup=False, soft_wrap=True)
     if json_path is not None:
         write_json(to_json(results, config, names), json_path)
         console.print(f"written: {json_path}", highlight=False, markup=False, soft_wrap=True)

@@ -67,15 +67,22 @@ def to_table(results: Sequence[ReplayResult], title: str) -> Table:
     return table
 
 
-def legend(result: ReplayResult) -> str:
-    """What the table's words mean for this replay."""
+def legend(results: Sequence[ReplayResult]) -> str:
+    """What the table's words mean for these replays of the same windows."""
+    result = results[0]
     windows, topology = result.windows, result.topology
+    histories = sorted({each.history for each in results}, reverse=True)
+    past = ", ".join(
+        f"{_count(history, 'past window')} at most"
+        + (f" ({', '.join(each.policy for each in results if each.history == history)})" if histories[1:] else "")
+        for history in histories
+    )
     _, num_layers, num_experts = windows.load.shape
     lines = [
         f"{_count(num_layers, 'layer')} of {_count(num_experts, 'expert')} in {topology.num_slots} slots on "
         f"{_count(topology.num_ranks, 'rank')} in {_count(topology.num_nodes, 'node')}; {len(windows)} windows of "
         f"{_count(windows.steps_per_window, 'step')}, {len(windows) - 1} scored; "
-        f"{_count(len(result.plans), 'plan')}, each from {_count(result.history, 'past window')} at most.",
+        f"{_count(len(result.plans), 'plan')}, each from {past}.",
         "balancedness: mean rank load / max rank load, mean over windows and layers with tokens; worst: of the worst "
         "window; PAR: the inverse, averaged likewise.",
         "slots changed, moves (the new expert was not on that rank), cross-node moves: sums over plans and layers.",
@@ -148,6 +155,7 @@ def _count(number: int, noun: str) -> str:
 def _result(result: ReplayResult) -> dict[str, Any]:
     return {
         "algorithm": result.policy,
+        "history": result.history,
         **_summary(result.balancedness),
         "gap_closed": result.gap_closed,
         "slots_changed": result.slots_changed,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.algorithms import available_algorithms, rebalance_experts
+from equipoise.algorithms import HISTORY, available_algorithms, history_of, rebalance_experts
 from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.load_trace import LoadTrace
@@ -46,7 +46,7 @@ def replay(
     policy: Policy | str,
     *,
     window: int = 8,
-    history: int = 1,
+    history: int | None = None,
     rebalance_every: int = 1,
     initial: ExpertLocationMetadata | None = None,
     expert_bytes: int | None = None,
@@ -64,7 +64,8 @@ def replay(
         topology: where the slots lie; its slots must hold every expert at least once.
         policy: an algorithm's name, or an object that plans.
         window: steps in a load window. A trace's last, partial window is left out.
-        history: most windows a plan looks back on.
+        history: most windows a plan looks back on; what suits the algorithm if None, see
+            :func:`~equipoise.algorithms.history_of`.
         rebalance_every: windows between two plans.
         initial: the first placement; the trivial one if None.
         expert_bytes: bytes of one expert of one layer, to turn moves into bytes.
@@ -84,6 +85,8 @@ def replay(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
+    if history is None:
+        history = history_of(policy) if isinstance(policy, str) else HISTORY
     windows = trace if isinstance(trace, Windows) else cut_windows(_as_list(trace), window)
     start = _initial_placement(windows, topology) if initial is None else initial
     chosen = AlgorithmPolicy(policy, num_groups, max_moves_per_layer) if isinstance(policy, str) else policy
