@@ -10,7 +10,7 @@ import pytest
 from equipoise.algorithms import rebalance_experts
 from equipoise.algorithms.risk import LEAST_EXPONENT, MOST_EXPONENT, exponents
 from equipoise.algorithms.scenarios import _group, make_scenarios, mean_load
-from equipoise.algorithms.window_weights import DECAYS, _backtest_error, decayed, distances, is_mixture
+from equipoise.algorithms.window_weights import DECAYS, _backtest_error, decayed, distances, is_mixture, last_shift
 from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -104,12 +104,22 @@ def mixed(part: list[float], seed: int = 20, tokens: int = 4000) -> np.ndarray:
     return np.stack([p * a + (1 - p) * b for p, a, b in zip(part, one, other, strict=True)])
 
 
-@pytest.mark.parametrize("part", [[1, 0, 0.9, 0.1], [0.2, 0.9, 0.5, 0.1, 1, 0.3], [1, 1, 0, 1, 1, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "part", [[0.4, 0.1, 0.9], [1, 0, 0.9, 0.1], [0.2, 0.9, 0.5, 0.1, 1, 0.3], [1, 1, 0, 1, 1, 0, 0, 0]]
+)
 def test_windows_that_come_and_go_are_all_worth_as_much(part):
-    """The newest one is a draw like the others, even where it is far from its neighbour."""
-    scenarios = make_scenarios(mixed(part), 8.0)
+    """The newest one is a draw like the others, even where it is five times farther from its neighbour than they."""
+    load = mixed(part)
+    scenarios = make_scenarios(load, 8.0)
     assert scenarios.decay >= 0.75
-    assert (scenarios.weight > 0).all()
+    assert (scenarios.weight > 0).sum() == min(len(part), 4)
+    weight = scenarios.decay ** np.arange(len(part) - 1, -1, -1.0)
+    expected = (load / load.sum(2, keepdims=True) * 8 * (weight / weight.sum())[:, None, None]).sum(0)
+    assert mean_load(scenarios.tokens, scenarios.weight) == pytest.approx(expected)
+
+
+def test_a_change_of_a_mixture_that_stands_out_is_no_shift():
+    assert last_shift(distances(mixed([0.4, 0.1, 0.9]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,7 @@ def test_windows_that_come_and_go_are_all_worth_as_much(part):
     [
         pytest.param(drifting(3, 8), id="drift"),
         pytest.param(mixed([1, 1, 1, 1, 0, 0]), id="a shift"),
+        pytest.param(counted(30, 2)[[0, 0, 0, 0, 1, 1]], id="nothing but a shift"),
         pytest.param(np.concatenate([counted(seed, 2) for seed in (31, 32, 33)]), id="shift after shift"),
         pytest.param(np.zeros((5, 4, 32)), id="no token"),
     ],
