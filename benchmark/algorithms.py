@@ -28,7 +28,7 @@ from algorithms_plot import draw_frontier
 from algorithms_policies import Policy, baselines, full_replan, never, ours, ours_from_nothing, sources, uniform
 from algorithms_report import show
 from algorithms_timing import planning_times
-from algorithms_workloads import CONFIGURATIONS, Sequence, real_sequences, synthetic_sequences
+from algorithms_workloads import CONFIGURATIONS, Sequence, mixed_sequences, real_sequences, synthetic_sequences
 from cpu import cpu_name
 from equipoise.algorithms import DEFAULT_MOVE_PRICE, rebalance_experts
 from equipoise.expert_location import ExpertLocationMetadata
@@ -75,12 +75,12 @@ def main() -> int:
     }
     report["same_window"] = same_window(real, others, arguments.quick)
     report["next_window"] = {}
-    for sequence in real + synthetic:
+    for sequence in real + mixed_sequences(arguments.traces) + synthetic:
         slow = {"deepseek original"}  # plans as sglang deepseek does
         policies = OWN | {name: policy for name, policy in others.items() if name not in slow}
         report["next_window"][sequence.name] = {
             name: next_window(sequence, policy) for name, policy in policies.items()
-        } | {"real": sequence.real}
+        } | {"kind": sequence.kind}
     report["seconds"] = planning_times(others, arguments.quick)
     report["bars"] = bars(report)
     show(report, console)

@@ -34,8 +34,8 @@ def bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         0,
         at_least=False,
     )
-    real = {name: row for name, row in runs.items() if row["real"]}
-    drift = {name: row for name, row in runs.items() if not row["real"]}
+    real = {name: row for name, row in runs.items() if row["kind"] == "real"}
+    drift = {name: row for name, row in runs.items() if row["kind"] == "synthetic"}
 
     def mean(rows: dict[str, Any], policy: str, key: str = "balancedness") -> float:
         return float(np.mean([row[policy][key] for row in rows.values()]))
@@ -64,7 +64,8 @@ def bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             0.25,
             False,
         )
-    for rows, where in ((runs, ""), (real, ", real traces alone")):
+    # Mixed traffic is shown beside the bars, which speak of these two kinds.
+    for rows, where in ((real | drift, ""), (real, ", real traces alone")):
         if not rows:
             continue
         ratio = mean(rows, DEFAULT) / mean(rows, "uniform split")

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from algorithms_workloads import KINDS
+
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
-    """Next-window balancedness over moves per replan, one panel for real traces and one for synthetic load."""
+    """Next-window balancedness over moves per replan, a panel for each kind of load."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,11 +20,8 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
     runs = report["next_window"]
     panels = [
         (title, rows)
-        for title, rows in (
-            ("real traces", [row for row in runs.values() if row["real"]]),
-            ("synthetic drift and shift", [row for row in runs.values() if not row["real"]]),
-        )
-        if rows
+        for kind, title in KINDS.items()
+        if (rows := [row for row in runs.values() if row["kind"] == kind])
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
@@ -32,7 +31,7 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
                 float(np.mean([row[name]["balancedness"] for row in rows])),
             )
             for name in rows[0]
-            if name != "real"
+            if name != "kind"
         }
         line = sorted(point for name, point in points.items() if name.startswith("equipoise") and "full" not in name)
         axis.plot(

@@ -8,17 +8,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from algorithms_workloads import KINDS
+
 
 def show(report: dict[str, Any], console: Console) -> None:
     runs = report["next_window"]
-    names = [name for name in next(iter(runs.values())) if name != "real"]
-    for title, rows in (
-        ("Next window, real traces", [row for row in runs.values() if row["real"]]),
-        ("Next window, synthetic drift and shift", [row for row in runs.values() if not row["real"]]),
-    ):
+    names = [name for name in next(iter(runs.values())) if name != "kind"]
+    for kind, title in KINDS.items():
+        rows = [row for row in runs.values() if row["kind"] == kind]
         if not rows:
             continue
-        table = Table("policy", "balancedness", "moves", "cross-node", title=f"{title}: mean of {len(rows)} sequences")
+        table = Table(
+            "policy",
+            "balancedness",
+            "moves",
+            "cross-node",
+            title=f"Next window, {title}: mean of {len(rows)} sequences",
+        )
         for name in names:
             mean = {key: np.mean([row[name][key] for row in rows]) for key in rows[0][name]}
             table.add_row(

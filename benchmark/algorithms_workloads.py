@@ -10,6 +10,12 @@ import numpy as np
 from equipoise.replay.synthetic import SyntheticLoad, synthetic_trace
 from equipoise.topology import EpTopology
 
+KINDS = {
+    "real": "real traces",
+    "mixed": "real traces, tasks mixed",
+    "synthetic": "synthetic drift and shift",
+}
+MIXED_BLOCK = 256  # consecutive tokens of one task, about a request; windows hold some of each task
 TASKS = {
     "intent": ("dsv2lite_esft_intent.npz",),
     "translation": ("dsv2lite_esft_translation.npz",),
@@ -29,7 +35,7 @@ class Sequence:
     name: str
     windows: np.ndarray
     topology: EpTopology
-    real: bool
+    kind: str  # one of KINDS
 
 
 def real_sequences(traces: Path) -> list[Sequence]:
@@ -41,12 +47,28 @@ def real_sequences(traces: Path) -> list[Sequence]:
         for task, files in TASKS.items():
             topk = np.concatenate([np.load(traces / name)["topk"] for name in files])
             windows = _count(topk, tokens, 64)
-            found.append(Sequence(f"{task} {tokens} -> 96/32/4", windows, SMALL, True))
-            found.append(Sequence(f"{task} {tokens} -> 72/8/1", windows, NODE, True))
+            found.append(Sequence(f"{task} {tokens} -> 96/32/4", windows, SMALL, "real"))
+            found.append(Sequence(f"{task} {tokens} -> 72/8/1", windows, NODE, "real"))
     file = np.load(traces / GPT_OSS)
     subjects = file["freq"] * file["mean_tokens"][:, None, None]
     for first in (0, 200, 400, 600):
-        found.append(Sequence(f"gpt-oss {first} -> 48/16/2", subjects[first : first + 16], GPT, True))
+        found.append(Sequence(f"gpt-oss {first} -> 48/16/2", subjects[first : first + 16], GPT, "real"))
+    return found
+
+
+def mixed_sequences(traces: Path) -> list[Sequence]:
+    """Both tasks in random order, block by block: what a server sees that answers many users. Empty without files."""
+    if not traces.is_dir():
+        return []
+    topk = np.concatenate([np.load(traces / name)["topk"] for name in TASKS["both"]])
+    num_blocks = len(topk) // MIXED_BLOCK
+    blocks = topk[: num_blocks * MIXED_BLOCK].reshape(num_blocks, MIXED_BLOCK, *topk.shape[1:])
+    found = []
+    for seed, tokens in enumerate((1024, 2048)):
+        order = np.random.default_rng(seed).permutation(num_blocks)
+        windows = _count(blocks[order].reshape(-1, *topk.shape[1:]), tokens, 64)
+        found.append(Sequence(f"mixed {tokens} -> 96/32/4", windows, SMALL, "mixed"))
+        found.append(Sequence(f"mixed {tokens} -> 72/8/1", windows, NODE, "mixed"))
     return found
 
 
@@ -88,5 +110,5 @@ def synthetic_sequences(num_windows: int, most_layers: int) -> list[Sequence]:
                     seed=len(found),
                 )
             )
-            found.append(Sequence(f"{kind} {name}", trace.logical_count.astype(np.float64), topology, False))
+            found.append(Sequence(f"{kind} {name}", trace.logical_count.astype(np.float64), topology, "synthetic"))
     return found

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError
 from equipoise.expert_pool import ExpertPool
-from equipoise.pooled_experts import PooledExperts
+from equipoise.pooled_experts import PooledExperts, allocate_pool
 from equipoise.topology import EpTopology
 from equipoise.transfer_plan import plan_transfer
 from equipoise.transfer_program import rank_program
@@ -110,6 +110,23 @@ def test_staging_is_the_spare_rows_and_what_small_rows_need():
     assert 3 * 8 * (LARGE + 1) < memory.allocated_bytes < 3 * 8 * (LARGE + 1) + 1024
     with pytest.raises(ConfigError, match="stages 4 experts at once on a rank whose staging holds 3"):
         memory.reserve(4)
+
+
+@pytest.mark.parametrize(("budget", "spare"), [(None, 3), (2.5, 2), (7.5, 4)])
+def test_a_pool_has_a_spare_row_for_each_expert_that_may_be_staged(budget, spare):
+    """None: one per round in flight. Never more than a rank has slots: it cannot receive more in a step."""
+    num_values = 4096
+    pool = allocate_pool(
+        [(torch.Size([num_values]), torch.float32)],
+        EpTopology(2, 1, 4),
+        5,
+        verification="canary",
+        staging_bytes=None if budget is None else int(budget * num_values * 4),
+        rounds_in_flight=3,
+        device=torch.device("cpu"),
+    )
+    assert pool.num_extra_rows == spare
+    assert pool.tensors[0].shape == (5 * 4 + spare, num_values)
 
 
 @pytest.mark.parametrize(
