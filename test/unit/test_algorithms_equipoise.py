@@ -242,6 +242,29 @@ def test_balances_better_than_the_published_planner(seed):
 
 
 @settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_ranks=st.integers(2, 40), skew=st.sampled_from([0.5, 1.0, 2.0]))
+def test_two_slots_on_each_of_as_many_ranks_as_experts_balance_one_window(seed, num_ranks, skew):
+    """The optimum is 1: a cold expert whole and a part of a hot one fill a rank (Walker's alias method)."""
+    load = np.random.default_rng(seed).lognormal(0.0, skew, (8, num_ranks))
+    plan = rebalance_experts(load, EpTopology(num_ranks, 1, 2))
+    assert_no_twins(plan)
+    assert (balancedness(load, plan) > 0.9).all()
+    assert balancedness(load, plan).mean() > 0.96
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_ranks=st.integers(3, 24))
+def test_ranks_of_two_slots_that_are_slow_or_gone_keep_every_expert(seed, num_ranks):
+    rng = np.random.default_rng(seed)
+    capacity = np.append([1.0, 1.0], rng.choice([0.0, 0.5, 1.0, 2.0], num_ranks - 2))
+    live = capacity > 0
+    load = rng.lognormal(0.0, 1.5, (3, int(rng.integers(2, 2 * live.sum() + 1))))
+    plan = rebalance_experts(load, EpTopology(num_ranks, 1, 2), rank_capacity=capacity)
+    assert (np.asarray(rank_load(load, plan))[:, ~live] == 0.0).all()
+    np.testing.assert_allclose(np.asarray(rank_load(load, plan)).sum(1), load.sum(1), rtol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([-900, -40, 40, 900]))
 def test_scale_of_the_load_does_not_matter(seed, exponent):
     topology = EpTopology(4, 2, 5)

@@ -25,7 +25,7 @@ from equipoise.algorithms.layer_state import (
 )
 from equipoise.algorithms.scenarios import NUM_SCENARIOS
 from equipoise.algorithms.shares import best_transfer, marginal, settle
-from equipoise.jit import helper, number
+from equipoise.jit import helper, inlined, number
 
 
 @helper
@@ -106,7 +106,7 @@ def find_heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
     return best, least
 
 
-@helper
+@inlined
 def overwrite_gain(
     state: LayerState, hot_slot: int, slot: int, heir: int, doublings: int, saved: np.ndarray
 ) -> tuple[float, float]:
@@ -148,7 +148,7 @@ def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
     share[slot] = 0.0
 
 
-@helper
+@inlined
 def apply_change(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
     """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
     expert, following, share, replicas, held, ranks, experts, weight = state

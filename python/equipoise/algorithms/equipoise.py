@@ -29,7 +29,7 @@ STAGES = (2, 3, 5)  # exponents of the soft maximum: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
 LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
-SINGLE_MOST_COOL = 24  # ranks that a step looks at then
+MOST_COOL = 24  # ranks to put load on that a step looks at; as many then, otherwise a quarter of all at most
 NO_LIMIT = 1 << 60
 
 
@@ -115,7 +115,7 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
         max(24, problem.topology.num_ranks // 2) if from_nothing and several else num_slots,
         LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
-        NUM_COOL if several or not from_nothing else SINGLE_MOST_COOL,
+        max(NUM_COOL, min(MOST_COOL, problem.topology.num_ranks // 4) if several or not from_nothing else MOST_COOL),
     )
 
 

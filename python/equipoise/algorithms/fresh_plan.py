@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.jit import helper, inlined, int_zeros, zeros
+from equipoise.jit import inlined, int_zeros, zeros
 from equipoise.order import descending
 
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
 
 
-@helper
+@inlined
 def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(E,) mean plus :data:`RISK` standard deviations over the scenarios of ``LayerState.experts``."""
     load = zeros(experts.shape[0])
@@ -23,7 +23,7 @@ def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return load
 
 
-@helper
+@inlined
 def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray:
     """(E,) node of each expert: groups go heaviest first to the lightest node with room."""
     size, room = load.shape[0] // num_groups, num_groups // num_nodes
@@ -44,7 +44,7 @@ def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray
     return node_of
 
 
-@helper
+@inlined
 def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarray:
     """(E,) replicas: each further slot goes to the most load per replica, to an expert with fewer than ``num_ranks``.
 
@@ -104,7 +104,7 @@ def pack(
             rank_load[best] += unit[i]
 
 
-@helper
+@inlined
 def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
     found = False
     for slot in range(first, first + taken):
@@ -112,7 +112,7 @@ def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
     return found
 
 
-@helper
+@inlined
 def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
     """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens out."""
     dealt, most = 0, zeros(count.shape[0])

@@ -39,7 +39,7 @@ from equipoise.algorithms.shares import marginal, settle_all
 from equipoise.jit import helper, inlined, int_zeros, number, zeros
 
 NUM_HOT = 3  # ranks whose load a step tries to lower
-NUM_COOL = 6  # ranks it tries to put it on, at first
+NUM_COOL = 6  # ranks it tries to put it on, at first; then twice as many, as long as they offer nothing
 PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
 _FREE = 0.05  # price that a change without a move is ranked by
 WORTH = 0.3  # of what a change must gain to pay: below, it is not even walked through
@@ -73,10 +73,14 @@ def _step(
     room: int,
     doublings: int,
     least_gain: float,
+    num_tried: int,
     num_cool: int,
     scratch: np.ndarray,
 ) -> bool:
-    """Applies the best change among ranks first..last-1; False if none gains ``least_gain`` per price."""
+    """Applies the best change among ranks first..last-1; False if none gains ``least_gain`` per price.
+
+    Of the ``num_cool`` coolest ranks, which may take load, the first ``num_tried`` are known to offer nothing.
+    """
     expert, _, share, replicas, held, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     q = float(1 << doublings)
@@ -88,7 +92,7 @@ def _step(
         slot_loads(expert, share, experts, hot[i], size, scratch[i])
     heirs, freed, hopes, back = int_zeros(size), zeros(size), zeros(size), zeros(size)
     best, slot_1, slot_2, best_heir, best_t = least_gain, number(-1), number(-1), number(-1), 0.0
-    for j in range(num_cool):
+    for j in range(num_tried, num_cool):
         rank_2 = cool[j]
         slot_loads(expert, share, experts, rank_2, size, loads_2)
         most_freed = -np.inf
@@ -172,7 +176,8 @@ def search(
         stages: exponents of the soft maximum, one after the other, as doublings (3 is q = 8).
         max_steps: most changes tried.
         least_gain: part of the cost that a step must gain, even for free; for many ranks less, as it is of any step.
-        most_cool: ranks to put load on that a step looks at when the :data:`NUM_COOL` coolest offer nothing.
+        most_cool: ranks to put load on that a step looks at when the :data:`NUM_COOL` coolest offer nothing, at least
+            as many.
 
     Returns:
         Expected balance minus the price of the moves.
@@ -217,7 +222,7 @@ def search(
                         hottest = domain
                 heat[hottest] = -1.0
                 first = hottest * ranks_per_domain
-                num_cool = number(NUM_COOL)
+                num_tried, num_cool = number(0), number(NUM_COOL)
                 while not changed and num_cool <= most_cool:
                     changed = _step(
                         state,
@@ -228,10 +233,11 @@ def search(
                         max_moves - moves,
                         doublings,
                         least,
+                        num_tried,
                         num_cool,
                         scratch,
                     )
-                    num_cool *= 4
+                    num_tried, num_cool = num_cool, 2 * num_cool
                 if changed:
                     break
             price, moves = spent(expert, where, prices)

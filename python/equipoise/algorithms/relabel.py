@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.jit import helper
+from equipoise.jit import inlined
 
 MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 _NEVER = 1e9
@@ -67,7 +67,7 @@ def rank_order(
     return source
 
 
-@helper
+@inlined
 def align(expert: np.ndarray, share: np.ndarray, old: np.ndarray, slots_per_rank: int) -> None:
     """Reorders the slots inside each rank, in place, so that an expert that stays on a rank stays in its slot."""
     for first in range(0, expert.shape[0], slots_per_rank):

@@ -7,10 +7,10 @@ import numpy as np
 from equipoise.algorithms.changes import overwrite
 from equipoise.algorithms.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
 from equipoise.algorithms.move_price import ON_RANK
-from equipoise.jit import helper, number
+from equipoise.jit import helper, inlined, number
 
 
-@helper
+@inlined
 def lost_experts(state: LayerState) -> int:
     """Experts without a replica on a live rank."""
     lost = 0

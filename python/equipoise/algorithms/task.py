@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.algorithms.connect import connect
 from equipoise.algorithms.layer_state import new_state
 from equipoise.algorithms.layers import for_each_layer
-from equipoise.algorithms.min_max import level_ranks
 from equipoise.algorithms.move_price import ELSEWHERE, ON_NODE
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.algorithms.relabel import align
@@ -80,7 +80,9 @@ class Task:
     def finish(self, placed: np.ndarray, share: np.ndarray) -> Placement:
         problem = self.problem
         keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
-        self.run(_finish_layers, self.old, placed, share, self.experts, self.weight, self.slowness, keep_slots, exact)
+        exchanges = not keep_slots and not problem.grouped
+        arrays = (self.old, placed, share, self.experts, self.weight, self.slowness)
+        self.run(_finish_layers, *arrays, keep_slots, exact, exchanges)
         return Placement(placed, share)
 
 
@@ -106,12 +108,16 @@ def _finish_layers(
     slowness: np.ndarray,
     keep_slots: bool,
     exact: bool,
+    exchanges: bool,
 ) -> None:
-    """Makes shares exact for a single window, puts experts that stay on a rank into their old slots, and cleans up."""
+    """Makes shares exact for a single window, puts experts that stay on a rank into their old slots, and cleans up.
+
+    With ``exchanges`` experts may change places for that: where the placement comes from nothing.
+    """
     size = placed.shape[1] // slowness.shape[0]
     for layer in range(first, last):
         if exact:
-            level_ranks(new_state(placed[layer], share[layer], experts[layer], weight, slowness))
+            connect(new_state(placed[layer], share[layer], experts[layer], weight, slowness), exchanges)
         if keep_slots:
             align(placed[layer], share[layer], old[layer], size)
         for slot in range(placed.shape[1]):
