@@ -41,11 +41,12 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
             *points["equipoise"], color="tab:blue", marker="*", markersize=16, linestyle="", label="equipoise, default"
         )
         labels: dict[tuple[float, float], list[str]] = {}
+        height = max(y for _, y in points.values()) - min(y for _, y in points.values())
         for name, point in points.items():
             if name == "equipoise" or (name.startswith("equipoise,") and "full" not in name):
                 continue
-            # Policies that plan alike lie on one another: one label for all.
-            near = (at for at in labels if abs(at[0] - point[0]) < 1 and abs(at[1] - point[1]) < 0.001)
+            # Policies that plan alike lie on one another, or nearly: one label for all.
+            near = (at for at in labels if abs(at[0] - point[0]) < 3 and abs(at[1] - point[1]) < 0.03 * height)
             labels.setdefault(next(near, point), []).append(name)
         for point, names in labels.items():
             axis.plot(*point, marker="s", color="tab:gray", linestyle="")

@@ -148,23 +148,30 @@ def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
     share[slot] = 0.0
 
 
+@helper
+def swap(state: LayerState, slot_1: int, slot_2: int) -> None:
+    """Exchanges the experts of two slots, with their shares; ``refresh`` both ranks afterwards."""
+    expert, following, share, replicas, held, ranks, experts, _ = state
+    e_1, e_2, share_1, share_2 = expert[slot_1], expert[slot_2], share[slot_1], share[slot_2]
+    add_share(expert, share, ranks, experts, slot_1, -share_1)
+    add_share(expert, share, ranks, experts, slot_2, -share_2)
+    relink(expert, following, replicas, held, slot_1, e_2)
+    relink(expert, following, replicas, held, slot_2, e_1)
+    add_share(expert, share, ranks, experts, slot_1, share_2)
+    add_share(expert, share, ranks, experts, slot_2, share_1)
+
+
 @inlined
 def apply_change(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
     """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
-    expert, following, share, replicas, held, ranks, experts, weight = state
+    expert, _, share, replicas, _, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
-    e_1, e_2, share_1, share_2 = expert[slot_1], expert[slot_2], share[slot_1], share[slot_2]
     if heir >= 0:
-        overwrite(state, slot_2, heir, e_1)
+        overwrite(state, slot_2, heir, expert[slot_1])
         add_share(expert, share, ranks, experts, slot_1, -t)
         add_share(expert, share, ranks, experts, slot_2, t)
     else:
-        add_share(expert, share, ranks, experts, slot_1, -share_1)
-        add_share(expert, share, ranks, experts, slot_2, -share_2)
-        relink(expert, following, replicas, held, slot_1, e_2)
-        relink(expert, following, replicas, held, slot_2, e_1)
-        add_share(expert, share, ranks, experts, slot_1, share_2)
-        add_share(expert, share, ranks, experts, slot_2, share_1)
+        swap(state, slot_1, slot_2)
     for i in range(3 if heir >= 0 else 2):
         slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
         refresh(ranks, weight, slot // size, doublings)

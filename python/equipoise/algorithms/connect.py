@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.layer_state import COUNT, SLOWNESS, LayerState, add_share, power, relink
+from equipoise.algorithms.changes import swap
+from equipoise.algorithms.layer_state import COUNT, SLOWNESS, LayerState, power
 from equipoise.algorithms.min_max import level_ranks, reach
 from equipoise.jit import helper, inlined, int_zeros, number, zeros
 
@@ -82,11 +83,11 @@ def _exchange_that_gains(
             if replicas[f, COUNT] < 2 and experts[f, 0] <= share[slot] * experts[e, 0]:
                 continue  # it connects nothing, and what comes is no less than what goes
             tries += 1
-            _exchange(state, slot, other)
+            swap(state, slot, other)
             level_ranks(state)
             if _cost(ranks) <= most:
                 return True
-            _exchange(state, slot, other)
+            swap(state, slot, other)
             for near in range(expert.shape[0]):
                 share[near] = old_share[near]
             for near in range(ranks.shape[0]):
@@ -100,16 +101,3 @@ def _cost(ranks: np.ndarray) -> float:
     for rank in range(ranks.shape[0]):
         total += power(ranks[rank, 0], number(_DOUBLINGS))
     return total
-
-
-@helper
-def _exchange(state: LayerState, slot_1: int, slot_2: int) -> None:
-    """Exchanges the experts of two slots, with their shares."""
-    expert, following, share, replicas, held, ranks, experts, _ = state
-    e_1, e_2, share_1, share_2 = expert[slot_1], expert[slot_2], share[slot_1], share[slot_2]
-    add_share(expert, share, ranks, experts, slot_1, -share_1)
-    add_share(expert, share, ranks, experts, slot_2, -share_2)
-    relink(expert, following, replicas, held, slot_1, e_2)
-    relink(expert, following, replicas, held, slot_2, e_1)
-    add_share(expert, share, ranks, experts, slot_1, share_2)
-    add_share(expert, share, ranks, experts, slot_2, share_1)
