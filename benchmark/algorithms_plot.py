@@ -51,12 +51,13 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
         for point, names in labels.items():
             axis.plot(*point, marker="s", color="tab:gray", linestyle="")
             left = point[0] > 50
-            place: dict[str, Any] = {"xytext": (-6 if left else 6, -4), "ha": "right" if left else "left"}
-            axis.annotate(", ".join(names), point, textcoords="offset points", fontsize=8, **place)
+            place: dict[str, Any] = {"xytext": (-6 if left else 6, 0), "ha": "right" if left else "left"}
+            axis.annotate("\n".join(names), point, textcoords="offset points", va="center", fontsize=8, **place)
         axis.set_title(f"{title}: mean of {len(rows)} sequences")
         axis.set_xlabel("slots moved per replan, %")
         axis.set_ylabel("balancedness of the next window")
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower center", fontsize=8)
+        axis.legend(loc="center", fontsize=8)
+        axis.margins(y=0.1)
     figure.savefig(path, dpi=150)
     plt.close(figure)
