@@ -54,31 +54,23 @@ def number(value: int) -> int:
 # kernels and helpers apart. So what kernels allocate comes from here, wherever one of these will do.
 
 
-@helper
-def zeros(size: int) -> np.ndarray:
-    """(size,) float64 zeros."""
-    array = np.empty(size, dtype=np.float64)
-    for i in range(size):
-        array[i] = 0.0
-    return array
+def _zeros_of(dtype: type[np.generic]) -> Callable[[int], np.ndarray]:
+    @helper
+    def zeros(size: int) -> np.ndarray:
+        array = np.empty(size, dtype=dtype)
+        for i in range(size):
+            array[i] = 0
+        return array
+
+    return zeros
 
 
-@helper
-def int_zeros(size: int) -> np.ndarray:
-    """(size,) int64 zeros."""
-    array = np.empty(size, dtype=np.int64)
-    for i in range(size):
-        array[i] = 0
-    return array
-
-
-@helper
-def int32_zeros(size: int) -> np.ndarray:
-    """(size,) int32 zeros."""
-    array = np.empty(size, dtype=np.int32)
-    for i in range(size):
-        array[i] = 0
-    return array
+zeros = _zeros_of(np.float64)
+"""(size,) float64 zeros."""
+int_zeros = _zeros_of(np.int64)
+"""(size,) int64 zeros."""
+int32_zeros = _zeros_of(np.int32)
+"""(size,) int32 zeros."""
 
 
 @helper

@@ -71,8 +71,10 @@ def best_decay(distance: list[list[float]], expected: float, at_least: float) ->
 def decayed(num_windows: int, decay: float) -> list[float]:
     """Weights of windows, oldest first, that sum to 1; 0 instead of next to nothing."""
     weight = [decay**age for age in range(num_windows - 1, -1, -1)]
-    weight = [w if w >= _NEGLIGIBLE * sum(weight) else 0.0 for w in weight]
-    return [w / sum(weight) for w in weight]
+    least = _NEGLIGIBLE * sum(weight)
+    weight = [w if w >= least else 0.0 for w in weight]
+    total = sum(weight)
+    return [w / total for w in weight]
 
 
 def _backtest_error(distance: list[list[float]], decay: float) -> float:
