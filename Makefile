@@ -17,14 +17,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m equipoise.kernels
+	$(BIN)/python -m equipoise.manager.warm_up
 	@touch $@
 
 setup: $(READY)  ## the virtual environment, with everything pinned
 
 kernels: $(READY)  ## compile numba's kernels again; needed after editing one that others call
 	find python -name '*.nb[ci]' -delete
-	$(BIN)/python -m equipoise.kernels
+	$(BIN)/python -m equipoise.manager.warm_up
 
 demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it while it answers
 	$(BIN)/python scripts/demo.py $(ARGS)

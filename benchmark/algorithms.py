@@ -30,10 +30,11 @@ from algorithms_report import show
 from algorithms_timing import planning_times
 from algorithms_workloads import CONFIGURATIONS, Sequence, mixed_sequences, real_sequences, synthetic_sequences
 from cpu import cpu_name
-from equipoise.algorithms import DEFAULT_MOVE_PRICE, rebalance_experts
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.metrics import balancedness, mean_balancedness
-from equipoise.replay.synthetic import SyntheticLoad, synthetic_trace
+from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
+from equipoise.placement.balancedness import balancedness, mean_balancedness
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 PRICES = (0.02, 0.05, 0.1, 0.3)  # beside the default, for the frontier

@@ -23,8 +23,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from algorithms_uniform import rebalance_uniform
-from equipoise.algorithms import rebalance_experts
-from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 from neighbours import _load, _stand_in, fetch
 

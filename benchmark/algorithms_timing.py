@@ -15,9 +15,9 @@ import numpy as np
 
 from algorithms_policies import Policy, ours
 from algorithms_workloads import CONFIGURATIONS
-from equipoise.algorithms import rebalance_experts
-from equipoise.metrics import balancedness, mean_balancedness
-from equipoise.replay.synthetic import SyntheticLoad, synthetic_trace
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
+from equipoise.placement.balancedness import balancedness, mean_balancedness
 from equipoise.topology import EpTopology
 
 
@@ -82,12 +82,12 @@ def compile_times() -> tuple[float, float, float]:
     They are compiled in the background: the start of those processes and their imports count.
     """
     cold = (
-        "import resource, time; from equipoise.algorithms import warm_up_in_background;"
+        "import resource, time; from equipoise.jit.warming import warm_up_in_background;"
         "start = time.perf_counter(); assert warm_up_in_background().wait(); wall = time.perf_counter() - start;"
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, wall)"
     )
     warm = (
-        "import time, torch, numba; from equipoise.algorithms import warm_up;"
+        "import time, torch, numba; from equipoise.algorithms.warm_up import warm_up;"
         "start = time.perf_counter(); warm_up(); print(time.perf_counter() - start)"
     )
     with tempfile.TemporaryDirectory() as cache:

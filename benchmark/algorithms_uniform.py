@@ -10,9 +10,9 @@ import numba
 import numpy as np
 
 from equipoise.algorithms.equipoise import LEAST_GAIN, NODE_PRICE, STAGES
-from equipoise.algorithms.local_search import MANY_RANKS, WORTH
-from equipoise.algorithms.scenarios import make_scenarios
-from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.algorithms.forecast.scenarios import make_scenarios
+from equipoise.algorithms.search.local_search import MANY_RANKS, WORTH
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 

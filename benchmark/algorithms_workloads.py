@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equipoise.replay.synthetic import SyntheticLoad, synthetic_trace
+from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
 from equipoise.topology import EpTopology
 
 KINDS = {

@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import equipoise.demo_model
+import equipoise.engine.demo_model
 from cpu import cpu_name
-from equipoise.commands import GetSteps, Rebalance, RebalanceReport, StepRecord
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
-from equipoise.engine import Engine, GenerateRequest, SamplingParams
+from equipoise.engine.engine import Engine
+from equipoise.engine.requests import GenerateRequest, SamplingParams
+from equipoise.manager.commands import GetSteps, Rebalance, RebalanceReport, StepRecord
 
 MODES = ("sync", "chunked", "async")
 
@@ -57,7 +58,7 @@ def make_model(folder: Path, *, layers: int, experts: int, hidden: int, intermed
         for layer in model.model.layers:
             layer.mlp.gate.weight.normal_(std=0.1)  # routing as uneven as that of a trained router
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(equipoise.demo_model.path()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(equipoise.engine.demo_model.path()).save_pretrained(folder)
     return 3 * hidden * intermediate * 4
 
 

@@ -39,11 +39,11 @@ from rich.table import Table  # noqa: E402
 import neighbours  # noqa: E402
 import transfer_planning  # noqa: E402
 from cpu import cpu_name  # noqa: E402
-from equipoise.algorithms import rebalance_experts  # noqa: E402
+from equipoise.algorithms.rebalance import rebalance_experts  # noqa: E402
 from equipoise.topology import EpTopology  # noqa: E402
+from helpers.placements import live_weights  # noqa: E402
+from helpers.run_ranks import run_ranks  # noqa: E402
 from link_rounds import count_rounds  # noqa: E402
-from placements import live_weights  # noqa: E402
-from run_ranks import run_ranks  # noqa: E402
 from transfer_systems import EquipoiseMover, Message, Mover, SglangMover, VllmMover, Weights  # noqa: E402
 
 DEFAULT_STAGED_EXPERTS = 4  # of the updater: one for each round in flight

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import neighbours
-from equipoise.communicator import PeerTensor, Pending
+from equipoise.distributed.communicator import PeerTensor, Pending
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import plan_transfer
-from equipoise.updater import ExpertLocationUpdater
+from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.planning.plan import plan_transfer
 
 
 class _Nothing:

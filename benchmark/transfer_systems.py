@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 import neighbours
-from equipoise.communicator import PeerTensor, Pending, TorchCommunicator
-from equipoise.expert_pool import ExpertPool
-from equipoise.placement_alignment import slot_order
+from equipoise.distributed.communicator import PeerTensor, Pending, TorchCommunicator
+from equipoise.placement.alignment import slot_order
 from equipoise.topology import EpTopology
-from equipoise.transfer_plan import plan_transfer
-from equipoise.updater import ExpertLocationUpdater
-from equipoise.verification import Verification
-from placements import pooled
+from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.memory.pool import ExpertPool
+from equipoise.transfer.memory.verification import Verification
+from equipoise.transfer.planning.plan import plan_transfer
+from helpers.placements import pooled
 
 Weights = list[list[torch.Tensor]]
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from equipoise import EpTopology, ExpertLocationMetadata
-from equipoise.commands import Rebalance
-from equipoise.communicator import TorchCommunicator
 from equipoise.config import EplbConfig
-from equipoise.manager import EplbManager
+from equipoise.distributed.communicator import TorchCommunicator
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.manager import EplbManager
 
 LAYERS, EXPERTS, REDUNDANT, HIDDEN = 4, 16, 4, 32
 

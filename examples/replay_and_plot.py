@@ -13,11 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-import equipoise.demo_model
+import equipoise.engine.demo_model
 from equipoise import EpTopology, LoadTrace
-from equipoise.replay import replay
+from equipoise.replay.simulate import replay
 
-source = sys.argv[1] if len(sys.argv) > 1 else equipoise.demo_model.sample_trace()
+source = sys.argv[1] if len(sys.argv) > 1 else equipoise.engine.demo_model.sample_trace()
 picture = sys.argv[2] if len(sys.argv) > 2 else "replay.png"
 
 trace = LoadTrace.open(source)

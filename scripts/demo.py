@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 
-import equipoise.demo_model
+import equipoise.engine.demo_model
 from demo_server import Server, Traffic
 from demo_view import last_screen, layer_table, scene, step_table
 
@@ -46,7 +46,7 @@ class Demo:
 
     def __init__(self, server: Server, console: Console, act_seconds: float) -> None:
         self.console = console
-        prompts = equipoise.demo_model.prompts()
+        prompts = equipoise.engine.demo_model.prompts()
         self.traffic = Traffic(server.url, prompts, clients=NUM_CLIENTS, max_new_tokens=MAX_NEW_TOKENS)
         self._http = httpx.AsyncClient(base_url=server.url, timeout=120.0)
         self._act_seconds = act_seconds
@@ -141,7 +141,7 @@ def check_answers(answers: list[tuple[str, tuple[int, ...]]], console: Console) 
     """How many answers equal the plain model's; prints those that do not."""
     from demo_reference import Reference  # brings torch and transformers, which nothing before this needs
 
-    reference = Reference(equipoise.demo_model.path())
+    reference = Reference(equipoise.engine.demo_model.path())
     prompts = sorted({prompt for prompt, _ in answers})
     label = f"plain transformers answers the same {len(prompts)} prompts"
     expected = {p: reference.answer(p, MAX_NEW_TOKENS) for p in track(prompts, label, console=console)}

@@ -18,9 +18,9 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-import equipoise.demo_model
+import equipoise.engine.demo_model
 from demo_server import Server, Traffic
-from equipoise.load_trace import LoadTrace
+from equipoise.load.trace import LoadTrace
 
 TOPICS = ["prose", "code", "data", "german", "prose"]
 LARGEST_BYTES = 2 << 20
@@ -28,7 +28,7 @@ LARGEST_BYTES = 2 << 20
 
 async def record(url: str, steps_per_topic: int, console: Console) -> Path:
     """Sends each topic for so many steps; returns the path of the dump."""
-    traffic = Traffic(url, equipoise.demo_model.prompts(), clients=12, max_new_tokens=48)
+    traffic = Traffic(url, equipoise.engine.demo_model.prompts(), clients=12, max_new_tokens=48)
     async with httpx.AsyncClient(base_url=url, timeout=120.0) as http:
 
         async def step_number() -> int:
@@ -51,7 +51,7 @@ async def record(url: str, steps_per_topic: int, console: Console) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps-per-topic", type=int, default=256, help="forward passes of each topic (default: 256)")
-    output = equipoise.demo_model.path() / "sample_trace.npz"
+    output = equipoise.engine.demo_model.path() / "sample_trace.npz"
     parser.add_argument("--output", type=Path, default=output, help=f"file to write (default: {output})")
     arguments = parser.parse_args()
     console = Console()

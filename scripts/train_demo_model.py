@@ -42,7 +42,7 @@ from demo_report import LIMIT_MIB, folder_mib, measure, model_card
 
 END = "<|end|>"  # separates documents; also the end-of-text token
 STATE = "training_state.pt"
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "python" / "equipoise" / "demo_model"
+DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "python" / "equipoise" / "engine" / "demo_model"
 
 
 @dataclasses.dataclass(frozen=True)

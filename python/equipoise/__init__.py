@@ -11,24 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from equipoise.algorithms import available_algorithms, rebalance_experts
-    from equipoise.expert_location import ExpertLocationMetadata
-    from equipoise.load_trace import LoadTrace
-    from equipoise.metrics import balancedness
+    from equipoise.algorithms.rebalance import rebalance_experts
+    from equipoise.algorithms.registry import available_algorithms
+    from equipoise.load.trace import LoadTrace
+    from equipoise.placement.balancedness import balancedness
+    from equipoise.placement.metadata import ExpertLocationMetadata
     from equipoise.topology import EpTopology
-    from equipoise.transfer_plan import TransferPlan, plan_transfer
+    from equipoise.transfer.planning.plan import TransferPlan, plan_transfer
 
 __version__ = "0.1.0"
 
 _HOME_OF_NAME = {
     "EpTopology": "equipoise.topology",
-    "ExpertLocationMetadata": "equipoise.expert_location",
-    "LoadTrace": "equipoise.load_trace",
-    "TransferPlan": "equipoise.transfer_plan",
-    "available_algorithms": "equipoise.algorithms",
-    "balancedness": "equipoise.metrics",
-    "plan_transfer": "equipoise.transfer_plan",
-    "rebalance_experts": "equipoise.algorithms",
+    "ExpertLocationMetadata": "equipoise.placement.metadata",
+    "LoadTrace": "equipoise.load.trace",
+    "TransferPlan": "equipoise.transfer.planning.plan",
+    "available_algorithms": "equipoise.algorithms.registry",
+    "balancedness": "equipoise.placement.balancedness",
+    "plan_transfer": "equipoise.transfer.planning.plan",
+    "rebalance_experts": "equipoise.algorithms.rebalance",
 }
 
 __all__ = [

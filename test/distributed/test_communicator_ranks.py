@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from communicator_conformance import CHECKS
-from equipoise.communicator import Communicator, TorchCommunicator
+from equipoise.distributed.communicator import Communicator, TorchCommunicator
+from equipoise.distributed.pinned_host import PinnedHostCommunicator
+from equipoise.distributed.small_sums import PostedSum
 from equipoise.errors import TransferError
-from equipoise.pinned_host_communicator import PinnedHostCommunicator
-from equipoise.small_sums import PostedSum
-from run_ranks import run_ranks
+from helpers.communicator_conformance import CHECKS
+from helpers.run_ranks import run_ranks
 
 LIMIT = timedelta(seconds=60)
 

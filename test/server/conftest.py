@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ServeConfig
-from equipoise.engine import Engine
+from equipoise.engine.engine import Engine
 from equipoise.server.app import create_app
-from server.http_server import running_server
-from tiny_models import make_tiny_model
+from helpers.http_server import running_server
+from helpers.tiny_models import make_tiny_model
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from equipoise.config import EngineConfig, ServeConfig
 from equipoise.server.app import create_app
 from equipoise.server.body_limit import MAX_BODY_BYTES, BodyLimit
-from server.bad_requests import BAD_BODIES
-from server.fake_engine import FakeEngine
-from server.http_server import error_of, running_server
-from server.request_strategies import any_request, check_no_request_is_our_fault
+from helpers.bad_requests import BAD_BODIES
+from helpers.fake_engine import FakeEngine
+from helpers.http_server import error_of, running_server
+from helpers.request_strategies import any_request, check_no_request_is_our_fault
 
 JSON = {"Content-Type": "application/json"}
 

@@ -10,13 +10,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from equipoise.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StepRecord, StopRecording
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
 from equipoise.errors import ConfigError, PhaseError, TransferError
+from equipoise.manager.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StepRecord, StopRecording
+from equipoise.server.admin import jsonable
 from equipoise.server.app import create_app
-from equipoise.server.jsonable import jsonable
-from server.fake_engine import REPORT, FakeEngine
-from server.http_server import error_of, running_server, sse_events
+from helpers.fake_engine import REPORT, FakeEngine
+from helpers.http_server import error_of, running_server, sse_events
 
 CONFIG = ServeConfig(EngineConfig("a/model"), http=HttpConfig(dump_dir="dumps"))
 

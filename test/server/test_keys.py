@@ -7,8 +7,8 @@ import pytest
 
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
 from equipoise.server.app import create_app
-from server.fake_engine import FakeEngine
-from server.http_server import error_of, running_server
+from helpers.fake_engine import FakeEngine
+from helpers.http_server import error_of, running_server
 
 USER_CALLS = [
     ("POST", "/generate"),

@@ -14,13 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.load_trace import LoadTrace
+from equipoise.load.trace import LoadTrace
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
-from server.bad_requests import BAD_BODIES
+from helpers.bad_requests import BAD_BODIES
+from helpers.http_server import error_of, sse_events
+from helpers.request_strategies import any_request, check_no_request_is_our_fault
 from server.conftest import RealServer
-from server.http_server import error_of, sse_events
-from server.request_strategies import any_request, check_no_request_is_our_fault
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPTS = ["The moon", "def f(x):", "zwölf Boxkämpfer", "1 2 3 4 5 6"]

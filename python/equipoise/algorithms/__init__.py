@@ -2,40 +2,18 @@
 
 A new algorithm is a function from :class:`~equipoise.algorithms.problem.PlacementProblem` to
 :class:`~equipoise.algorithms.problem.Placement` and a line in ``registry.py``.
+
+Public modules, which other rooms import::
+
+    rebalance.py  The one function that callers use: from load and the placement in force to the placement to come
+    registry.py   The registry of placement algorithms: what each is called, and what sets it apart
+    warm_up.py    Compiles the solvers' kernels: in shares, as a program of its own, or all in this process
+
+Private to this room::
+
+    deepseek.py   `deepseek` and `deepseek_hierarchical`: DeepSeek's published planner (https://github.com/deepseek-a...
+    equipoise.py  `equipoise`, the default: joint placement and dispatch weights, from the placement in force, with p...
+    problem.py    PlacementProblem: what a placement algorithm is asked, checked once, so that a solver only solves
+    reweight.py   `reweight`: dispatch weights for the placement in force; no slot changes
+    task.py       Task: a problem as the kernels take it, and what turns their answer into a placement
 """
-
-from typing import TYPE_CHECKING
-
-from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
-from equipoise.algorithms.registry import HISTORY, available_algorithms, check_algorithm, history_of, plans_by_nodes
-from equipoise.algorithms.warming import WarmUp, warm_up_in_background
-
-if TYPE_CHECKING:
-    from equipoise.algorithms.rebalance import rebalance_experts
-    from equipoise.algorithms.solver_kernels import warm_up
-
-__all__ = [
-    "DEFAULT_MOVE_PRICE",
-    "HISTORY",
-    "WarmUp",
-    "available_algorithms",
-    "check_algorithm",
-    "history_of",
-    "plans_by_nodes",
-    "rebalance_experts",
-    "warm_up",
-    "warm_up_in_background",
-]
-
-
-def __getattr__(name: str) -> object:
-    """Loads on first use what needs torch, and what is a program of its own: compiling the solvers needs no torch."""
-    if name == "rebalance_experts":
-        from equipoise.algorithms.rebalance import rebalance_experts
-
-        return rebalance_experts
-    if name == "warm_up":
-        from equipoise.algorithms.solver_kernels import warm_up
-
-        return warm_up
-    raise AttributeError(f"module 'equipoise.algorithms' has no attribute {name!r}")

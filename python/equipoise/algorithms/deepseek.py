@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.layers import for_each_layer
 from equipoise.algorithms.problem import Placement, PlacementProblem
 from equipoise.errors import ConfigError
-from equipoise.jit import helper, int_zeros, kernel, zeros
-from equipoise.order import descending
+from equipoise.jit.compile import helper, int_zeros, kernel, zeros
+from equipoise.jit.sort import descending
+from equipoise.jit.threads import for_each_layer
 
 
 def solve_global(problem: PlacementProblem) -> Placement:

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.fresh_plan import pack, pack_groups, risk_load
-from equipoise.algorithms.layer_state import new_state
-from equipoise.algorithms.local_search import NUM_COOL, search
-from equipoise.algorithms.move_price import ELSEWHERE, origin, spent
+from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.relabel import relabel
-from equipoise.algorithms.repair import part_twins, revive, spread_shares
-from equipoise.algorithms.scenarios import NUM_SCENARIOS, Scenarios
+from equipoise.algorithms.search.fresh_plan import pack, pack_groups, risk_load
+from equipoise.algorithms.search.layer_state import new_state
+from equipoise.algorithms.search.local_search import NUM_COOL, search
+from equipoise.algorithms.search.move_price import ELSEWHERE, origin, spent
+from equipoise.algorithms.search.repair import part_twins, revive, spread_shares
 from equipoise.algorithms.task import NODE_PRICE, Task
 from equipoise.errors import ConfigError
-from equipoise.jit import helper, int_zeros, kernel
+from equipoise.jit.compile import helper, int_zeros, kernel
+from equipoise.placement.relabel import relabel
 
 STAGES = (2, 3, 5)  # exponents of the soft maximum: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window

@@ -12,7 +12,7 @@ from equipoise.errors import ConfigError, PlacementError
 from equipoise.topology import EpTopology
 
 if TYPE_CHECKING:  # solvers know numpy only: the process that compiles them need not load torch
-    from equipoise.expert_location import ExpertLocationMetadata
+    from equipoise.placement.metadata import ExpertLocationMetadata
 
 DEFAULT_MOVE_PRICE = 0.12
 
@@ -62,7 +62,7 @@ class PlacementProblem:
         move_price: float,
         num_threads: int,
     ) -> PlacementProblem:
-        """Builds a problem from what a caller handed in; ``load`` from :func:`equipoise.metrics.as_load_array`.
+        """Builds a problem from what a caller handed in; ``load`` from ``as_load_array``.
 
         Raises:
             ConfigError: too few slots, groups that do not divide the experts, a negative limit, price or capacity.

@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
 from equipoise.algorithms.registry import solver
-from equipoise.cpus import available_cpus
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.metrics import LoadLike, as_load_array
+from equipoise.jit.threads import available_cpus
+from equipoise.placement.balancedness import LoadLike, as_load_array
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 

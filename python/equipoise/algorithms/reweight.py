@@ -11,13 +11,13 @@ import math
 
 import numpy as np
 
-from equipoise.algorithms.layer_state import new_state
 from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.repair import lost_experts, spread_shares
-from equipoise.algorithms.shares import settle_all
+from equipoise.algorithms.search.layer_state import new_state
+from equipoise.algorithms.search.repair import lost_experts, spread_shares
+from equipoise.algorithms.search.shares import settle_all
 from equipoise.algorithms.task import Task
 from equipoise.errors import ConfigError
-from equipoise.jit import kernel, number
+from equipoise.jit.compile import kernel, number
 
 ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.algorithms.connect import connect
-from equipoise.algorithms.layer_state import new_state
-from equipoise.algorithms.layers import for_each_layer
-from equipoise.algorithms.move_price import ELSEWHERE, ON_NODE
+from equipoise.algorithms.forecast.risk import exponents
+from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load
 from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.relabel import align
-from equipoise.algorithms.risk import exponents
-from equipoise.algorithms.scenarios import Scenarios, make_scenarios, mean_load
-from equipoise.jit import kernel
+from equipoise.algorithms.search.connect import connect
+from equipoise.algorithms.search.layer_state import new_state
+from equipoise.algorithms.search.move_price import ELSEWHERE, ON_NODE
+from equipoise.jit.compile import kernel
+from equipoise.jit.threads import for_each_layer
+from equipoise.placement.relabel import align
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from equipoise.commands import Command
 from equipoise.config import ServeConfig
 from equipoise.engine.messages import (
     Abort,
@@ -26,10 +25,11 @@ from equipoise.engine.messages import (
     ToEngine,
     Tokens,
 )
-from equipoise.engine.model_files import load_tokenizer, model_directory
+from equipoise.engine.model.files import load_tokenizer, model_directory
 from equipoise.engine.processes import CLOSE_SECONDS, EngineProcesses
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.manager.commands import Command
 
 
 @dataclass

@@ -8,18 +8,18 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from equipoise.commands import Command, GetSteps, GetStepTotals, Phase, StepRecord
 from equipoise.config import EngineConfig
-from equipoise.engine.blueprint import ModelBlueprint
-from equipoise.engine.layout import StepBatch
 from equipoise.engine.messages import Abort, Control, FromEngine, Log, Ready, Reply, Stop, Submit, ToEngine, Tokens
-from equipoise.engine.model_files import load_tokenizer
-from equipoise.engine.plan_channel import StepPlan
+from equipoise.engine.model.blueprint import ModelBlueprint
+from equipoise.engine.model.files import load_tokenizer
+from equipoise.engine.model.step_batch import StepBatch
 from equipoise.engine.requests import TokenEvent
 from equipoise.engine.sampler import Sampler
 from equipoise.engine.scheduler import Scheduler
+from equipoise.engine.step_channel import StepPlan
 from equipoise.engine.step_log import StepLog
-from equipoise.manager import Ticket
+from equipoise.manager.commands import Command, GetSteps, GetStepTotals, Phase, StepRecord
+from equipoise.manager.manager import Ticket
 
 
 class Frontend:

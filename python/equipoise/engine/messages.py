@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from equipoise.commands import Command
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import EquipoiseError
+from equipoise.manager.commands import Command
 
 
 class EngineDeadError(EquipoiseError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from equipoise.engine.detokenizer import IncrementalDetokenizer
-from equipoise.engine.layout import Segment, StepBatch
+from equipoise.engine.model.step_batch import Segment, StepBatch
 from equipoise.engine.requests import FinishReason, GenerateRequest, TokenEvent
 
 

@@ -48,7 +48,7 @@ def supervise(config: ServeConfig, requests: Connection, control: Connection, re
     """Starts the ranks and stays until they have ended."""
     try:
         # The heavy imports of all ranks happen here, once.
-        from equipoise.engine.blueprint import ModelBlueprint
+        from equipoise.engine.model.blueprint import ModelBlueprint
         from equipoise.engine.worker import serve_rank
 
         blueprint = ModelBlueprint.prepare(config)

@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from equipoise.commands import RebalanceReport
-from equipoise.communicator import TorchCommunicator
 from equipoise.config import ServeConfig
-from equipoise.cpus import available_cpus
-from equipoise.engine.blueprint import ModelBlueprint
-from equipoise.engine.experts import EpContext, shares
+from equipoise.distributed.communicator import TorchCommunicator
 from equipoise.engine.frontend import Frontend
-from equipoise.engine.layout import Segment, StepBatch
-from equipoise.engine.plan_channel import PlanChannel, StepPlan
-from equipoise.engine.runner import ModelRunner
+from equipoise.engine.model.blueprint import ModelBlueprint
+from equipoise.engine.model.experts import EpContext, shares
+from equipoise.engine.model.runner import ModelRunner
+from equipoise.engine.model.step_batch import Segment, StepBatch
+from equipoise.engine.step_channel import PlanChannel, StepPlan
 from equipoise.errors import EquipoiseError, ModelError
-from equipoise.manager import EplbManager
-from equipoise.rebalance_log import describe
+from equipoise.jit.threads import available_cpus
+from equipoise.manager.commands import RebalanceReport
+from equipoise.manager.log_line import describe
+from equipoise.manager.manager import EplbManager
 
 _FOREVER = timedelta(days=365)  # idle ranks wait in a broadcast; a dead peer ends it at once, not a timeout
 _HUNG = timedelta(

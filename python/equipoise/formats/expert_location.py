@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.atomic_file import write_whole
 from equipoise.errors import ConfigError, InvalidInputError, PlacementError, TraceError
-from equipoise.expert_location import ExpertLocationMetadata
 from equipoise.formats.archive import MAX_EXPERTS, require_regular_file
+from equipoise.formats.atomic_file import write_whole
 from equipoise.formats.sglang import as_numbers, load_torch_file
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 FORMAT = "equipoise.expert_location"

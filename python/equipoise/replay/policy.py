@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from equipoise.algorithms import rebalance_experts
-from equipoise.expert_location import ExpertLocationMetadata
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.placement.metadata import ExpertLocationMetadata
 
 
 class Policy(Protocol):

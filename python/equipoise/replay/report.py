@@ -13,10 +13,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.atomic_file import write_whole
 from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError
-from equipoise.metrics import mean_balancedness
+from equipoise.formats.atomic_file import write_whole
+from equipoise.placement.balancedness import mean_balancedness
 from equipoise.replay.result import ReplayResult
 
 FORMAT = "equipoise.replay"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.metrics import mean_balancedness
-from equipoise.replay.windows import Windows
+from equipoise.load.windows import Windows
+from equipoise.placement.balancedness import mean_balancedness
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 

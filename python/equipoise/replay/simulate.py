@@ -20,14 +20,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.algorithms import HISTORY, available_algorithms, history_of, rebalance_experts
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.algorithms.registry import HISTORY, available_algorithms, history_of
 from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError
-from equipoise.expert_location import ExpertLocationMetadata
-from equipoise.load_trace import LoadTrace
-from equipoise.metrics import balancedness
+from equipoise.load.trace import LoadTrace
+from equipoise.load.windows import Windows, cut_windows
+from equipoise.placement.balancedness import balancedness
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.policy import AlgorithmPolicy, Policy
 from equipoise.replay.result import PlanRecord, ReplayResult
-from equipoise.replay.windows import Windows, cut_windows
 from equipoise.topology import EpTopology
 
 

@@ -1,19 +1,23 @@
 """HTTP over an engine: inference in SGLang's and OpenAI's request shapes, balancing for the operator, metrics.
 
-::
-
-    app.py               create_app(engine, config): routes, errors, keys and metrics put together
-    auth.py              which key a route needs
-    engine_protocol.py   what the server asks of an engine
-    errors.py            exceptions to HTTP answers that name the field
-    generation.py        from a request to token events: batches, streams, clients that leave
-    request_models.py    request bodies
-    inference.py         POST /generate, /v1/completions
-    admin.py             POST /eplb/rebalance, GET /eplb/*, the record calls
-    info.py              GET /health, /v1/models, /server_info, /metrics
-    prometheus.py        what /metrics shows
-    engine_figures.py    of that, what the engine says of itself
-    launch.py            serve(config): port, model, readiness line, signals
-
 The package is imported without torch; only :func:`equipoise.server.launch.serve` loads an engine.
+
+Public modules, which other rooms import::
+
+    launch.py           serve(config): take the port, load the model, say when it is ready, and leave nothing behind
+
+Private to this room::
+
+    admin.py            What an operator does: rebalance now, look at the balance, record. State changes by POST only
+    app.py              create_app: routes, keys, error answers and metrics around one engine
+    auth.py             Which key a route needs. A route's class says it, so a new route on a keyed router cannot for...
+    body_limit.py       A request body may not grow without end: nobody's memory is a client's to fill
+    engine_figures.py   The engine's own figures as Prometheus metrics: read when scraped, summed where they come about
+    engine_protocol.py  What the server asks of an engine. ``equipoise.engine.engine.Engine`` has it; tests hand in s...
+    errors.py           Exceptions to HTTP answers: ``{"error": {"message", "type", "field"}}`` and a status that say...
+    generation.py       From prompts to token events: one stream for a whole batch, and an engine that stops when the...
+    inference.py        POST /generate in SGLang's request shape and POST /v1/completions in OpenAI's; both answer wh...
+    info.py             What is running: health for a load balancer, the model's name for a client, settings and metr...
+    prometheus.py       What /metrics shows, in a registry of its own: two servers in one process do not meet
+    request_models.py   Request bodies. A field that is not listed is refused by name, so that a misspelt option neve...
 """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import dataclasses
+import math
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from equipoise.commands import (
+from equipoise.errors import ConfigError
+from equipoise.manager.commands import (
     Command,
     DumpRecording,
     DumpReply,
@@ -20,11 +23,26 @@ from equipoise.commands import (
     StartRecording,
     StopRecording,
 )
-from equipoise.errors import ConfigError
 from equipoise.server.auth import AdminKeyRoute
 from equipoise.server.errors import error_body
-from equipoise.server.jsonable import jsonable
 from equipoise.server.request_models import RebalanceBody
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with dataclasses as objects and numbers that JSON has no word for (NaN, infinity) as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, RebalanceReport):
+            fields["bytes_moved"] = value.bytes_moved
+        return fields
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
 
 router = APIRouter(route_class=AdminKeyRoute)
 

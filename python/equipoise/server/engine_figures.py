@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from equipoise.commands import Phase, StatusReply, StepTotals
+from equipoise.manager.commands import Phase, StatusReply, StepTotals
 
 
 class EngineFigures(Collector):

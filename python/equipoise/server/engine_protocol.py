@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from equipoise.commands import Command
 from equipoise.engine.requests import GenerateRequest, TokenEvent
+from equipoise.manager.commands import Command
 
 
 class ServingEngine(Protocol):

@@ -6,8 +6,8 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from equipoise.commands import GetStatus, GetStepTotals
 from equipoise.errors import EquipoiseError
+from equipoise.manager.commands import GetStatus, GetStepTotals
 from equipoise.server.engine_figures import EngineFigures
 from equipoise.server.engine_protocol import ServingEngine
 

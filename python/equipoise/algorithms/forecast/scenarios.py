@@ -1,0 +1,174 @@
+"""Scenarios: what the next window may look like, drawn from the windows that were.
+
+A sum of windows hides how they differ. Each window stays apart, scaled so that a perfectly balanced rank carries 1, and
+weighted by what it says about the next one (window_weights.py). Where there are more than :data:`NUM_SCENARIOS`, those
+most alike share one, so that rare kinds of load stay apart from common ones (Ward, 1963: each time the two whose union
+loses least).
+
+What differs from one window to the next is split in two: *counting*, whose square grows with an expert's load m (a
+window holds so many tokens), and *drift*, whose square grows with m squared (an expert gains or loses popularity).
+Counting averages out over windows, drift does not: where all is counting, the mean of the windows predicts best, and
+where all is drift, the last one does. A backtest of two or three windows is a noisy choice of decay, and leans on that.
+The same split says how far off a prediction will be.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from equipoise.algorithms.forecast.window_weights import (
+    MIXTURE_DECAY,
+    best_decay,
+    decayed,
+    distances,
+    is_mixture,
+    last_shift,
+)
+from equipoise.jit.compile import helper, kernel, number, zeros
+
+NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
+MOST_WINDOWS = 16  # older ones are left out
+
+
+class Scenarios(NamedTuple):
+    """Loads to plan for."""
+
+    tokens: np.ndarray  # (L, E, NUM_SCENARIOS) float64; an expert's load, where a mean rank has 1
+    weight: np.ndarray  # (NUM_SCENARIOS,) float64, sums to 1; 0 for scenarios that are not in use
+    noise: np.ndarray  # (L, E) float64, variance of an expert's next load around the forecast; 0 for a single window
+    any_load: np.ndarray  # (L,) bool; False for a layer that saw no token
+    decay: float
+
+
+def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
+    """Scenarios from (T, L, E) tokens, oldest first; ``total`` is the sum of all ranks' capacity, G when alike."""
+    load = load[-MOST_WINDOWS:]
+    num_windows, num_layers, num_experts = load.shape
+    share = np.empty(load.shape)
+    any_load = np.empty(num_layers, dtype=np.bool_)
+    _normalise(load, total, share, any_load)
+    distance = distances(share)
+    mixture = is_mixture(distance)
+    first = 0 if mixture else last_shift(distance)
+    # Nothing but one window after a shift: those before it still tell how load changes.
+    told = share[first:] if first < num_windows - 1 else share[:first]
+    counting, drift = np.zeros(num_layers), np.zeros(num_layers)
+    part = _fit_changes(told, counting, drift) if len(told) > 1 else 0.0
+    share, distance = share[first:], [row[first:] for row in distance[first:]]
+    decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else 0.0)
+    weight = decayed(len(share), decay)
+    tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
+    for scenario, group in enumerate(_group(weight, distance)):
+        lanes[scenario] = sum(weight[window] for window in group)
+        if len(group) == 1:
+            tokens[..., scenario] = share[group[0]]
+        else:  # not a matrix product: its order of additions, and so its last bits, depend on the machine
+            tokens[..., scenario] = sum(weight[window] * share[window] for window in group) / lanes[scenario]
+    mean = mean_load(tokens, lanes)
+    # A forecast from several windows has less counting noise of its own, and as much drift as one.
+    own = sum(w * w for w in weight)
+    noise = (0.5 * (1.0 + own) * counting[:, None] + drift[:, None] * mean) * mean
+    return Scenarios(tokens, lanes, noise, any_load, decay)
+
+
+def _group(weight: list[float], distance: list[list[float]]) -> list[list[int]]:
+    """At most :data:`NUM_SCENARIOS` groups of the windows that have a weight, newest first; alike ones together.
+
+    The two groups whose union adds least to the weighted squared distances from the groups' means are joined, until
+    few enough are left. The distances between means follow from those between windows (Lance and Williams, 1967).
+    """
+    groups = {window: [window] for window in range(len(weight) - 1, -1, -1) if weight[window] > 0.0}
+    heavy = dict(enumerate(weight))
+    apart = {(i, j): distance[i][j] for i in groups for j in groups}
+    while len(groups) > NUM_SCENARIOS:
+        pairs = [(i, j) for i in groups for j in groups if i > j]
+        i, j = min(pairs, key=lambda p: heavy[p[0]] * heavy[p[1]] / (heavy[p[0]] + heavy[p[1]]) * apart[p])
+        both = heavy[i] + heavy[j]
+        for k in groups:
+            joined = (heavy[i] * apart[i, k] + heavy[j] * apart[j, k]) / both
+            apart[i, k] = apart[k, i] = joined - heavy[i] * heavy[j] / both**2 * apart[i, j]
+        groups[i] += groups.pop(j)
+        heavy[i] = both
+    return list(groups.values())
+
+
+def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(L, E) mean over the scenarios; added up in one order everywhere, which a matrix product is not."""
+    mean = np.zeros(tokens.shape[:2])
+    for scenario in range(NUM_SCENARIOS):
+        mean += weight[scenario] * tokens[..., scenario]
+    return mean
+
+
+@kernel
+def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> None:
+    """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others."""
+    num_windows, num_layers, num_experts = load.shape
+    for layer in range(num_layers):
+        mean, largest = zeros(num_experts), zeros(num_windows)
+        filled = 0
+        for window in range(num_windows):
+            # Scaled by the largest first: a sum of huge counts overflows, tiny ones vanish.
+            top = 0.0
+            for expert in range(num_experts):
+                top = max(top, load[window, layer, expert])
+            largest[window] = top
+            if top == 0.0:
+                continue
+            tokens = 0.0
+            for expert in range(num_experts):
+                tokens += load[window, layer, expert] / top
+            filled += 1
+            for expert in range(num_experts):
+                part = load[window, layer, expert] / top * (total / tokens)
+                share[window, layer, expert] = part
+                mean[expert] += part
+        any_load[layer] = filled > 0
+        for window in range(num_windows):
+            if largest[window] == 0.0:
+                for expert in range(num_experts):
+                    share[window, layer, expert] = mean[expert] / filled if filled else total / num_experts
+
+
+@kernel
+def _fit_changes(share: np.ndarray, counting: np.ndarray, drift: np.ndarray) -> float:
+    """Splits the squared change of a load m from window to window into ``counting * m + drift * m * m``.
+
+    Least squares of change / m, so that neither the hottest experts nor the coldest decide alone; m is the mean of
+    the two windows. Fills both rates, (L,), from each layer's calmest pair of windows: a shift of the workload that
+    was not found is no noise. Returns drift's part of all change, 0 to 1, in all pairs and layers.
+    """
+    num_windows, num_layers, num_experts = share.shape
+    pooled = zeros(number(5))
+    for layer in range(num_layers):
+        least = np.inf
+        for window in range(1, num_windows):
+            sums = zeros(number(5))
+            for expert in range(num_experts):
+                mean = 0.5 * (share[window, layer, expert] + share[window - 1, layer, expert])
+                gap = share[window, layer, expert] - share[window - 1, layer, expert]
+                if mean > 0.0:
+                    sums[0] += 1.0
+                    sums[1] += mean
+                    sums[2] += mean * mean
+                    sums[3] += gap * gap / mean
+                    sums[4] += gap * gap
+            for i in range(5):
+                pooled[i] += sums[i]
+            if sums[4] < least:
+                least = sums[4]
+                part = _drift_part(sums)
+                counting[layer], drift[layer] = (1.0 - part) * sums[4] / sums[1], part * sums[4] / sums[2]
+    return _drift_part(pooled)
+
+
+@helper
+def _drift_part(sums: np.ndarray) -> float:
+    """Drift's part of the squared change, from the sums of 1, m, m * m, change / m and change."""
+    determinant = sums[0] * sums[2] - sums[1] * sums[1]
+    if determinant <= 1e-12 * sums[0] * sums[2] or sums[4] <= 0.0:
+        return 0.0
+    square = (sums[4] * sums[0] - sums[3] * sums[1]) / determinant
+    return min(max(square * sums[2] / sums[4], 0.0), 1.0)

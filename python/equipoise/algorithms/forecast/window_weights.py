@@ -1,0 +1,124 @@
+"""How much each past window says about the next one.
+
+All that is needed are the distances between windows, each a point with a coordinate per layer and expert. Load changes
+in three ways, and each wants other weights:
+
+- **Drift**: popularity wanders. Windows are the less alike the longer apart, and each step goes a way of its own. The
+  last windows tell most: weights ``decay ** age``, with the decay that would have predicted each window best from those
+  before it (one-step backtest).
+- **Shift**: one change between neighbours stands out from all others. The windows before it are dropped; a backtest
+  cannot see that in the newest window, since nothing after it is known.
+- **Mixture**: each window is a draw from a mix of tasks, and the next one will be another. Then windows are as alike
+  when they are far apart as when they are neighbours; or they go back and forth along a few directions, which the drift
+  of many experts does not. The last window is hardly better than the others, and what looks like a shift is none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.jit.compile import kernel
+
+DECAYS = (0.02, 0.25, 0.5, 0.75, 1.0)
+SHIFT = 5.0  # times larger than all others is the change between neighbours that counts as a shift
+LEANING = 0.3  # part by which a backtest's error counts more for a decay that is 1 off what drift and counting say
+MIXTURE_DECAY = 0.75  # at least; a mix changes as well, slowly
+MIXTURE_LIKENESS = 0.75  # of neighbours' distances to all others: drift has .43 over four windows, draws 1
+MIXTURE_SPREAD = 0.3  # see _spread: drift has .9 to 1, draws that differ in every expert about .6
+LEAST_CHANGES = 1.5  # that matter, for their directions to tell anything
+_NEGLIGIBLE = 1e-3  # of all weight
+
+
+def distances(share: np.ndarray) -> list[list[float]]:
+    """Squared distances between all pairs of the windows in (T, L, E)."""
+    squared = np.zeros((len(share), len(share)))
+    _distances(share, squared)
+    return squared.tolist()
+
+
+def is_mixture(distance: list[list[float]]) -> bool:
+    """Whether windows are draws that come and go, rather than steps that lead away."""
+    num_windows = len(distance)
+    if num_windows < 3:
+        return False
+    near = [distance[i][i + 1] for i in range(num_windows - 1)]
+    far = [distance[i][j] for i in range(num_windows) for j in range(i + 2, num_windows)]
+    if sum(near) * len(far) >= MIXTURE_LIKENESS * sum(far) * len(near):
+        return True
+    return num_windows > 3 and _spread(distance) < MIXTURE_SPREAD
+
+
+def last_shift(distance: list[list[float]]) -> int:
+    """The window that a shift of the workload starts with, 0 without one."""
+    change = [distance[i][i + 1] for i in range(len(distance) - 1)]
+    if len(change) < 2:
+        return 0
+    largest = max(change)
+    where = change.index(largest)
+    return where + 1 if largest > SHIFT * max(change[:where] + change[where + 1 :]) else 0
+
+
+def best_decay(distance: list[list[float]], expected: float, at_least: float) -> float:
+    """The decay of :data:`DECAYS` that would have predicted best; ``expected`` settles what is nearly a tie."""
+
+    def error(decay: float) -> tuple[float, float]:
+        off = abs(decay - expected)
+        return _backtest_error(distance, decay) * (1.0 + LEANING * off), off
+
+    return min((decay for decay in DECAYS if decay >= at_least), key=error)
+
+
+def decayed(num_windows: int, decay: float) -> list[float]:
+    """Weights of windows, oldest first, that sum to 1; 0 instead of next to nothing."""
+    weight = [decay**age for age in range(num_windows - 1, -1, -1)]
+    least = _NEGLIGIBLE * sum(weight)
+    weight = [w if w >= least else 0.0 for w in weight]
+    total = sum(weight)
+    return [w / total for w in weight]
+
+
+def _backtest_error(distance: list[list[float]], decay: float) -> float:
+    """Squared error, over all windows, of predicting each from the decayed mean of those before it.
+
+    From a point to a weighted mean of points, it is the mean squared distance to them minus half of that among them.
+    """
+    error = 0.0
+    for window in range(1, len(distance)):
+        weight = decayed(window, decay)
+        error += sum(w * distance[window][i] for i, w in enumerate(weight))
+        error -= 0.5 * sum(w * v * distance[i][j] for i, w in enumerate(weight) for j, v in enumerate(weight))
+    return error
+
+
+def _spread(distance: list[list[float]]) -> float:
+    """In how many directions windows change, as part of the changes that matter: 0 for one direction, 1 for as many.
+
+    Both numbers are participation ratios, of the inner products G of the changes: ``trace(G)**2 / sum(G**2)`` is n for
+    n like changes at right angles, as drift of many experts makes them, and 1 where all lie on one line; with the
+    diagonal alone it is the number of changes that are not small beside others. Where that is one, as around a shift,
+    there is nothing to tell: 1.
+    """
+    num = len(distance) - 1
+    inner = [
+        [0.5 * (distance[i + 1][j] + distance[i][j + 1] - distance[i + 1][j + 1] - distance[i][j]) for j in range(num)]
+        for i in range(num)
+    ]
+    lengths = sum(inner[i][i] for i in range(num)) ** 2
+    if lengths <= 0.0:
+        return 1.0
+    changes = lengths / sum(inner[i][i] ** 2 for i in range(num))
+    directions = lengths / sum(product**2 for row in inner for product in row)
+    return (directions - 1.0) / (changes - 1.0) if changes >= LEAST_CHANGES else 1.0
+
+
+@kernel
+def _distances(share: np.ndarray, squared: np.ndarray) -> None:
+    for later in range(share.shape[0]):
+        for earlier in range(later):
+            total = 0.0
+            for layer in range(share.shape[1]):
+                for expert in range(share.shape[2]):
+                    gap = share[later, layer, expert] - share[earlier, layer, expert]
+                    total += gap * gap
+            squared[later, earlier] = total
+            squared[earlier, later] = total

@@ -1,0 +1,183 @@
+"""The changes that a local search may make to a placement, what each gains, and making it.
+
+Two slots of different ranks swap their experts with the shares they have; or a redundant slot is overwritten with a
+replica of another slot's expert, which takes over part of that one's share, while what lay there leaves its share to
+one of its other replicas, the heir. Gains are differences of the cost of layer_state.py; those named first-order and
+most are what dismisses a change before its gain is computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
+from equipoise.algorithms.search.layer_state import (
+    COST,
+    COUNT,
+    FIRST,
+    NOISE,
+    SLOPE,
+    SLOWNESS,
+    LayerState,
+    add_share,
+    power,
+    refresh,
+    relink,
+)
+from equipoise.algorithms.search.shares import best_transfer, marginal, settle
+from equipoise.jit.compile import helper, inlined, number
+
+
+@helper
+def slot_loads(
+    expert: np.ndarray, share: np.ndarray, experts: np.ndarray, rank: int, size: int, out: np.ndarray
+) -> None:
+    """Fills ``out`` (S, scenarios) with what each slot of a rank adds to its load."""
+    for k in range(size):
+        slot = rank * size + k
+        part, e = share[slot], expert[slot]
+        risk = experts[e, NOISE] * part * part
+        for s in range(NUM_SCENARIOS):
+            out[k, s] = part * experts[e, s] + risk
+
+
+@helper
+def first_order_gain(ranks: np.ndarray, loads: np.ndarray, k: int, source: int, target: int) -> float:
+    """First-order gain (over q) of row ``k`` of ``loads`` going from one rank to another."""
+    total = 0.0
+    for s in range(NUM_SCENARIOS):
+        total += (ranks[source, SLOPE + s] - ranks[target, SLOPE + s]) * loads[k, s]
+    return total
+
+
+@helper
+def swap_gain(
+    ranks: np.ndarray,
+    weight: np.ndarray,
+    loads_1: np.ndarray,
+    k_1: int,
+    rank_1: int,
+    loads_2: np.ndarray,
+    k_2: int,
+    rank_2: int,
+    doublings: int,
+) -> float:
+    gain = ranks[rank_1, COST] + ranks[rank_2, COST]
+    for s in range(NUM_SCENARIOS):
+        moved = loads_1[k_1, s] - loads_2[k_2, s]
+        gain -= weight[s] * (
+            power(ranks[rank_1, s] - moved * ranks[rank_1, SLOWNESS], doublings)
+            + power(ranks[rank_2, s] + moved * ranks[rank_2, SLOWNESS], doublings)
+        )
+    return gain
+
+
+@helper
+def most_gain(
+    ranks: np.ndarray, weight: np.ndarray, rank_1: int, rank_2: int, loads_2: np.ndarray, k: int, doublings: int
+) -> float:
+    """Bound on the gain of any exchange between two ranks, when row ``k`` of ``loads_2`` (-1: none) leaves for good.
+
+    The cost is convex: the two can do no better than share their load in the proportion of their speeds.
+    """
+    gain = ranks[rank_1, COST] + ranks[rank_2, COST]
+    slow_1, slow_2 = ranks[rank_1, SLOWNESS], ranks[rank_2, SLOWNESS]
+    for s in range(NUM_SCENARIOS):
+        load = ranks[rank_1, s] * slow_2 + ranks[rank_2, s] * slow_1
+        if k >= 0:
+            load -= loads_2[k, s] * slow_1 * slow_2
+        gain -= 2.0 * weight[s] * power(load / (slow_1 + slow_2), doublings)
+    return gain
+
+
+@helper
+def find_heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
+    """The replica that takes a slot's share most cheaply when the slot is overwritten; first-order cost (over q)."""
+    expert, following, share, replicas, _, ranks, experts, _ = state
+    e, part = expert[slot], share[slot]
+    best, least = number(-1), np.inf
+    other = replicas[e, FIRST]
+    while other >= 0:
+        if other != slot:
+            price = part * marginal(ranks, experts, other // size, e, share[other] + 0.5 * part)
+            if price < least:
+                best, least = other, price
+        other = following[other]
+    return best, least
+
+
+@inlined
+def overwrite_gain(
+    state: LayerState, hot_slot: int, slot: int, heir: int, doublings: int, saved: np.ndarray
+) -> tuple[float, float]:
+    """Gain of giving ``slot`` a replica of ``hot_slot``'s expert, and the share that it best takes over."""
+    expert, _, share, _, _, ranks, experts, weight = state
+    size = expert.shape[0] // ranks.shape[0]
+    hot, rank, third = hot_slot // size, slot // size, heir // size
+    e, has, freed, heir_share = expert[hot_slot], share[hot_slot], share[slot], share[heir]
+    apart = third != hot and third != rank
+    gain = ranks[hot, COST] + ranks[rank, COST]
+    if apart:
+        gain += ranks[third, COST]
+    for s in range(NUM_SCENARIOS):
+        saved[0, s], saved[1, s] = ranks[rank, s], ranks[third, s]
+    add_share(expert, share, ranks, experts, slot, -freed)
+    add_share(expert, share, ranks, experts, heir, freed)
+    t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, number(2))
+    for s in range(NUM_SCENARIOS):
+        less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, SLOWNESS]
+        more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, SLOWNESS]
+        gain -= weight[s] * (power(ranks[hot, s] - less, doublings) + power(ranks[rank, s] + more, doublings))
+        if apart:
+            gain -= weight[s] * power(ranks[third, s], doublings)
+    share[slot], share[heir] = freed, heir_share
+    for s in range(NUM_SCENARIOS):
+        ranks[third, s] = saved[1, s]
+        ranks[rank, s] = saved[0, s]
+    return gain, t
+
+
+@helper
+def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
+    """Gives ``slot`` to the expert ``new``, with no share yet; what was there leaves its share to ``heir``."""
+    expert, following, share, replicas, held, ranks, experts, _ = state
+    freed = share[slot]
+    add_share(expert, share, ranks, experts, slot, -freed)
+    add_share(expert, share, ranks, experts, heir, freed)
+    relink(expert, following, replicas, held, slot, new)
+    share[slot] = 0.0
+
+
+@helper
+def swap(state: LayerState, slot_1: int, slot_2: int) -> None:
+    """Exchanges the experts of two slots, with their shares; ``refresh`` both ranks afterwards."""
+    expert, following, share, replicas, held, ranks, experts, _ = state
+    e_1, e_2, share_1, share_2 = expert[slot_1], expert[slot_2], share[slot_1], share[slot_2]
+    add_share(expert, share, ranks, experts, slot_1, -share_1)
+    add_share(expert, share, ranks, experts, slot_2, -share_2)
+    relink(expert, following, replicas, held, slot_1, e_2)
+    relink(expert, following, replicas, held, slot_2, e_1)
+    add_share(expert, share, ranks, experts, slot_1, share_2)
+    add_share(expert, share, ranks, experts, slot_2, share_1)
+
+
+@inlined
+def apply_change(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
+    """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
+    expert, _, share, replicas, _, ranks, experts, weight = state
+    size = expert.shape[0] // ranks.shape[0]
+    if heir >= 0:
+        overwrite(state, slot_2, heir, expert[slot_1])
+        add_share(expert, share, ranks, experts, slot_1, -t)
+        add_share(expert, share, ranks, experts, slot_2, t)
+    else:
+        swap(state, slot_1, slot_2)
+    for i in range(3 if heir >= 0 else 2):
+        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
+        refresh(ranks, weight, slot // size, doublings)
+    for i in range(3 if heir >= 0 else 2):
+        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
+        first = slot // size * size
+        for near in range(first, first + size):
+            if replicas[expert[near], COUNT] > 1:
+                settle(state, expert[near], doublings, 1e-3)

@@ -1,0 +1,124 @@
+"""A plan from nothing: replicas where load and risk are, packed longest-processing-time first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.jit.compile import inlined, int_zeros, zeros
+from equipoise.jit.sort import descending
+
+RISK = 0.7  # standard deviations above the mean that an expert is sized for
+
+
+@inlined
+def risk_load(experts: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(E,) mean plus :data:`RISK` standard deviations over the scenarios of ``LayerState.experts``."""
+    load = zeros(experts.shape[0])
+    for expert in range(experts.shape[0]):
+        mean, square = 0.0, 0.0
+        for s in range(weight.shape[0]):
+            mean += weight[s] * experts[expert, s]
+            square += weight[s] * experts[expert, s] * experts[expert, s]
+        load[expert] = mean + RISK * np.sqrt(max(square - mean * mean, 0.0))
+    return load
+
+
+@inlined
+def pack_groups(load: np.ndarray, num_groups: int, num_nodes: int) -> np.ndarray:
+    """(E,) node of each expert: groups go heaviest first to the lightest node with room."""
+    size, room = load.shape[0] // num_groups, num_groups // num_nodes
+    group_load = zeros(num_groups)
+    for expert in range(load.shape[0]):
+        group_load[expert // size] += load[expert]
+    node_load, taken = zeros(num_nodes), int_zeros(num_nodes)
+    node_of = int_zeros(load.shape[0])
+    for group in descending(group_load):
+        best = -1
+        for node in range(num_nodes):
+            if taken[node] < room and (best < 0 or node_load[node] < node_load[best]):
+                best = node
+        node_load[best] += group_load[group]
+        taken[best] += 1
+        for expert in range(group * size, (group + 1) * size):
+            node_of[expert] = best
+    return node_of
+
+
+@inlined
+def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarray:
+    """(E,) replicas: each further slot goes to the most load per replica, to an expert with fewer than ``num_ranks``.
+
+    Beyond one replica on every rank there is nothing to gain, and two on one rank are waste: more are given only when
+    every expert is on every rank already.
+    """
+    count = int_zeros(load.shape[0])
+    for expert in range(load.shape[0]):
+        count[expert] = 1
+    for _ in range(num_slots - load.shape[0]):
+        best = -1
+        for expert in range(load.shape[0]):
+            if count[expert] < num_ranks and (best < 0 or load[expert] * count[best] > load[best] * count[expert]):
+                best = expert
+        if best < 0:
+            best = 0
+            for expert in range(load.shape[0]):
+                if count[expert] < count[best]:
+                    best = expert
+        count[best] += 1
+    return count
+
+
+@inlined
+def pack(
+    experts: np.ndarray, load: np.ndarray, ranks: np.ndarray, slowness: np.ndarray, slots_per_rank: int, out: np.ndarray
+) -> None:
+    """Packs ``experts`` onto all slots of ``ranks``, no two replicas of one on a rank as long as that is possible.
+
+    Args:
+        load: (E,) load of each expert, indexed by its id.
+        slowness: (G,) 1 / speed.
+        out: (P,) expert of each slot; the slots of ``ranks`` are filled.
+    """
+    num_slots = ranks.shape[0] * slots_per_rank
+    unit = zeros(experts.shape[0])
+    for i in range(experts.shape[0]):
+        unit[i] = load[experts[i]]
+    count = count_replicas(unit, num_slots, ranks.shape[0])
+    for i in range(experts.shape[0]):
+        unit[i] /= count[i]
+    taken, rank_load = int_zeros(ranks.shape[0]), zeros(ranks.shape[0])
+    for i in descending(unit):
+        for _ in range(count[i]):
+            best, least = -1, np.inf
+            for r in range(ranks.shape[0]):
+                if taken[r] == slots_per_rank:
+                    continue
+                after = (rank_load[r] + unit[i]) * slowness[ranks[r]]
+                if after < least and not _holds(out, ranks[r] * slots_per_rank, taken[r], experts[i]):
+                    best, least = r, after
+            if best < 0:
+                _deal(experts, count, ranks, slots_per_rank, out)
+                return
+            out[ranks[best] * slots_per_rank + taken[best]] = experts[i]
+            taken[best] += 1
+            rank_load[best] += unit[i]
+
+
+@inlined
+def _holds(out: np.ndarray, first: int, taken: int, expert: int) -> bool:
+    found = False
+    for slot in range(first, first + taken):
+        found = found or out[slot] == expert
+    return found
+
+
+@inlined
+def _deal(experts: np.ndarray, count: np.ndarray, ranks: np.ndarray, slots_per_rank: int, out: np.ndarray) -> None:
+    """Deals replicas out in turn: adjacent ones land on distinct ranks, whatever the counts. The search evens out."""
+    dealt, most = 0, zeros(count.shape[0])
+    for i in range(count.shape[0]):
+        most[i] = count[i]
+    for i in descending(most):
+        for _ in range(count[i]):
+            out[ranks[dealt % ranks.shape[0]] * slots_per_rank + dealt // ranks.shape[0]] = experts[i]
+            dealt += 1

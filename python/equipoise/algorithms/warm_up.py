@@ -1,0 +1,59 @@
+"""Compiles the solvers' kernels: in shares, as a program of its own, or all in this process.
+
+Nothing here imports torch, whose import would take as long as a fifth of the kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from equipoise.algorithms import equipoise
+from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
+from equipoise.algorithms.registry import SOLVERS
+from equipoise.jit.compile import without_loop_vectors
+from equipoise.jit.warming import compile_side_by_side
+from equipoise.topology import EpTopology
+
+
+@without_loop_vectors()
+def compile_search() -> None:
+    """Compiles, or loads from the cache, the search of the default algorithm: half of the solvers' kernels."""
+    equipoise.compile_search(_small_problem())
+
+
+@without_loop_vectors()
+def compile_all_but_search() -> None:
+    """Compiles, or loads from the cache, the solvers' other kernels."""
+    problem = _small_problem()
+    for name, solve in SOLVERS.items():
+        if name != "equipoise":
+            solve(problem)
+    equipoise.compile_fresh_plan(problem)
+
+
+SHARES = (compile_search, compile_all_but_search)
+
+
+def warm_up() -> None:
+    """Compiles, or loads from the cache, every kernel; some 12 s the first time, less than half a second later."""
+    for share in SHARES:
+        share()
+
+
+def _small_problem() -> PlacementProblem:
+    return PlacementProblem(
+        load=np.arange(1.0, 17.0).reshape(2, 1, 8),
+        topology=EpTopology(4, 2, 3),
+        current=None,
+        num_groups=None,
+        max_moves_per_layer=None,
+        rank_capacity=None,
+        move_price=DEFAULT_MOVE_PRICE,
+        num_threads=1,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(0 if compile_side_by_side(SHARES) else 1)

@@ -1,0 +1,124 @@
+"""For GPUs that cannot reach each other: bulk tensors travel through pinned host memory over a CPU communicator.
+
+The way is device -> pinned host -> wire -> pinned host -> device. Host buffers are kept and reused; there are
+two for each exchange in flight, as large as the largest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from equipoise.distributed.communicator import Communicator, PeerTensor, Pending
+
+
+class PinnedHostCommunicator:
+    """A ``Communicator`` for tensors on ``device`` over one for tensors on the CPU.
+
+    Args:
+        inner: reaches the other ranks with CPU tensors, such as a TorchCommunicator over gloo.
+        device: where the bulk tensors live. A CPU works too, with memory that is not pinned.
+    """
+
+    def __init__(self, inner: Communicator, device: torch.device | str) -> None:
+        self._inner = inner
+        self.device = torch.device(device)
+        self._free: list[torch.Tensor] = []
+        self.host_bytes = 0
+        """Pinned memory allocated so far."""
+
+    @property
+    def rank(self) -> int:
+        return self._inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._inner.world_size
+
+    def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
+        self.post(sends, recvs).wait(timeout)
+
+    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
+        outgoing, incoming = self._take_buffer(sends), self._take_buffer(recvs)
+        for (_, tensor), host in zip(sends, outgoing.parts, strict=True):
+            host.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+        self.finish_copies()
+        inner = self._inner.post(
+            [(peer, host) for (peer, _), host in zip(sends, outgoing.parts, strict=True)],
+            [(peer, host) for (peer, _), host in zip(recvs, incoming.parts, strict=True)],
+        )
+        return _PinnedPending(self, inner, outgoing, incoming, recvs)
+
+    def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
+        if tensor.device.type == "cpu":
+            self._inner.all_reduce_sum_(tensor, timeout)
+            return
+        on_host = tensor.cpu()
+        self._inner.all_reduce_sum_(on_host, timeout)
+        tensor.copy_(on_host)
+
+    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
+        return self._inner.post_sum(tensor, timeout)
+
+    def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
+        return self._inner.all_gather_object(value, timeout)
+
+    def broadcast_object(self, value: Any, src: int, timeout: float = 60.0) -> Any:
+        return self._inner.broadcast_object(value, src, timeout)
+
+    def barrier(self, timeout: float = 60.0) -> None:
+        self._inner.barrier(timeout)
+
+    def rebuild(self, *, control: bool = False) -> None:
+        self._inner.rebuild(control=control)
+
+    def finish_copies(self) -> None:
+        """The transport below knows no streams: copies must have ended before it starts, and before we return."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def give_back(self, buffer: _HostBuffer) -> None:
+        """Keeps a buffer for the next exchange."""
+        self._free.append(buffer.memory)
+
+    def _take_buffer(self, messages: Sequence[PeerTensor]) -> _HostBuffer:
+        """A free buffer, or a larger one in its place, with a part for each message."""
+        sizes = [tensor.numel() * tensor.element_size() for _, tensor in messages]
+        memory = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
+        if sum(sizes) > memory.numel():
+            self.host_bytes += sum(sizes) - memory.numel()
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return _HostBuffer(memory, list(memory[: sum(sizes)].split(sizes)) if sizes else [])
+
+
+@dataclass(frozen=True, eq=False)
+class _HostBuffer:
+    memory: torch.Tensor
+    parts: list[torch.Tensor]
+
+
+class _PinnedPending:
+    def __init__(
+        self,
+        communicator: PinnedHostCommunicator,
+        inner: Pending,
+        outgoing: _HostBuffer,
+        incoming: _HostBuffer,
+        recvs: Sequence[PeerTensor],
+    ) -> None:
+        self._communicator = communicator
+        self._inner = inner
+        self._outgoing, self._incoming = outgoing, incoming
+        self._recvs = recvs
+
+    def wait(self, timeout: float) -> None:
+        self._inner.wait(timeout)
+        for (_, tensor), host in zip(self._recvs, self._incoming.parts, strict=True):
+            tensor.view(-1).view(torch.uint8).copy_(host, non_blocking=True)
+        self._communicator.finish_copies()
+        # Not after a failure: the transport may still write there.
+        self._communicator.give_back(self._incoming)
+        self._communicator.give_back(self._outgoing)

@@ -1,0 +1,64 @@
+"""What rank 0 tells the other ranks before every step."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from equipoise.engine.model.step_batch import StepBatch
+from equipoise.manager.commands import Command
+
+_HEADER = 8  # bytes that hold the size of the plan
+_FRAME = 4096  # bytes of the first message; most plans fit, so one broadcast does
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One turn of every rank's loop: submit the commands, run the batch if there is one, tick, and stop if told."""
+
+    batch: StepBatch | None = None
+    commands: tuple[Command, ...] = ()
+    stop: bool = False
+
+
+class PlanChannel:
+    """Broadcasts plans from rank 0. Waiting for one takes no processor time and has no end.
+
+    Args:
+        group: a gloo group of all ranks whose timeout is longer than any idle time; None for one rank.
+        rank: this rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int) -> None:
+        self._group = group
+        self._rank = rank
+
+    def send(self, plan: StepPlan) -> None:
+        if self._group is None:
+            return
+        payload = pickle.dumps(plan)
+        data = len(payload).to_bytes(_HEADER, "little") + payload
+        frame = torch.frombuffer(bytearray(data[:_FRAME].ljust(_FRAME, b"\0")), dtype=torch.uint8)
+        dist.broadcast(frame, group_src=0, group=self._group)
+        if len(data) > _FRAME:
+            dist.broadcast(
+                torch.frombuffer(bytearray(data[_FRAME:]), dtype=torch.uint8), group_src=0, group=self._group
+            )
+
+    def receive(self) -> StepPlan:
+        assert self._group is not None, "a single rank makes its own plans"
+        assert self._rank != 0, "rank 0 makes the plans"
+        frame = torch.empty(_FRAME, dtype=torch.uint8)
+        dist.broadcast(frame, group_src=0, group=self._group)
+        data = frame.numpy().tobytes()
+        size = _HEADER + int.from_bytes(data[:_HEADER], "little")
+        if size > _FRAME:
+            rest = torch.empty(size - _FRAME, dtype=torch.uint8)
+            dist.broadcast(rest, group_src=0, group=self._group)
+            data += rest.numpy().tobytes()
+        plan = pickle.loads(data[_HEADER:size])
+        assert isinstance(plan, StepPlan)
+        return plan

@@ -1,0 +1,106 @@
+"""Compiles kernels in the background, before anybody waits for a plan.
+
+The first plan on a fresh installation compiles for some seconds; afterwards the kernels are loaded from numba's cache
+on disk. Compiling in the engine's own process would hold the GIL and delay steps, so a child process fills the cache.
+The kernels come in shares that take about as long; the child forks, once it has imported what they all need, and they
+are compiled side by side.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from equipoise.jit.compile import compile_common_helpers
+
+_NICE = 10  # three processes at 10 weigh as much as one at 5
+# The child's standard input is a pipe that its parent never writes to: it ends when the parent does, however that was.
+_COMPILE = """
+import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+os.nice({nice})
+runpy.run_module({module!r}, run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A compilation under way in a child process."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def done(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits up to ``timeout`` seconds, for ever if None; True if the cache is filled.
+
+        Call it on the thread that plans, before the first plan: planning then loads the kernels instead of compiling
+        them beside the forward passes. False is no failure: that plan compiles what it needs.
+        """
+        try:
+            return self.process.wait(timeout) == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def cancel(self) -> None:
+        """Ends the child process, and those that it has forked; a shutdown does not wait for a compiler."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmUp:
+    """Starts compiling all kernels into numba's cache, in a child process of low priority, and returns at once.
+
+    ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
+    cache is filled already the child ends within a second or two, most of it spent on imports. It never outlives
+    this process, and imports nothing that happens to lie in the current directory (-P).
+    """
+    return WarmUp(
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", _COMPILE.format(module=module, nice=_NICE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    )
+
+
+def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:
+    """Calls each of ``shares`` in a process forked from this one; True if none of them failed.
+
+    They end when this process does. Call it in a process made for that: what other threads hold stays locked in the
+    forked ones for ever.
+    """
+    compile_common_helpers()
+    watched, held = os.pipe()  # closed on this side when this process ends, however that was
+    children = []
+    for share in shares:
+        child = os.fork()
+        if child == 0:
+            os.close(held)
+            threading.Thread(target=_compile_and_exit, args=(share,), daemon=True).start()
+            os.read(watched, 1)  # returns when the parent is gone
+            os._exit(1)
+        children.append(child)
+    failed = [child for child in children if os.waitpid(child, 0)[1] != 0]
+    os.close(watched)
+    os.close(held)
+    return not failed
+
+
+def _compile_and_exit(share: Callable[[], None]) -> None:
+    gc.disable()  # a compiler keeps most of what it makes: looking for garbage costs 10 to 20%
+    try:
+        share()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,166 @@
+"""Runs a transfer plan step by step for a host that serves meanwhile: the interface, and the runner that works inline.
+
+Both runners have one interface, so a manager drives all modes alike::
+
+    runner.start(plan)
+    while runner.active:
+        ... forward pass ...
+        while runner.poll(communicator) == "ready":     # collective: the same answer on every rank
+            report = runner.commit(update_maps)         # local; raises the TransferError that all ranks voted for
+
+``poll`` is where ranks agree: a step is ready when every rank's staging and vote are behind it, so all of them commit
+it between the same two forward passes. That also settles what a vote that broke off leaves in doubt: if one rank does
+not know whether all others could commit, nobody commits. Once no rank is inside the transfer any more, all of them make
+new groups in the same poll, and the plan ends as one that was voted down does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import torch
+
+from equipoise.distributed.communicator import Communicator
+from equipoise.errors import InDoubtError, TransferError
+from equipoise.transfer.execution.report import LayerTransferReport
+from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedStep
+from equipoise.transfer.planning.types import TransferPlan, TransferStep
+
+PollResult = Literal["idle", "working", "ready", "broken"]
+OnCommit = Callable[[int, TransferStep], None]
+
+
+class TransferRunner(Protocol):
+    """What a manager drives; see the module."""
+
+    @property
+    def active(self) -> bool:
+        """A plan is under way. The same on every rank, between polls."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why poll says "broken" (of this rank; None if it was another one's worker)."""
+        ...
+
+    def start(self, plan: TransferPlan) -> None:
+        """Begins a plan, the same on every rank. Returns at once."""
+        ...
+
+    def poll(self, communicator: Communicator) -> PollResult:
+        """Collective, from the serving thread: whether all ranks can commit the next step, or have failed it.
+
+        "broken": nothing can be moved any more, for :attr:`error`.
+
+        Raises:
+            TransferError: the ranks cannot talk over ``communicator``.
+        """
+        ...
+
+    def commit(self, on_commit: OnCommit) -> LayerTransferReport:
+        """After "ready": commits the step and calls ``on_commit(layer_id, step)``, which changes the maps.
+
+        Raises:
+            TransferError: the ranks voted against the step, or could not vote; the plan has ended, its earlier steps
+                stand.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the runner for good."""
+        ...
+
+
+class InlineRunner:
+    """Stages in the serving thread, when polled: the stop-the-world and chunked modes.
+
+    Args:
+        updater: may share its communicator with the forward pass, since nothing runs at the same time.
+    """
+
+    def __init__(self, updater: ExpertLocationUpdater) -> None:
+        self._updater = updater
+        self._steps: Iterator[tuple[int, TransferStep]] = iter(())
+        self._plan: TransferPlan | None = None
+        self._outcome: StagedStep | TransferError | None = None
+        self._next: tuple[int, TransferStep] | None = None
+        self.error: str | None = None
+
+    @property
+    def active(self) -> bool:
+        return self._next is not None or self._outcome is not None
+
+    def start(self, plan: TransferPlan) -> None:
+        assert not self.active
+        self._plan = plan
+        self._steps = steps_of(plan)
+        self._next = next(self._steps, None)
+
+    def poll(self, communicator: Communicator) -> PollResult:
+        if self.error is not None:
+            return "broken"
+        if self._outcome is None:
+            if self._next is None:
+                return "idle"
+            self._outcome = self._stage(*self._next, communicator)
+            self._next = None if isinstance(self._outcome, TransferError) else next(self._steps, None)
+        return "ready"
+
+    def _stage(self, layer_id: int, step: TransferStep, communicator: Communicator) -> StagedStep | TransferError:
+        outcome: StagedStep | TransferError | None = None
+        doubt: str | None = None
+        try:
+            if self._plan is not None:
+                plan, self._plan = self._plan, None
+                self._updater.agree_on(plan)
+            outcome = self._updater.stage(layer_id, step)
+        except TransferError as error:
+            outcome = error
+        except InDoubtError as error:
+            doubt = str(error)
+        in_doubt = torch.tensor([doubt is not None], dtype=torch.int64)
+        communicator.all_reduce_sum_(in_doubt)
+        if not in_doubt:
+            assert outcome is not None
+            return outcome
+        return start_over(self._updater, doubt, communicator)
+
+    def commit(self, on_commit: OnCommit) -> LayerTransferReport:
+        outcome, self._outcome = self._outcome, None
+        assert outcome is not None
+        if isinstance(outcome, TransferError):
+            self.error = self._updater.broken
+            raise outcome
+        report = self._updater.commit(outcome)
+        on_commit(outcome.layer_id, outcome.step)
+        return report
+
+    def close(self) -> None:
+        self._next = self._outcome = None
+
+
+def steps_of(plan: TransferPlan) -> Iterator[tuple[int, TransferStep]]:
+    """(layer id, step) of every step, in the order in which they are to be committed."""
+    for layer in plan.layers:
+        for step in layer.steps:
+            yield layer.layer_id, step
+
+
+def start_over(updater: ExpertLocationUpdater, reason: str | None, communicator: Communicator) -> TransferError:
+    """Collective, with no rank inside a transfer: gives the updaters new groups.
+
+    Args:
+        reason: why this rank needs them; None if others do.
+        communicator: of the serving thread.
+
+    Returns:
+        What all ranks are to raise, with every rank's reason. Whether it worked, ``updater.broken`` tells.
+    """
+    reasons = communicator.all_gather_object(reason)
+    told = "; ".join(f"rank {rank}: {words}" for rank, words in enumerate(reasons) if words)
+    try:
+        updater.recover()
+    except TransferError as error:
+        return TransferError(f"{error} (after: {told})")
+    return TransferError(f"the transfer broke off, nobody committed: {told}")

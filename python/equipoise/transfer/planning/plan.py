@@ -1,0 +1,172 @@
+"""Plans who sends which expert to whom when a placement changes: pure, the same on every rank and machine.
+
+:mod:`~equipoise.transfer.planning.types` says what a plan holds. Here both placements are checked, the layers that
+differ are planned one by one, and the kernels are put together: steps of a layer, sources of each step, its rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from equipoise.errors import ConfigError, PlacementError
+from equipoise.jit.compile import int32_empty_table, int32_zeros, kernel, number
+from equipoise.placement.maps import IntMap, as_slot_map
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+from equipoise.transfer.planning.rounds import assign_rounds
+from equipoise.transfer.planning.sources import (
+    DESTINATION_RANK,
+    EXPERT,
+    RELAYED,
+    SOURCE_RANK,
+    assign_sources,
+    first_slots,
+)
+from equipoise.transfer.planning.steps import split_into_steps
+from equipoise.transfer.planning.types import (
+    ExpertTransfer,
+    LayerTransferPlan,
+    SlotCase,
+    TransferPlan,
+    TransferStep,
+    read_only_int32,
+)
+
+__all__ = ["ExpertTransfer", "LayerTransferPlan", "SlotCase", "TransferPlan", "TransferStep", "plan_transfer"]
+
+Placement = ExpertLocationMetadata | IntMap
+
+
+def plan_transfer(
+    old: Placement,
+    new: Placement,
+    topology: EpTopology,
+    *,
+    num_logical_experts: int | None = None,
+    max_staged_experts: int | None = None,
+) -> TransferPlan:
+    """Plans the way from one placement to another.
+
+    Args:
+        old: the placement of now: metadata, or (L, P) ints.
+        new: the placement to reach, of the same shape.
+        topology: where slots lie.
+        num_logical_experts: ``E``; taken from the metadata, else from the largest id in ``old``.
+        max_staged_experts: most experts that a rank may hold in staging, at least 1; layers of which a rank receives
+            more move in several steps. None: every layer in one step.
+
+    Raises:
+        ConfigError: ``max_staged_experts`` or ``num_logical_experts`` below 1.
+        PlacementError: shapes that do not fit, an id outside [0, E), or an expert without a slot in either placement.
+    """
+    before, after = _slot_map(old, "old", topology), _slot_map(new, "new", topology)
+    if before.shape != after.shape:
+        raise PlacementError(f"old has shape {before.shape}, new has {after.shape}", field="new")
+    if num_logical_experts is None:
+        known = [each.num_logical_experts for each in (old, new) if isinstance(each, ExpertLocationMetadata)]
+        num_logical_experts = known[0] if known else int(before.max()) + 1
+    _require_complete(before, "old", num_logical_experts)
+    _require_complete(after, "new", num_logical_experts)
+    before, after = read_only_int32(before), read_only_int32(after)
+    if max_staged_experts is not None and max_staged_experts < 1:
+        raise ConfigError(f"max_staged_experts must be at least 1, got {max_staged_experts}", field="staging_bytes")
+    capacity = min(max_staged_experts or topology.slots_per_rank, topology.slots_per_rank)
+    layers = []
+    for layer_id in np.flatnonzero((before != after).any(1)).tolist():
+        at, steps = before[layer_id], []
+        for new_map, table in schedule_layer(at, after[layer_id], num_logical_experts, topology, capacity):
+            steps.append(TransferStep(at, new_map, table))
+            at = new_map
+        layers.append(LayerTransferPlan(layer_id, tuple(steps)))
+    return TransferPlan(topology, before.shape[0], num_logical_experts, tuple(layers))
+
+
+def _slot_map(placement: Placement, name: str, topology: EpTopology) -> np.ndarray:
+    """(L, P) integers, which may share memory with the argument; metadata must be of this topology."""
+    if isinstance(placement, ExpertLocationMetadata):
+        if placement.topology != topology:
+            raise PlacementError(f"{name} was made for {placement.topology}, not for {topology}", field=name)
+        placement = placement.physical_to_logical_map
+    return as_slot_map(placement, name, topology)
+
+
+def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
+    if num_experts < 1:
+        raise ConfigError(f"num_logical_experts must be at least 1, got {num_experts}", field="num_logical_experts")
+    if array.min() < 0 or array.max() >= num_experts:
+        raise PlacementError(
+            f"{name} holds ids in [{array.min()}, {array.max()}], outside [0, {num_experts})", field=name
+        )
+    if num_experts > array.shape[1]:
+        raise PlacementError(f"{name} has {array.shape[1]} slots for {num_experts} logical experts", field=name)
+    present = np.zeros((array.shape[0], num_experts), dtype=bool)
+    np.put_along_axis(present, array, True, axis=1)
+    if not present.all():
+        layer, expert = (int(i) for i in np.argwhere(~present)[0])
+        raise PlacementError(f"{name} has no slot for expert {expert} in layer {layer}", field=name)
+
+
+def schedule_layer(
+    old: np.ndarray, new: np.ndarray, num_experts: int, topology: EpTopology, capacity: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The steps of one layer, in order.
+
+    Args:
+        old: (P,) int32, each expert in at least one slot.
+        new: (P,) int32, likewise.
+        num_experts: ``E``.
+        topology: where slots lie.
+        capacity: most experts that a rank may receive in a step.
+
+    Yields:
+        The placement after the step, (P,) int32, and its transfers, (transfers, 5) int32 in round order with the
+        columns of :class:`~equipoise.transfer.planning.plan.ExpertTransfer`; both read-only.
+    """
+    num_ranks, ranks_per_node = topology.num_ranks, topology.ranks_per_node
+    if capacity >= topology.slots_per_rank:
+        maps = new[None]
+    else:
+        maps = split_into_steps(old, new, num_experts, num_ranks, ranks_per_node, capacity)
+    maps.setflags(write=False)  # before the kernels see it: numba compiles read-only arrays apart
+    now, before = old, first_slots(old, num_experts, num_ranks)
+    for row in maps:
+        after = first_slots(row, num_experts, num_ranks)
+        jobs = assign_sources(now, row, before, after, ranks_per_node)
+        table = _transfer_table(jobs, assign_rounds(jobs, num_ranks), before, after)
+        table.setflags(write=False)
+        yield row, table
+        now, before = row, after
+
+
+@kernel
+def _transfer_table(jobs: np.ndarray, rounds: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(jobs, 5) int32: round, expert, source slot, destination slot, relayed; by round, within it in job order.
+
+    Args:
+        jobs: from :func:`assign_sources`.
+        rounds: (jobs,) int32.
+        before: (E, G) int32 first slots of the map before.
+        after: the same of the map after.
+    """
+    num_jobs = jobs.shape[0]
+    num_rounds = 0
+    for job in range(num_jobs):
+        num_rounds = max(num_rounds, rounds[job] + 1)
+    at = int32_zeros(num_rounds + 1)
+    for job in range(num_jobs):
+        at[rounds[job] + 1] += 1
+    for i in range(num_rounds):
+        at[i + 1] += at[i]
+    table = int32_empty_table(num_jobs, number(5))
+    for job in range(num_jobs):
+        row = at[rounds[job]]
+        at[rounds[job]] += 1
+        expert, source = jobs[job, EXPERT], jobs[job, SOURCE_RANK]
+        table[row, 0] = rounds[job]
+        table[row, 1] = expert
+        table[row, 2] = after[expert, source] if jobs[job, RELAYED] else before[expert, source]
+        table[row, 3] = after[expert, jobs[job, DESTINATION_RANK]]
+        table[row, 4] = jobs[job, RELAYED]
+    return table

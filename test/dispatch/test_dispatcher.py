@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.dispatch.dispatcher import ExpertDispatcher, nearest_replicas, weyl_uniform
+
+TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
+
+
+def random_placement(seed: int, num_layers: int = 2, num_experts: int = 6) -> ExpertLocationMetadata:
+    rng = np.random.default_rng(seed)
+    extra = TOPOLOGY.num_slots - num_experts
+    rows = [
+        rng.permutation(np.concatenate([np.arange(num_experts), rng.integers(0, num_experts, extra)]))
+        for _ in range(num_layers)
+    ]
+    return ExpertLocationMetadata.from_physical_to_logical(
+        np.stack(rows), num_experts, TOPOLOGY, max_replicas=extra + 1
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(0, 7), st.sampled_from(["static", "dynamic"]))
+@settings(deadline=None, max_examples=60)
+def test_every_id_goes_to_a_slot_that_holds_its_expert(seed: int, rank: int, algorithm: str) -> None:
+    metadata = random_placement(seed)
+    dispatcher = ExpertDispatcher(metadata, rank=rank, algorithm=algorithm)
+    topk = torch.from_numpy(np.random.default_rng(seed).integers(-1, 6, (9, 3)))
+    for layer in range(2):
+        slots = dispatcher.dispatch(layer, topk)
+        assert (slots[topk < 0] == -1).all()
+        held = metadata.physical_to_logical_map[layer][slots[topk >= 0]]
+        assert torch.equal(held, topk[topk >= 0])
+
+
+@given(st.integers(0, 10**6), st.integers(0, 7))
+@settings(deadline=None, max_examples=60)
+def test_static_takes_the_nearest_replica(seed: int, rank: int) -> None:
+    metadata = random_placement(seed)
+    chosen = nearest_replicas(metadata.logical_to_physical_map, TOPOLOGY, rank)
+
+    def distance(slot: int) -> int:
+        there = TOPOLOGY.rank_of_slot(slot)
+        return 0 if there == rank else 1 if TOPOLOGY.same_node(there, rank) else 2
+
+    for layer in range(2):
+        for expert in range(6):
+            slots = [s for s in metadata.logical_to_physical_map[layer, expert].tolist() if s >= 0]
+            assert chosen[layer, expert] in slots
+            assert distance(int(chosen[layer, expert])) == min(map(distance, slots))
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.1, 0.9], [1 / 3, 2 / 3]])
+def test_dynamic_follows_the_weights_even_in_steps_of_one_token(shares: list[float]) -> None:
+    topology = EpTopology(2, 1, 2)
+    weights = [[shares[0], 1, shares[1], 1]]
+    metadata = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 0, 2]], 3, topology, dispatch_weights=weights)
+    dispatcher = ExpertDispatcher(metadata, rank=1, algorithm="dynamic")
+    hits = 0
+    for _ in range(300):
+        hits += int(dispatcher.dispatch(0, torch.zeros(1, 1, dtype=torch.int64))[0, 0] == 0)
+        dispatcher.advance(1)
+    assert abs(hits / 300 - shares[0]) < 0.02
+
+
+def test_a_replica_of_weight_zero_gets_nothing() -> None:
+    metadata = ExpertLocationMetadata.from_physical_to_logical(
+        [[0, 1, 0, 0]], 2, EpTopology(2, 1, 2), dispatch_weights=[[0, 1, 1, 0]]
+    )
+    slots = ExpertDispatcher(metadata, rank=0, algorithm="dynamic").dispatch(0, torch.zeros(500, 2, dtype=torch.int64))
+    assert slots.unique().tolist() == [2]
+
+
+def test_uniform_numbers_stay_below_one_and_spread_evenly_over_any_run() -> None:
+    first = torch.tensor([0, 2**40, 2**62])
+    for start in first:
+        values = weyl_uniform(start + torch.arange(64), 4, layer_id=57, rank=511)
+        assert values.min() >= 0
+        assert values.max() < 1
+        for choice in range(4):
+            gaps = values[:, choice].sort().values.diff()
+            assert gaps.max() < 4 / 64  # random numbers would leave gaps of ~ log(64) / 64
+
+
+def test_live_maps_are_seen_after_an_update() -> None:
+    metadata = random_placement(1)
+    target = random_placement(2)
+    for algorithm in ("static", "dynamic"):
+        live = metadata.clone()
+        dispatcher = ExpertDispatcher(live, rank=3, algorithm=algorithm)
+        live.update_layers_(target, [1])
+        dispatcher.refresh([1])
+        fresh = ExpertDispatcher(live.clone(), rank=3, algorithm=algorithm)
+        topk = torch.arange(6)[:, None]
+        for layer in range(2):
+            assert torch.equal(dispatcher.dispatch(layer, topk), fresh.dispatch(layer, topk))
+
+
+def test_an_empty_batch_is_fine() -> None:
+    for algorithm in ("static", "dynamic"):
+        dispatcher = ExpertDispatcher(random_placement(0), rank=0, algorithm=algorithm)
+        assert dispatcher.dispatch(0, torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 2)

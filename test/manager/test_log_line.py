@@ -1,0 +1,45 @@
+"""What the engine's log says of a rebalance."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equipoise.manager.commands import LayerProfile
+from equipoise.manager.log_line import describe
+from helpers.fake_engine import REPORT
+
+
+def test_one_line_says_what_moved_or_why_nothing_did() -> None:
+    line = describe(REPORT, profile=False)
+    assert line == (
+        "rebalance after step 7: committed: balancedness 0.500 can become 0.900; "
+        "2 experts moved, 0.00 MB over a wire, steps waited 5.0 ms"
+    )
+    failed = dataclasses.replace(REPORT, outcome="failed", error="a peer left")
+    assert describe(failed, profile=False) == "rebalance after step 7: failed: a peer left"
+    skipped = dataclasses.replace(REPORT, outcome="skipped", reason="all is well")
+    assert describe(skipped, profile=False) == "rebalance after step 7: skipped: all is well"
+
+
+def test_the_profile_is_a_table_with_a_line_per_commit() -> None:
+    layers = [LayerProfile(3, 0.001, 0.002, 0.003, 4096, 5), LayerProfile(9, 0.01, 0.02, 0.03, 8192, 6)]
+    report = dataclasses.replace(REPORT, profile=dataclasses.replace(REPORT.profile, layers=layers))
+    first, *rows = describe(report, profile=True).splitlines()
+    assert first == describe(report, profile=False)
+    milliseconds = {row[2:42].strip(): float(row[42:].split()[0]) for row in rows[:9]}
+    assert milliseconds == {
+        "load gathered from all ranks": 1.0,
+        "placement planned": 2.0,
+        "transfer planned": 3.0,
+        "plan broadcast, and waited for a step": 10.0 - 1.0 - 2.0 - 3.0,
+        "migrated, first start to last commit": 20.0,
+        "transfers": 11.0,
+        "checks and votes": 22.0,
+        "commits": 33.0,
+        "steps waited, in all": 5.0,
+    }
+    assert any(row.split()[-4:] == ["640", "bytes", "a", "rank"] for row in rows)
+    assert [row.split() for row in rows[-2:]] == [
+        ["3", "5", "4,096", "1.00", "2.00", "3.00"],
+        ["9", "6", "8,192", "10.00", "20.00", "30.00"],
+    ]

@@ -1,0 +1,235 @@
+"""A placement on its way, with a runner that plays what the background would do: one rank, real plans and maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise import EpTopology, ExpertLocationMetadata, plan_transfer
+from equipoise.config import TransferMode
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.distributed.in_memory import InMemoryHub
+from equipoise.errors import TransferError
+from equipoise.manager.migration import Migration, MigrationBroken
+from equipoise.transfer.execution.report import LayerTransferReport
+from equipoise.transfer.execution.runner import PollResult
+from equipoise.transfer.planning.plan import TransferPlan, TransferStep
+
+TOPOLOGY = EpTopology(2, 2, 5)
+LAYERS, EXPERTS = 4, 8
+
+
+class Runner:
+    """Has ``staged`` steps ready; then works, or breaks."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, TransferStep]] = []
+        self.staged = 100
+        self.error: str | None = None
+        self.fails_at: int | None = None  # step of the plan that the ranks vote against
+        self.committed = 0
+
+    @property
+    def active(self) -> bool:
+        return bool(self.steps)
+
+    def start(self, plan: TransferPlan) -> None:
+        self.steps = [(layer.layer_id, step) for layer in plan.layers for step in layer.steps]
+
+    def poll(self, _communicator: object) -> PollResult:
+        if self.error is not None:
+            return "broken"
+        return "ready" if self.staged > 0 else "working"
+
+    def commit(self, on_commit: Callable[[int, TransferStep], None]) -> LayerTransferReport:
+        if self.committed == self.fails_at:
+            self.steps = []
+            raise TransferError("voted down")
+        layer_id, step = self.steps.pop(0)
+        on_commit(layer_id, step)
+        self.staged -= 1
+        self.committed += 1
+        return LayerTransferReport(
+            layer_id=layer_id,
+            rank=0,
+            num_rounds=1,
+            transfer_seconds=0.5,
+            verify_seconds=0.25,
+            commit_seconds=0.125,
+            peak_staging_bytes=100 + layer_id,
+            bytes_over_ranks=np.array([[10, 7, 5, 3], [layer_id, 0, 0, 0]]),
+        )
+
+    def close(self) -> None:
+        raise AssertionError("not the migration's to close")
+
+
+class Scene:
+    """Towards a placement in which layer 2 holds what it held, under other dispatch weights."""
+
+    def __init__(self, mode: TransferMode = "async", per_chunk: int = 1, staged_experts: int | None = None) -> None:
+        self.live = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, TOPOLOGY, max_replicas=3)
+        maps = self.live.physical_to_logical_map.numpy().copy()
+        for layer in (0, 1, 3):
+            maps[layer] = np.roll(maps[layer], 3)
+        weights = np.ones((LAYERS, TOPOLOGY.num_slots), dtype=np.float32)
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                where = np.flatnonzero(maps[layer] == expert)
+                weights[layer, where] = [1.0] if len(where) == 1 else [0.25, 0.75]
+        self.target = ExpertLocationMetadata.from_physical_to_logical(
+            maps, EXPERTS, TOPOLOGY, dispatch_weights=weights, max_replicas=3
+        )
+        self.plan = plan_transfer(self.live, self.target, TOPOLOGY, max_staged_experts=staged_experts)
+        self.runner, self.slept = Runner(), []
+        self.refreshed: list[int] = []
+        dispatcher = ExpertDispatcher(self.live, rank=0, algorithm="dynamic")
+        refresh = dispatcher.refresh
+
+        def noted(layers: list[int]) -> None:
+            self.refreshed += layers
+            refresh(layers)
+
+        dispatcher.refresh = noted  # type: ignore[method-assign, assignment]
+        self.migration = Migration(
+            self.live, dispatcher, InMemoryHub(1).communicator(0), self.runner,  # type: ignore[arg-type]
+            mode=mode, layers_per_chunk=per_chunk, sleep=self.slept.append,
+        )  # fmt: skip
+
+    def arrived(self, layer: int) -> bool:
+        return torch.equal(
+            self.live.physical_to_logical_map[layer], self.target.physical_to_logical_map[layer]
+        ) and torch.equal(self.live.dispatch_weights[layer], self.target.dispatch_weights[layer])
+
+    def begin(self) -> None:
+        self.migration.begin(self.target, self.plan)
+
+
+def test_layers_whose_experts_stay_take_their_weights_at_once() -> None:
+    scene = Scene()
+    scene.begin()
+    assert [scene.arrived(layer) for layer in range(LAYERS)] == [False, False, True, False]
+    assert scene.refreshed == [2]
+    assert scene.migration.layers_pending == 3
+
+
+def test_a_change_of_weights_alone_needs_no_transfer() -> None:
+    scene = Scene()
+    maps = scene.live.physical_to_logical_map.numpy()
+    weights = np.where(np.arange(TOPOLOGY.num_slots) < EXPERTS, 0.25, 0.75).astype(np.float32)[None].repeat(LAYERS, 0)
+    weights[:, [expert for expert in range(EXPERTS) if (maps[0] == expert).sum() == 1]] = 1.0
+    scene.target = ExpertLocationMetadata.from_physical_to_logical(
+        maps, EXPERTS, TOPOLOGY, dispatch_weights=weights, max_replicas=3
+    )
+    scene.migration.begin(scene.target, None)
+    assert all(scene.arrived(layer) for layer in range(LAYERS))
+    assert scene.migration.advance(idle=False) is True
+    assert (scene.migration.layers_pending, scene.runner.committed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "per_chunk", "commits"),
+    [("sync", 1, [3]), ("chunked", 1, [1, 2, 3]), ("chunked", 2, [2, 3]), ("async", 1, [1, 2, 3]), ("async", 9, [3])],
+)
+def test_a_call_commits_as_many_steps_as_its_mode_allows(
+    mode: TransferMode, per_chunk: int, commits: list[int]
+) -> None:
+    scene = Scene(mode, per_chunk)
+    scene.begin()
+    for count in commits:
+        assert scene.migration.advance(idle=False) is (count == 3)
+        assert scene.runner.committed == count
+        assert scene.migration.layers_pending == 3 - count
+    assert all(scene.arrived(layer) for layer in range(LAYERS))
+    assert scene.refreshed == [2, 0, 1, 3]
+    scene.live.check_integrity()
+
+
+def test_what_is_not_staged_is_not_waited_for_beside_forward_passes() -> None:
+    scene = Scene(per_chunk=9)
+    scene.begin()
+    scene.runner.staged = 1
+    assert scene.migration.advance(idle=False) is False
+    assert (scene.runner.committed, scene.slept) == (1, [])
+    assert scene.migration.advance(idle=True) is False
+    assert len(scene.slept) == 1, "without forward passes a look at the transfer must not spin"
+    scene.runner.staged = 9
+    assert scene.migration.advance(idle=False) is True
+
+
+def test_a_layer_in_several_steps_counts_once_and_is_whole_in_between() -> None:
+    scene = Scene("chunked", staged_experts=1)
+    scene.begin()
+    steps = len(scene.plan.layers[0].steps)
+    assert steps > 1
+    for number in range(1, steps + 1):
+        scene.migration.advance(idle=False)
+        scene.live.check_integrity()
+        assert scene.migration.layers_pending == (2 if number == steps else 3)
+        assert scene.arrived(0) is (number == steps)
+    assert scene.refreshed == [2] + [0] * steps
+
+
+def test_bytes_and_staging_of_all_commits_add_up() -> None:
+    scene = Scene("sync")
+    scene.begin()
+    scene.migration.advance(idle=False)
+    assert scene.migration.bytes_over_ranks().tolist() == [[30, 21, 15, 9], [0 + 1 + 3, 0, 0, 0]]
+    assert scene.migration.peak_staging_bytes == 103
+    profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in scene.migration.profiles]
+    assert profiles == [(layer, 0.5, 0.25, 0.125) for layer in (0, 1, 3)]
+    assert [p.bytes_received for p in scene.migration.profiles] == [7, 7, 7], "by rank 0"
+    scene.migration.begin(scene.live, None)  # the next one begins at nothing
+    assert scene.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]] * 2
+    assert (scene.migration.peak_staging_bytes, scene.migration.profiles) == (0, [])
+
+
+def test_a_step_that_is_voted_down_leaves_the_rest_as_it_was() -> None:
+    scene = Scene("sync")
+    scene.runner.fails_at = 1
+    scene.begin()
+    with pytest.raises(TransferError, match="voted down") as caught:
+        scene.migration.advance(idle=False)
+    assert not isinstance(caught.value, MigrationBroken)
+    assert [scene.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
+    assert scene.migration.layers_pending == 0, "nothing is under way any more"
+
+
+def test_a_broken_runner_is_said_with_its_reason() -> None:
+    scene = Scene()
+    scene.begin()
+    scene.runner.error = "the transfer thread has died"
+    with pytest.raises(MigrationBroken, match="the transfer thread has died"):
+        scene.migration.advance(idle=False)
+    assert scene.migration.layers_pending == 0
+
+
+def test_a_vote_that_leaves_the_runner_broken_says_both() -> None:
+    scene = Scene()
+    scene.runner.fails_at = 0
+    scene.begin()
+
+    def broken_by_then(on_commit: object) -> LayerTransferReport:
+        del on_commit
+        scene.runner.error = "no group of ranks is left"
+        raise TransferError("voted down")
+
+    scene.runner.commit = broken_by_then  # type: ignore[method-assign]
+    with pytest.raises(MigrationBroken, match=r"no group of ranks is left \(after: voted down\)"):
+        scene.migration.advance(idle=False)
+
+
+def test_ranks_that_cannot_agree_any_more_end_it_for_good() -> None:
+    scene = Scene()
+    scene.begin()
+
+    def lost(_communicator: object) -> PollResult:
+        raise TransferError("rank 3 has failed or left")
+
+    scene.runner.poll = lost  # type: ignore[method-assign]
+    with pytest.raises(MigrationBroken, match="cannot agree any more: rank 3 has failed or left"):
+        scene.migration.advance(idle=False)
+    assert scene.migration.layers_pending == 0

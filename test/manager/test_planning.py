@@ -1,0 +1,85 @@
+"""What a rebalance is planned to be, from load windows and the placement in force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from equipoise.config import EplbConfig
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.planning import PlannedRebalance, plan_rebalance
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+
+TOPOLOGY = EpTopology(8, 2, 3)
+EXPERTS = 16
+
+
+def plan(current: ExpertLocationMetadata, algorithm: str, num_groups: int | None, seed: int = 3) -> PlannedRebalance:
+    load = np.random.default_rng(seed).zipf(1.5, (1, 2, EXPERTS)).clip(max=500) * 10
+    return plan_rebalance(
+        load,
+        current,
+        EplbConfig(),
+        algorithm=algorithm,
+        request=Rebalance(algorithm=algorithm, force=True),
+        window_steps=5,
+        num_groups=num_groups,
+        max_staged_experts=2,
+        clock=lambda: 0.0,
+    )
+
+
+def reached(current: ExpertLocationMetadata, algorithm: str, num_groups: int | None) -> ExpertLocationMetadata:
+    return plan(current, algorithm, num_groups).placement(current)
+
+
+def renamed(placement: ExpertLocationMetadata, rank_order: list[int]) -> ExpertLocationMetadata:
+    ranks = placement.physical_to_logical_map.numpy().reshape(placement.num_layers, TOPOLOGY.num_ranks, -1)
+    return ExpertLocationMetadata.from_physical_to_logical(
+        ranks[:, rank_order].reshape(placement.num_layers, -1), EXPERTS, TOPOLOGY
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_groups", "rank_order", "moves"),
+    [
+        ("deepseek", None, [4, 0, 6, 1, 5, 3, 2, 7], False),
+        ("deepseek_hierarchical", 4, [5, 4, 7, 6, 1, 0, 3, 2], False),  # nodes swapped, and ranks within them
+        ("deepseek_hierarchical", 4, [4, 1, 2, 3, 0, 5, 6, 7], True),  # groups would share a node no longer
+    ],
+)
+def test_other_names_for_the_same_placement_move_nothing_where_names_mean_nothing(
+    algorithm, num_groups, rank_order, moves
+):
+    start = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
+    planned = reached(start, algorithm, num_groups)
+    again = plan(renamed(planned, rank_order), algorithm, num_groups)
+    assert again.diff is not None
+    assert bool(again.diff.slots_changed.sum()) is moves
+
+
+def test_a_step_stages_no_more_than_there_is_room_for():
+    planned = plan(ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY), "deepseek", None)
+    assert planned.transfer is not None
+    for layer in planned.transfer.layers:
+        for step in layer.steps:
+            received = [TOPOLOGY.rank_of_slot(transfer.destination_slot) for transfer in step.transfers]
+            assert max((received.count(rank) for rank in set(received)), default=0) <= 2
+
+
+def test_without_load_nothing_is_planned():
+    current = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
+    nothing = plan_rebalance(
+        np.zeros((0, 2, EXPERTS), dtype=np.int64),
+        current,
+        EplbConfig(),
+        algorithm="deepseek",
+        request=Rebalance(force=True),
+        window_steps=0,
+        num_groups=None,
+        max_staged_experts=2,
+        clock=lambda: 0.0,
+    )
+    assert nothing.decision.action == "skip"
+    assert nothing.physical_to_logical_map is None
