@@ -13,7 +13,6 @@ from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ServeConfig
 from equipoise.engine.engine import Engine
 from equipoise.server.app import create_app
 from helpers.http_server import running_server
-from helpers.tiny_models import make_tiny_model
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,6 @@ class RealServer:
     engine: Engine
     model: Path
     dumps: Path
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE with 8 experts and byte tokens."""
-    return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3_moe", 0)
 
 
 @pytest.fixture(scope="session")
