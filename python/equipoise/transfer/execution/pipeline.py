@@ -17,7 +17,7 @@ import torch
 from equipoise.distributed.communicator import Communicator, Pending
 from equipoise.transfer.execution.faults import FaultInjector
 from equipoise.transfer.memory.store import ExpertStore
-from equipoise.transfer.planning.rank_program import RankProgram, Round
+from equipoise.transfer.planning.rank_program import RankProgram, Round, is_staging, staging_index
 
 
 class SideStream:
@@ -148,6 +148,7 @@ class TransferPipeline:
 
 def _awaits_one_of(each: Round, under_way: Iterable[tuple[Round, Pending]]) -> bool:
     """Whether a round passes on what a round under way has yet to bring."""
-    if each.send is None or each.send.place >= 0:
+    if each.send is None or not is_staging(each.send.place):
         return False
-    return any(before.receive and before.receive.staging_index == ~each.send.place for before, _ in under_way)
+    awaited = staging_index(each.send.place)
+    return any(before.receive and before.receive.staging_index == awaited for before, _ in under_way)

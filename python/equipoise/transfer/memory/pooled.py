@@ -13,7 +13,7 @@ from equipoise.transfer.memory.pool import ExpertPool
 from equipoise.transfer.memory.stacked import with_canary
 from equipoise.transfer.memory.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, row_views, staging_slots
 from equipoise.transfer.memory.verification import Verification
-from equipoise.transfer.planning.rank_program import Copy
+from equipoise.transfer.planning.rank_program import Copy, is_staging, staging_index
 
 
 def allocate_pool(
@@ -107,10 +107,10 @@ class PooledExperts:
         origins = _origins(copies)
         new_rows = list(rows)
         for slot, origin in origins.items():
-            new_rows[slot] = rows[origin] if origin >= 0 else spare[~origin]
+            new_rows[slot] = spare[staging_index(origin)] if is_staging(origin) else rows[origin]
         for origin in set(origins.values()):
-            if origin < 0:
-                self._unpack(layer_id, ~origin)
+            if is_staging(origin):
+                self._unpack(layer_id, staging_index(origin))
         self._pool.assign(layer_id, new_rows)
 
     def canaries(self, layer_id: int) -> list[int]:
@@ -137,4 +137,4 @@ def _origins(copies: Sequence[Copy]) -> Mapping[int, int]:
     holds: dict[int, int] = {}
     for copy in copies:
         holds[copy.destination] = holds.get(copy.source, copy.source)
-    return {place: origin for place, origin in holds.items() if place >= 0 and origin != place}
+    return {place: origin for place, origin in holds.items() if not is_staging(place) and origin != place}

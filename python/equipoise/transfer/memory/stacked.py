@@ -17,7 +17,7 @@ import torch
 
 from equipoise.transfer.memory.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, require_usable, row_views
 from equipoise.transfer.memory.verification import Verification
-from equipoise.transfer.planning.rank_program import Copy
+from equipoise.transfer.planning.rank_program import Copy, is_staging, staging_index
 
 
 class ExpertMemory(Protocol):
@@ -154,4 +154,4 @@ class StackedExperts:
             self._canaries[layer_id].copy_(torch.tensor(values))
 
     def _rows_at(self, layer_id: int, place: int) -> list[torch.Tensor]:
-        return self._rows[layer_id][place] if place >= 0 else self.staged(layer_id, ~place).rows
+        return self.staged(layer_id, staging_index(place)).rows if is_staging(place) else self._rows[layer_id][place]

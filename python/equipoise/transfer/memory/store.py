@@ -14,7 +14,7 @@ from equipoise.transfer.memory.pooled import PooledExperts
 from equipoise.transfer.memory.stacked import ExpertMemory, StackedExperts
 from equipoise.transfer.memory.staging import CHECKSUM_BYTES
 from equipoise.transfer.memory.verification import Verification, canary_of, checksum, describe_canary
-from equipoise.transfer.planning.rank_program import RankProgram, Receive, Send
+from equipoise.transfer.planning.rank_program import RankProgram, Receive, Send, is_staging, staging_index
 from equipoise.transfer.planning.types import TransferStep
 
 ExpertWeights = Sequence[Sequence[torch.Tensor]] | ExpertPool
@@ -53,8 +53,9 @@ class ExpertStore:
 
         A relay passes on what it received as it is, checksum included, so that damage on the way shows.
         """
-        if send.place < 0:
-            return [(send.peer, message) for message in self.memory.staged(layer_id, ~send.place).messages]
+        if is_staging(send.place):
+            relayed = self.memory.staged(layer_id, staging_index(send.place))
+            return [(send.peer, message) for message in relayed.messages]
         rows = self.memory.live(layer_id, send.place)
         layout = self.memory.layouts[layer_id]
         messages = [(send.peer, rows[number]) for number in layout.large_fields]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.jit.compile import int32_empty_table, int32_zeros, kernel, number
+from equipoise.jit.compile import helper, inlined, int32_empty_table, int32_zeros, kernel, number
 from equipoise.topology import EpTopology
 from equipoise.transfer.planning.types import TransferStep
 
@@ -21,8 +21,21 @@ _NOWHERE = np.iinfo(np.int32).min
 
 
 def staging_place(index: int) -> int:
-    """The place of staging slot ``index``; ``~place`` is the index again."""
+    """Returns the place of staging slot ``index``: -1, -2, ..."""
     return ~index
+
+
+def staging_index(place: int) -> int:
+    """Returns the staging slot at ``place``, for which :func:`is_staging` holds."""
+    return ~place
+
+
+def is_staging(place: int) -> bool:
+    """Tells a staging slot from a live one."""
+    return place < 0
+
+
+_staging_place = helper(staging_place)
 
 
 class Send(NamedTuple):
@@ -118,7 +131,7 @@ def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[
                 index = 0
                 while received[index] != expert:  # it has arrived in an earlier round
                     index += 1
-                messages[at, 4] = ~index
+                messages[at, 4] = _staging_place(index)
         else:
             messages[at, 2], messages[at, 4] = source // slots_per_rank, num_received
             received[num_received] = expert
@@ -128,7 +141,7 @@ def _messages(table: np.ndarray, first_slot: int, slots_per_rank: int) -> tuple[
 
 @kernel
 def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Copies that turn ``before`` plus staging into ``after``.
+    """Orders the copies that turn ``before`` plus staging into ``after``.
 
     Args:
         before: (S,) int32, the expert of each live slot.
@@ -140,15 +153,30 @@ def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) 
     """
     size = before.shape[0]
     source, readers = int32_zeros(size), int32_zeros(size)
-    left = 0
-    for slot in range(size):
+    num_changed = _find_sources(before, after, received, source, readers)
+    copies = int32_empty_table(2 * num_changed, number(2))
+    num_in_chains = _copy_chains(source, readers, copies)
+    num_copies = _copy_cycles(source, copies, num_in_chains)
+    return copies[:num_copies], num_copies > num_in_chains
+
+
+@inlined
+def _find_sources(
+    before: np.ndarray, after: np.ndarray, received: np.ndarray, source: np.ndarray, readers: np.ndarray
+) -> int:
+    """Writes ``source[slot]``, the place whose content the slot gets, and how many slots read each live one.
+
+    ``source`` is ``_NOWHERE`` for slots that do not change; the number of those that do is returned.
+    """
+    num_changed = 0
+    for slot in range(before.shape[0]):
         source[slot] = _NOWHERE
         if before[slot] == after[slot]:
             continue
-        left += 1
+        num_changed += 1
         for index in range(received.shape[0]):
             if received[index] == after[slot]:
-                source[slot] = ~index
+                source[slot] = _staging_place(index)
                 break
         if source[slot] == _NOWHERE:
             place = 0
@@ -156,36 +184,50 @@ def _commit_copies(before: np.ndarray, after: np.ndarray, received: np.ndarray) 
                 place += 1
             source[slot] = place
             readers[place] += 1
-    copies = int32_empty_table(2 * left, number(2))
-    done = 0
-    # A slot whose old content nobody waits for can be written; that releases its source, and so on down the chain.
-    for end in range(size):
+    return num_changed
+
+
+@inlined
+def _copy_chains(source: np.ndarray, readers: np.ndarray, copies: np.ndarray) -> int:
+    """Writes the copies of slots that lie on no cycle; returns their number.
+
+    A slot whose old content nobody waits for can be written; that releases its source, and so on down the chain.
+    """
+    num_copies = 0
+    for end in range(source.shape[0]):
         slot = end
         while source[slot] != _NOWHERE and readers[slot] == 0:
             place = source[slot]
-            copies[done, 0], copies[done, 1] = place, slot
-            done += 1
+            copies[num_copies, 0], copies[num_copies, 1] = place, slot
+            num_copies += 1
             source[slot] = _NOWHERE
             if place < 0:
                 break
             readers[place] -= 1
             slot = place
-    # What is left are cycles. Staging has been emptied by now, so its first slot serves as the spare.
-    needs_spare = False
-    for start in range(size):
+    return num_copies
+
+
+@inlined
+def _copy_cycles(source: np.ndarray, copies: np.ndarray, num_copies: int) -> int:
+    """Appends the copies of the cycles that are left behind the first ``num_copies``; returns the number of all.
+
+    Staging has been emptied by now, so its first slot serves as the spare of each cycle in turn.
+    """
+    spare = _staging_place(number(0))
+    for start in range(source.shape[0]):
         if source[start] == _NOWHERE:
             continue
-        needs_spare = True
-        copies[done, 0], copies[done, 1] = start, ~0
-        done += 1
+        copies[num_copies, 0], copies[num_copies, 1] = start, spare
+        num_copies += 1
         slot = start
         while source[slot] != start:
             place = source[slot]
-            copies[done, 0], copies[done, 1] = place, slot
-            done += 1
+            copies[num_copies, 0], copies[num_copies, 1] = place, slot
+            num_copies += 1
             source[slot] = _NOWHERE
             slot = place
-        copies[done, 0], copies[done, 1] = ~0, slot
-        done += 1
+        copies[num_copies, 0], copies[num_copies, 1] = spare, slot
+        num_copies += 1
         source[slot] = _NOWHERE
-    return copies[:done], needs_spare
+    return num_copies

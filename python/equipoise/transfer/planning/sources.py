@@ -1,12 +1,12 @@
-"""Who sends which expert to whom, for one step of one layer: integer kernels compiled by numba.
+"""Assigns sources to the transfers of one batch of one layer: integer kernels compiled by numba.
 
-Words: a **job** is one expert that one rank needs and does not hold. A rank of a node where the expert already lies is
-served from inside that node; of a node that lacks it, exactly one rank (the **relay**) is served from another node and
-passes the expert on to the others there. So an expert crosses to a node once.
+Words: a **transfer** is one expert that one rank needs and does not hold. A rank of a node where the expert already
+lies is served from inside that node; of a node that lacks it, exactly one rank (the **relay**) is served from another
+node and passes the expert on to the others there. So an expert crosses to a node once.
 
 Sources start from chunks: the destinations of an expert, in rank order, split over its holders in contiguous chunks
-whose sizes differ by at most one. Then senders are balanced over all experts of the layer, by moving jobs along
-alternating paths from a busiest sender to one with at least two jobs fewer until no such path is left: for jobs of
+whose sizes differ by at most one. Then senders are balanced over all experts of the layer, by moving transfers along
+alternating paths from a busiest sender to one with at least two fewer until no such path is left: for transfers of
 equal size that is the least possible load of the busiest sender (optimal semi-matchings, Harvey, Ladner, Lovász and
 Tamir, 2003), given the relays. Relays are chosen first, largest fan-out first, each the least loaded rank that
 needs the expert.
@@ -20,17 +20,22 @@ import numpy as np
 
 from equipoise.jit.compile import helper, inlined, int32_table, int32_zeros, kernel, number
 
-# Columns of the job table.
+# Columns of the table of transfers.
 EXPERT, SOURCE_RANK, DESTINATION_RANK, RELAYED = 0, 1, 2, 3
+# Columns of the table of choices: holders[BEGIN:END] may serve a transfer.
+BEGIN, END = 0, 1
 
 
 @kernel
-def first_slots(row: np.ndarray, num_experts: int, num_ranks: int) -> np.ndarray:
-    """(E, G) int32: the first slot of each rank that holds each expert, -1 where none does; ``row`` is (P,) int32."""
-    slots_per_rank = row.size // num_ranks
+def first_slots(slot_map: np.ndarray, num_experts: int, num_ranks: int) -> np.ndarray:
+    """Finds the first slot of each rank that holds each expert, -1 where none does: (E, G) int32.
+
+    ``slot_map`` is (P,) int32.
+    """
+    slots_per_rank = slot_map.size // num_ranks
     first = int32_table(num_experts, num_ranks, number(-1))
-    for slot in range(row.size - 1, -1, -1):
-        first[row[slot], slot // slots_per_rank] = slot
+    for slot in range(slot_map.size - 1, -1, -1):
+        first[slot_map[slot], slot // slots_per_rank] = slot
     return first
 
 
@@ -48,12 +53,12 @@ _chunk_of = helper(chunk_of)
 
 @helper
 def _rank_lists(
-    row: np.ndarray, first: np.ndarray, but_not: np.ndarray, leave_out: bool
+    slot_map: np.ndarray, first: np.ndarray, but_not: np.ndarray, leave_out: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks that hold each expert in ``row``, ascending, one expert after the other.
+    """Ranks that hold each expert in ``slot_map``, ascending, one expert after the other.
 
     Args:
-        row: (P,) int32.
+        slot_map: (P,) int32.
         first: (E, G) int32, its first slots.
         but_not: (E, G) int32, first slots of another map.
         leave_out: whether those that hold it in that other map are left out.
@@ -62,19 +67,19 @@ def _rank_lists(
         Where each expert's part starts, (E + 2,) int32 of which the last says nothing, and the ranks, int32.
     """
     num_experts, num_ranks = first.shape
-    slots_per_rank = row.shape[0] // num_ranks
-    start, listed = int32_zeros(num_experts + 2), int32_zeros(row.shape[0])
-    for slot in range(row.shape[0]):
-        expert, rank = row[slot], slot // slots_per_rank
+    slots_per_rank = slot_map.shape[0] // num_ranks
+    start, listed = int32_zeros(num_experts + 2), int32_zeros(slot_map.shape[0])
+    for slot in range(slot_map.shape[0]):
+        expert, rank = slot_map[slot], slot // slots_per_rank
         if first[expert, rank] == slot and not (leave_out and but_not[expert, rank] >= 0):
             listed[slot] = 1
             start[expert + 2] += 1
     for expert in range(num_experts):
         start[expert + 2] += start[expert + 1]
     ranks = int32_zeros(start[num_experts + 1])
-    for slot in range(row.shape[0]):
+    for slot in range(slot_map.shape[0]):
         if listed[slot] > 0:
-            expert = row[slot]
+            expert = slot_map[slot]
             ranks[start[expert + 1]] = slot // slots_per_rank
             start[expert + 1] += 1
     return start, ranks
@@ -84,7 +89,22 @@ def _rank_lists(
 def assign_sources(
     old: np.ndarray, new: np.ndarray, held: np.ndarray, wanted: np.ndarray, ranks_per_node: int
 ) -> np.ndarray:
-    """The jobs of a step with their sources.
+    """Lists the transfers of a batch with their sources.
+
+    Worked example, 2 nodes x 2 ranks x 2 slots::
+
+        slot               0  1 | 2  3 || 4  5 | 6  7        || between nodes
+        old                0  1 | 2  3 || 4  5 | 4  5
+        new                0  2 | 0  3 || 1  4 | 1  5
+
+        transfer           0           1           2           3
+        expert             0           1           1           2
+        destination rank   1           2           3           0
+        node of it         0           1           1           0
+        holders            (0,)        (0,)        (0,)        (1,)     ranks that may serve it
+        where              same node   elsewhere   elsewhere   same node
+        bundle             0           2           0           0        two ranks of node 1 lack expert 1
+        source, relayed    0, 0        0, 0        2, 1        1, 0     rank 2 is the relay, and serves rank 3
 
     Args:
         old: (P,) int32, the map before; every expert of ``new`` is in it.
@@ -94,100 +114,132 @@ def assign_sources(
         ranks_per_node: ranks of a node.
 
     Returns:
-        (jobs, 4) int32 with columns expert, source rank, destination rank, relayed (1: the source received the expert
-        in this same step), in ascending order of (expert, destination rank).
+        (transfers, 4) int32 with columns expert, source rank, destination rank, relayed (1: the source received the
+        expert in this same batch), in ascending order of (expert, destination rank).
     """
     num_experts, num_ranks = held.shape
     leave_out = num_ranks < 0  # False, as a variable: see equipoise.jit.compile.number
     holder_start, holders = _rank_lists(old, held, held, leave_out)
-    job_start, needy = _rank_lists(new, wanted, held, not leave_out)
-    num_jobs = needy.shape[0]
-    jobs = int32_table(num_jobs, number(4), number(0))
-    choice = int32_table(num_jobs, number(2), number(0))  # holders[begin:end] may serve the job
-    bundle = int32_zeros(num_jobs)  # ranks of the node that wait for this expert, at the first of them
+    transfer_start, receivers = _rank_lists(new, wanted, held, not leave_out)
+    num_transfers = receivers.shape[0]
+    transfers = int32_table(num_transfers, number(4), number(0))
+    choice = int32_table(num_transfers, number(2), number(0))
+    bundle = int32_zeros(num_transfers)
     for expert in range(num_experts):
-        begin, end = holder_start[expert], holder_start[expert + 1]
-        job, num_cross = job_start[expert], 0
-        inside = begin
-        while job < job_start[expert + 1]:
-            node = needy[job] // ranks_per_node
-            first_of_node = job
-            while job < job_start[expert + 1] and needy[job] // ranks_per_node == node:
-                jobs[job, EXPERT] = expert
-                jobs[job, DESTINATION_RANK] = needy[job]
-                job += 1
-            while inside < end and holders[inside] // ranks_per_node < node:
-                inside += 1
-            inside_end = inside
-            while inside_end < end and holders[inside_end] // ranks_per_node == node:
-                inside_end += 1
-            num_needy = job - first_of_node
-            if inside_end == inside:
-                bundle[first_of_node] = num_needy
-                num_cross += 1
-                continue
-            for i in range(num_needy):
-                choice[first_of_node + i, 0] = inside
-                choice[first_of_node + i, 1] = inside_end
-                source = holders[inside + _chunk_of(i, num_needy, inside_end - inside)]
-                jobs[first_of_node + i, SOURCE_RANK] = source
-        nth_cross = 0
-        for cross in range(job_start[expert], job_start[expert + 1]):
-            if bundle[cross] > 0:
-                choice[cross, 0], choice[cross, 1] = begin, end
-                jobs[cross, SOURCE_RANK] = holders[begin + _chunk_of(nth_cross, num_cross, end - begin)]
-                nth_cross += 1
+        for transfer in range(transfer_start[expert], transfer_start[expert + 1]):
+            transfers[transfer, EXPERT] = expert
+            transfers[transfer, DESTINATION_RANK] = receivers[transfer]
+        _split_over_holders(
+            transfers,
+            choice,
+            bundle,
+            holders,
+            (transfer_start[expert], transfer_start[expert + 1]),
+            (holder_start[expert], holder_start[expert + 1]),
+            ranks_per_node,
+        )
     load = int32_zeros(num_ranks)
-    for job in range(num_jobs):
-        if choice[job, 1] - choice[job, 0] == 1:  # no choice: known before the relays are picked
-            load[holders[choice[job, 0]]] += 1
-    _choose_relays(jobs, choice, bundle, load)
-    _balance_senders(jobs, choice, holders, load)
-    return jobs
+    for transfer in range(num_transfers):
+        if choice[transfer, END] - choice[transfer, BEGIN] == 1:  # no choice: known before the relays are picked
+            load[holders[choice[transfer, BEGIN]]] += 1
+    _choose_relays(transfers, choice, bundle, load)
+    _balance_senders(transfers, choice, holders, load)
+    return transfers
 
 
 @inlined
-def _choose_relays(jobs: np.ndarray, choice: np.ndarray, bundle: np.ndarray, load: np.ndarray) -> None:
-    """Gives the cross-node job of each bundle to one of its ranks and makes that rank the source of the others."""
+def _split_over_holders(
+    transfers: np.ndarray,
+    choice: np.ndarray,
+    bundle: np.ndarray,
+    holders: np.ndarray,
+    of_expert: tuple[int, int],
+    held_by: tuple[int, int],
+    ranks_per_node: int,
+) -> None:
+    """Gives the transfers of one expert their first sources, node by node, in contiguous chunks.
+
+    Args:
+        transfers: see :func:`assign_sources`; column SOURCE_RANK is written.
+        choice: (transfers, 2) int32, written: ``holders[BEGIN:END]`` may serve the transfer.
+        bundle: (transfers,) int32, written: where the node holds no copy, at the first transfer of the node, the
+            number of its ranks that wait for the expert; 0 elsewhere.
+        holders: ranks that hold each expert, ascending; those of this one are ``holders[slice(*held_by)]``.
+        of_expert: begin and end of its transfers, which are in ascending order of destination rank.
+        ranks_per_node: ranks of a node.
+    """
+    begin, end = held_by
+    inside, transfer, num_bundles = begin, of_expert[0], 0
+    while transfer < of_expert[1]:
+        node = transfers[transfer, DESTINATION_RANK] // ranks_per_node
+        first = transfer
+        while transfer < of_expert[1] and transfers[transfer, DESTINATION_RANK] // ranks_per_node == node:
+            transfer += 1
+        while inside < end and holders[inside] // ranks_per_node < node:
+            inside += 1
+        inside_end = inside
+        while inside_end < end and holders[inside_end] // ranks_per_node == node:
+            inside_end += 1
+        if inside_end == inside:  # no copy on this node: one transfer crosses to it, _choose_relays says which
+            bundle[first] = transfer - first
+            num_bundles += 1
+        for i in range(first, transfer if inside_end > inside else first):
+            choice[i, BEGIN], choice[i, END] = inside, inside_end
+            chunk = _chunk_of(i - first, transfer - first, inside_end - inside)
+            transfers[i, SOURCE_RANK] = holders[inside + chunk]
+    nth = 0
+    for i in range(of_expert[0], of_expert[1]):
+        if bundle[i] > 0:
+            choice[i, BEGIN], choice[i, END] = begin, end
+            transfers[i, SOURCE_RANK] = holders[begin + _chunk_of(nth, num_bundles, end - begin)]
+            nth += 1
+
+
+@inlined
+def _choose_relays(transfers: np.ndarray, choice: np.ndarray, bundle: np.ndarray, load: np.ndarray) -> None:
+    """Gives the cross-node transfer of each bundle to one of its ranks and makes that rank the source of the others."""
     largest = 1
-    for job in range(bundle.size):
-        largest = max(largest, bundle[job])
+    for transfer in range(bundle.size):
+        largest = max(largest, bundle[transfer])
     for size in range(largest, 1, -1):
         for first in range(bundle.size):
             if bundle[first] != size:
                 continue
             relay = first
-            for job in range(first, first + size):
-                if load[jobs[job, DESTINATION_RANK]] < load[jobs[relay, DESTINATION_RANK]]:
-                    relay = job
-            relay_rank = jobs[relay, DESTINATION_RANK]
-            source = jobs[first, SOURCE_RANK]
-            begin, end = choice[first, 0], choice[first, 1]
-            for job in range(first, first + size):
-                jobs[job, SOURCE_RANK] = relay_rank
-                jobs[job, RELAYED] = 1
-                choice[job, 0] = choice[job, 1] = 0
-            jobs[relay, SOURCE_RANK] = source
-            jobs[relay, RELAYED] = 0
-            choice[relay, 0], choice[relay, 1] = begin, end
+            for transfer in range(first, first + size):
+                if load[transfers[transfer, DESTINATION_RANK]] < load[transfers[relay, DESTINATION_RANK]]:
+                    relay = transfer
+            relay_rank = transfers[relay, DESTINATION_RANK]
+            source = transfers[first, SOURCE_RANK]
+            begin, end = choice[first, BEGIN], choice[first, END]
+            for transfer in range(first, first + size):
+                transfers[transfer, SOURCE_RANK] = relay_rank
+                transfers[transfer, RELAYED] = 1
+                choice[transfer, BEGIN] = choice[transfer, END] = 0
+            transfers[relay, SOURCE_RANK] = source
+            transfers[relay, RELAYED] = 0
+            choice[relay, BEGIN], choice[relay, END] = begin, end
             load[relay_rank] += size - 1
 
 
 @inlined
-def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, load: np.ndarray) -> None:
-    """Moves jobs that have a choice of holders until the busiest sender cannot be relieved."""
-    num_jobs, num_ranks = jobs.shape[0], load.shape[0]
-    head, after = int32_zeros(num_ranks), int32_zeros(num_jobs)  # jobs with a choice, listed by their present source
+def _balance_senders(transfers: np.ndarray, choice: np.ndarray, holders: np.ndarray, load: np.ndarray) -> None:
+    """Moves transfers that have a choice of holders until the busiest sender cannot be relieved."""
+    num_transfers, num_ranks = transfers.shape[0], load.shape[0]
+    head, after = (
+        int32_zeros(num_ranks),
+        int32_zeros(num_transfers),
+    )  # transfers with a choice, listed by their present source
     for rank in range(num_ranks):
         head[rank] = -1
-    for job in range(num_jobs - 1, -1, -1):
-        if choice[job, 1] - choice[job, 0] > 1:
-            source = jobs[job, SOURCE_RANK]
+    for transfer in range(num_transfers - 1, -1, -1):
+        if choice[transfer, END] - choice[transfer, BEGIN] > 1:
+            source = transfers[transfer, SOURCE_RANK]
             load[source] += 1
-            after[job] = head[source]
-            head[source] = job
+            after[transfer] = head[source]
+            head[source] = transfer
     queue = int32_zeros(num_ranks)
-    reached_by = int32_zeros(num_ranks)  # the job whose move brings one more to this rank
+    reached_by = int32_zeros(num_ranks)  # the transfer whose move brings one more to this rank
     while True:
         top, queued = 0, 0
         for rank in range(num_ranks):
@@ -200,34 +252,34 @@ def _balance_senders(jobs: np.ndarray, choice: np.ndarray, holders: np.ndarray, 
                 queued += 1
         target, taken = -1, 0
         while taken < queued and target < 0:
-            job = head[queue[taken]]
+            transfer = head[queue[taken]]
             taken += 1
-            while job >= 0 and target < 0:
-                for at in range(choice[job, 0], choice[job, 1]):
+            while transfer >= 0 and target < 0:
+                for at in range(choice[transfer, BEGIN], choice[transfer, END]):
                     rank = holders[at]
                     if reached_by[rank] == -2:
-                        reached_by[rank] = job
+                        reached_by[rank] = transfer
                         queue[queued] = rank
                         queued += 1
                         if load[rank] <= top - 2:
                             target = rank
                             break
-                job = after[job]
+                transfer = after[transfer]
         if target < 0:
             return
         load[target] += 1
         while reached_by[target] >= 0:
-            job = reached_by[target]
-            source = jobs[job, SOURCE_RANK]
-            if head[source] == job:
-                head[source] = after[job]
+            transfer = reached_by[target]
+            source = transfers[transfer, SOURCE_RANK]
+            if head[source] == transfer:
+                head[source] = after[transfer]
             else:
                 before = head[source]
-                while after[before] != job:
+                while after[before] != transfer:
                     before = after[before]
-                after[before] = after[job]
-            after[job] = head[target]
-            head[target] = job
-            jobs[job, SOURCE_RANK] = target
+                after[before] = after[transfer]
+            after[transfer] = head[target]
+            head[target] = transfer
+            transfers[transfer, SOURCE_RANK] = target
             target = source
         load[target] -= 1
