@@ -95,15 +95,7 @@ def replay(
         baselines = score_baselines(
             windows, topology, initial=start, num_groups=num_groups, oracle_algorithms=oracle_algorithms
         )
-    current, scores, plans = start, [], []
-    for index in range(1, len(windows)):
-        if (index - 1) % rebalance_every == 0:
-            began = clock()
-            new = _plan(chosen, windows.load[max(0, index - history) : index], current, index)
-            plans.append(PlanRecord.of_change(index, current, new, clock() - began))
-            current = new
-        scores.append(balancedness(windows.load[index], current).numpy())
-        on_window()
+    scores, plans, current = _play(chosen, windows, start, history, rebalance_every, clock, on_window)
     return ReplayResult(
         policy=chosen.name,
         topology=topology,
@@ -111,13 +103,35 @@ def replay(
         history=history,
         rebalance_every=rebalance_every,
         expert_bytes=expert_bytes,
-        balancedness=np.stack(scores),
+        balancedness=scores,
         no_rebalancing=baselines.no_rebalancing,
         oracle=baselines.oracle,
         oracle_algorithms=baselines.oracle_algorithms,
-        plans=tuple(plans),
+        plans=plans,
         final_placement=current,
     )
+
+
+def _play(
+    policy: Policy,
+    windows: Windows,
+    start: ExpertLocationMetadata,
+    history: int,
+    rebalance_every: int,
+    clock: Callable[[], float],
+    on_window: Callable[[], None],
+) -> tuple[np.ndarray, tuple[PlanRecord, ...], ExpertLocationMetadata]:
+    """Balancedness (W - 1, L) of the windows from 1 on, the plans, and the placement at the end."""
+    current, scores, plans = start, [], []
+    for index in range(1, len(windows)):
+        if (index - 1) % rebalance_every == 0:
+            began = clock()
+            new = _plan(policy, windows.load[max(0, index - history) : index], current, index)
+            plans.append(PlanRecord.of_change(index, current, new, clock() - began))
+            current = new
+        scores.append(balancedness(windows.load[index], current).numpy())
+        on_window()
+    return np.stack(scores), tuple(plans), current
 
 
 def score_baselines(
