@@ -10,6 +10,7 @@
     │   ├── TraceError         a recorded load file: truncated, unknown format, hostile
     │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
     ├── PhaseError             the call is fine, but not now (HTTP 409)
+    ├── EngineDeadError        the engine has ended, or one of its ranks died (HTTP 503)
     ├── InDoubtError           this rank cannot know whether the others could commit: it may not
     └── TransferError          a migration did not happen; the old layer serves on
         ├── PlanMismatchError  ranks hold different plans; nothing was moved
@@ -58,6 +59,10 @@ class ModelError(InvalidInputError):
 
 class PhaseError(EquipoiseError):
     """The call is valid, but not in the present phase."""
+
+
+class EngineDeadError(EquipoiseError):
+    """The engine has ended, or one of its workers died: nothing is answered any more."""
 
 
 class InDoubtError(EquipoiseError):

@@ -16,9 +16,8 @@ import pytest
 
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
 from equipoise.engine.engine import Engine
-from equipoise.engine.messages import EngineDeadError
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
-from equipoise.errors import ConfigError, PhaseError
+from equipoise.errors import ConfigError, EngineDeadError, PhaseError
 from equipoise.load.trace import LoadTrace
 from equipoise.manager.commands import (
     DumpRecording,

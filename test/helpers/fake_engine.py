@@ -7,9 +7,8 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-from equipoise.engine.messages import EngineDeadError
 from equipoise.engine.requests import GenerateRequest, TokenEvent
-from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
 from equipoise.manager.commands import (
     Command,
     DumpRecording,

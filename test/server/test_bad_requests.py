@@ -12,9 +12,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from equipoise.admin.body_limit import MAX_BODY_BYTES, BodyLimit
 from equipoise.config import EngineConfig, ServeConfig
 from equipoise.server.app import create_app
-from equipoise.server.body_limit import MAX_BODY_BYTES, BodyLimit
 from helpers.bad_requests import BAD_BODIES
 from helpers.fake_engine import FakeEngine
 from helpers.http_server import error_of, running_server

@@ -10,10 +10,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from equipoise.admin.jsonable import jsonable
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
 from equipoise.errors import ConfigError, PhaseError, TransferError
 from equipoise.manager.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StepRecord, StopRecording
-from equipoise.server.admin import jsonable
 from equipoise.server.app import create_app
 from helpers.fake_engine import REPORT, FakeEngine
 from helpers.http_server import error_of, running_server, sse_events
@@ -91,21 +91,6 @@ class TestClientThatLeaves:
         sse_events(client, "/generate", {"text": "ab", "rid": "done", "stream": True})
         assert engine.finished == ["done"]
         assert engine.aborted == []
-
-    def test_rebalance_goes_on(self, engine: FakeEngine, client: httpx.Client) -> None:
-        finished = []
-
-        async def slow(command: object) -> object:
-            import asyncio
-
-            await asyncio.sleep(0.5)
-            finished.append(command)
-            return REPORT
-
-        engine.control = slow  # type: ignore[method-assign, assignment]
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/eplb/rebalance", timeout=0.1)
-        wait_until(lambda: finished == [Rebalance()])
 
 
 class TestBatch:

@@ -13,13 +13,13 @@ their experts live in, and back.
 Public modules, which other rooms import::
 
     engine.py        Engine: the embedded engine as its clients see it, from an asyncio program
-    messages.py      What crosses the pipe between the launcher and rank 0, and between the supervisor and the launcher
     requests.py      What a client asks of the engine and what it gets back: frozen values that cross processes
 
 Private to this room::
 
     detokenizer.py   From tokens to text as they come: whole characters only, and nothing that may turn out to be a s...
     frontend.py      Rank 0's side of the engine: takes requests and commands, makes the plans, samples, tells the cl...
+    messages.py      What crosses the pipe between the launcher and rank 0, and between the supervisor and the launcher
     processes.py     The engine's processes as the launcher holds them: started, talked to, and ended
     sampler.py       Choosing the next token of a request from its logits
     scheduler.py     Which tokens go into the next step: continuous batching with prompts cut into chunks. Rank 0 onl...

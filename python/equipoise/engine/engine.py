@@ -15,7 +15,6 @@ from equipoise.engine.messages import (
     Control,
     Died,
     Ended,
-    EngineDeadError,
     Log,
     Ready,
     Reply,
@@ -28,7 +27,7 @@ from equipoise.engine.messages import (
 from equipoise.engine.model.files import load_tokenizer, model_directory
 from equipoise.engine.processes import CLOSE_SECONDS, EngineProcesses
 from equipoise.engine.requests import GenerateRequest, TokenEvent
-from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
 from equipoise.manager.commands import Command
 
 

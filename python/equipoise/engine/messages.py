@@ -8,11 +8,6 @@ from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import Command
 
-
-class EngineDeadError(EquipoiseError):
-    """The engine has ended, or one of its workers died: nothing is answered any more."""
-
-
 # Launcher to rank 0 -------------------------------------------------------------------------------------------------
 
 

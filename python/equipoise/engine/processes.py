@@ -15,7 +15,8 @@ from pathlib import Path
 
 import equipoise
 from equipoise.config import ServeConfig
-from equipoise.engine.messages import Died, Ended, EngineDeadError, FromEngine, ToEngine
+from equipoise.engine.messages import Died, Ended, FromEngine, ToEngine
+from equipoise.errors import EngineDeadError
 
 CLOSE_SECONDS = 10.0
 """How long the ranks may take to leave on their own before they are ended."""

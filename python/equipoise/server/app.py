@@ -8,11 +8,13 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 import equipoise
+from equipoise.admin.auth import AdminKeyRoute
+from equipoise.admin.body_limit import BodyLimit
+from equipoise.admin.http_errors import install_error_handlers
+from equipoise.admin.routes import admin_router
 from equipoise.config import ServeConfig
-from equipoise.server import admin, inference, info
-from equipoise.server.body_limit import BodyLimit
+from equipoise.server import inference, info, steps
 from equipoise.server.engine_protocol import ServingEngine
-from equipoise.server.errors import install_error_handlers
 from equipoise.server.generation import Generator
 from equipoise.server.prometheus import ServerMetrics
 
@@ -35,8 +37,9 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
     app.state.model_name = config.http.served_model_name or config.engine.model_path
     app.state.eos_ids = frozenset(engine.eos_token_ids)
     app.state.started = int(time.time())
-    install_error_handlers(app, engine)
+    install_error_handlers(app, lambda: engine.error)
     app.add_middleware(BodyLimit)
-    for router in (info.public, info.router, inference.router, admin.router):
+    admin = admin_router(engine.control, dump_dir=config.http.dump_dir, route_class=AdminKeyRoute)
+    for router in (info.public, info.router, inference.router, admin, steps.router):
         app.include_router(router)
     return app

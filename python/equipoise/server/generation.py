@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from equipoise.engine.messages import EngineDeadError
+from equipoise.admin.http_errors import ClientLeft
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, EngineDeadError
 from equipoise.server.engine_protocol import ServingEngine
-from equipoise.server.errors import ClientLeft
 from equipoise.server.prometheus import ServerMetrics
 from equipoise.server.request_models import MAX_BATCH
 

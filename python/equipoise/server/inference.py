@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from equipoise.admin.auth import ApiKeyRoute
+from equipoise.admin.http_errors import HttpError, body_and_status
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
 from equipoise.errors import ConfigError, EquipoiseError
-from equipoise.server.auth import ApiKeyRoute
-from equipoise.server.errors import HttpError, body_and_status
 from equipoise.server.generation import (
     Answer,
     EventStream,
@@ -183,7 +183,7 @@ async def _stream(
             if usage_head is not None:
                 yield _sse({**usage_head, "choices": [], "usage": _usage(answers)})
         except EquipoiseError as error:
-            yield _sse(body_and_status(error, generator.engine)[0])
+            yield _sse(body_and_status(error, generator.engine.error)[0])
         yield "data: [DONE]\n\n"
 
     return EventStream(chunks(), source)

@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import equipoise
+from equipoise.admin.auth import ApiKeyRoute
+from equipoise.admin.http_errors import error_body
 from equipoise.config import ServeConfig
-from equipoise.server.auth import ApiKeyRoute
-from equipoise.server.errors import error_body
 
 public = APIRouter()
 router = APIRouter(route_class=ApiKeyRoute)

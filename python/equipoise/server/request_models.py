@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, PlainValidator, Tag
+from pydantic import AfterValidator, Discriminator, PlainValidator, Tag
 
+from equipoise.admin.bodies import StrictBody
 from equipoise.engine.requests import SamplingParams
 from equipoise.errors import ConfigError
 
 MAX_BATCH = 1024  # prompts in one request
 MAX_STOPS = 64
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def _is_text(value: object) -> bool:
@@ -87,7 +84,7 @@ TextsOrIds = Annotated[
 ]
 
 
-class SamplingBody(_Body):
+class SamplingBody(StrictBody):
     """``sampling_params`` of /generate. Defaults are those of the engine's SamplingParams."""
 
     max_new_tokens: int | None = None
@@ -123,7 +120,7 @@ def _sampling_shape(value: object) -> str | None:
     return "(one)" if isinstance(value, dict | SamplingBody) else "(batch)" if isinstance(value, list) else None
 
 
-# Tagged, because an untagged union complains once for each shape. The tags are server.errors.UNION_TAGS.
+# Tagged, because an untagged union complains once for each shape. The tags are admin.http_errors.UNION_TAGS.
 Sampling = Annotated[
     Annotated[SamplingBody, Tag("(one)")] | Annotated[list[SamplingBody], Tag("(batch)")],
     Discriminator(
@@ -134,7 +131,7 @@ Sampling = Annotated[
 ]
 
 
-class GenerateBody(_Body):
+class GenerateBody(StrictBody):
     """POST /generate, in SGLang's shape: exactly one of ``text`` and ``input_ids``; lists make a batch."""
 
     text: Texts | None = None
@@ -146,11 +143,11 @@ class GenerateBody(_Body):
     return_logprob: Annotated[Any, _only(False)] = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     include_usage: bool = False
 
 
-class CompletionBody(_Body):
+class CompletionBody(StrictBody):
     """POST /v1/completions, in OpenAI's shape, with ``top_k``, ``stop_token_ids`` and ``ignore_eos`` on top."""
 
     model: Text | None = None
@@ -185,19 +182,6 @@ class CompletionBody(_Body):
             return _sampling_of(self, max_new_tokens=self.max_tokens, seed=self.seed)
         except ConfigError as error:
             raise _renamed(error, "max_tokens" if error.field == "max_new_tokens" else error.field) from None
-
-
-class RebalanceBody(_Body):
-    """POST /eplb/rebalance; an empty body asks for what the engine was started with."""
-
-    algorithm: Text | None = None
-    """None: the one given with --eplb-algorithm."""
-
-    dry_run: bool = False
-    """Plan and report; change nothing."""
-
-    max_moves_per_layer: int | None = None
-    """Hard limit on the slots of a layer that may receive another expert."""
 
 
 def _renamed(error: ConfigError, field: str | None) -> ConfigError:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from equipoise.engine.messages import EngineDeadError
-from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError, PhaseError
-from equipoise.server.engine_protocol import ServingEngine
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, InvalidInputError, PhaseError
+
+Obituary = Callable[[], str | None]
+"""Why the engine behind the routes is dead; None while it lives."""
 
 _SHOWN_CHARACTERS = 80
 
@@ -48,8 +50,12 @@ def error_body(message: str, kind: str, field: str | None = None) -> dict[str, A
     }
 
 
-def body_and_status(error: EquipoiseError, engine: ServingEngine) -> tuple[dict[str, Any], int]:
-    """What a client is told about ``error``, and the status it comes with."""
+def body_and_status(error: EquipoiseError, obituary: str | None = None) -> tuple[dict[str, Any], int]:
+    """Body and status that tell a client about ``error``.
+
+    Args:
+        obituary: why the engine is dead; None while it lives.
+    """
     kind = type(error).__name__
     if isinstance(error, HttpError):
         return error_body(str(error), error.kind, error.field), error.status
@@ -59,24 +65,36 @@ def body_and_status(error: EquipoiseError, engine: ServingEngine) -> tuple[dict[
         return error_body(str(error), kind), 409
     if isinstance(error, ClientLeft):
         return error_body(str(error), kind), 499  # nginx's "client closed request"; nobody reads it
-    if isinstance(error, EngineDeadError) or engine.error is not None:
-        return error_body(f"the engine is dead: {engine.error or error}", "EngineDeadError"), 503
+    if isinstance(error, EngineDeadError) or obituary is not None:
+        return error_body(f"the engine is dead: {obituary or error}", "EngineDeadError"), 503
     return error_body(str(error), kind), 500
 
 
-def install_error_handlers(app: FastAPI, engine: ServingEngine) -> None:
-    """Every exception of the tree in equipoise.errors, and of FastAPI, answers in the shape of :func:`error_body`."""
+def answer_error(error: EquipoiseError, obituary: str | None = None) -> JSONResponse:
+    """Response to ``error``, as :func:`body_and_status` has it."""
+    body, status = body_and_status(error, obituary)
+    return JSONResponse(body, status, headers={"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Response 400 to a body or a query that pydantic refused."""
+    failure = validation_failure(error.errors(), request.headers.get("content-type"))
+    return JSONResponse(error_body(str(failure), "ConfigError", failure.field), status_code=400)
+
+
+def install_error_handlers(app: FastAPI, obituary: Obituary) -> None:
+    """Every exception of the tree in equipoise.errors, and of FastAPI, answers in the shape of :func:`error_body`.
+
+    For an application of ours. In another's, whose handlers are its own, routes answer by :class:`ErrorAnsweringRoute`.
+    """
 
     async def on_equipoise_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, EquipoiseError)
-        body, status = body_and_status(error, engine)
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-        return JSONResponse(body, status_code=status, headers=headers)
+        return answer_error(error, obituary())
 
     async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        failure = validation_failure(error.errors(), request.headers.get("content-type"))
-        return JSONResponse(error_body(str(failure), "ConfigError", failure.field), status_code=400)
+        return answer_validation_error(request, error)
 
     async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -91,6 +109,23 @@ def install_error_handlers(app: FastAPI, engine: ServingEngine) -> None:
     app.add_exception_handler(EquipoiseError, on_equipoise_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+
+
+class ErrorAnsweringRoute(APIRoute):
+    """Answers its own errors, for a router in an application that knows nothing of ours (SGLang's, vLLM's)."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except EquipoiseError as error:
+                return answer_error(error)
+            except RequestValidationError as error:
+                return answer_validation_error(request, error)
+
+        return answered
 
 
 def validation_failure(errors: Sequence[Any], content_type: str | None = None) -> ConfigError:

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from equipoise.server.errors import error_body
+from equipoise.admin.http_errors import error_body
 
 MAX_BODY_BYTES = 32 * 2**20
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from equipoise.admin.http_errors import HttpError
 from equipoise.config import HttpConfig
-from equipoise.server.errors import HttpError
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 

@@ -1,0 +1,24 @@
+"""Request bodies: a field that is not listed is refused by name, so that a misspelt option never goes unnoticed."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictBody(BaseModel):
+    """Base of all bodies: no unknown field, no conversion between JSON types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RebalanceBody(StrictBody):
+    """POST /eplb/rebalance; an empty body asks for what the engine was started with."""
+
+    algorithm: str | None = None
+    """None: the one given with --eplb-algorithm."""
+
+    dry_run: bool = False
+    """Plan and report; change nothing."""
+
+    max_moves_per_layer: int | None = None
+    """Hard limit on the slots of a layer that may receive another expert."""

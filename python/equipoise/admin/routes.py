@@ -1,0 +1,100 @@
+"""admin_router: rebalance now, look at the balance, record. State changes by POST only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from equipoise.admin.bodies import RebalanceBody
+from equipoise.admin.http_errors import ErrorAnsweringRoute, error_body
+from equipoise.admin.jsonable import jsonable
+from equipoise.errors import ConfigError
+from equipoise.manager.commands import (
+    Command,
+    DumpRecording,
+    GetExpertLocation,
+    GetStatus,
+    Rebalance,
+    RebalanceReport,
+    StartRecording,
+    StopRecording,
+)
+
+Control = Callable[[Command], Awaitable[Any]]
+"""Brings a command to every rank, in the same order on all of them; answers with rank 0's reply or raises its error."""
+
+_MAX_INT = 2**62  # beyond any count
+
+
+def admin_router(control: Control, *, dump_dir: str, route_class: type[APIRoute] = ErrorAnsweringRoute) -> APIRouter:
+    """The operator's routes.
+
+    Args:
+        control: how a command reaches the ranks.
+        dump_dir: directory that /dump_expert_distribution_record writes into.
+        route_class: asks for keys, answers errors. The default answers errors only, for an application whose middleware
+            asks for keys.
+    """
+    router = APIRouter(route_class=route_class)
+    _add_balancing(router, control)
+    _add_recording(router, control, dump_dir)
+    return router
+
+
+def _add_balancing(router: APIRouter, control: Control) -> None:
+    @router.post("/eplb/rebalance")
+    async def rebalance(body: RebalanceBody | None = None) -> JSONResponse:
+        """Plans from the load window of now, migrates, and answers when the last layer has committed.
+
+        A migration that failed answers 500 with the report: the old placement serves on.
+        """
+        asked = body or RebalanceBody()
+        if asked.max_moves_per_layer is not None and not 0 <= asked.max_moves_per_layer < _MAX_INT:
+            raise ConfigError(
+                f"max_moves_per_layer must be at least 0, got {asked.max_moves_per_layer}", field="max_moves_per_layer"
+            )
+        command = Rebalance(asked.algorithm, asked.dry_run, asked.max_moves_per_layer)
+        report: RebalanceReport = await _shielded(control(command))
+        if report.outcome == "failed":
+            failure = error_body(report.error or report.reason, "TransferError")
+            return JSONResponse({**failure, "report": jsonable(report)}, status_code=500)
+        return JSONResponse(jsonable(report))
+
+    @router.get("/eplb/status")
+    async def status() -> JSONResponse:
+        """Phase, balancedness of the load window on the present placement, the last rebalance."""
+        return JSONResponse(jsonable(await control(GetStatus())))
+
+    @router.get("/eplb/expert_location")
+    async def expert_location() -> JSONResponse:
+        """The live placement: which logical expert each slot holds, per layer, with dispatch weights."""
+        return JSONResponse(jsonable(await control(GetExpertLocation())))
+
+
+def _add_recording(router: APIRouter, control: Control, dump_dir: str) -> None:
+    @router.post("/start_expert_distribution_record")
+    async def start_record() -> JSONResponse:
+        """Begins a recording; an earlier one is dropped."""
+        await control(StartRecording())
+        return JSONResponse({"message": "recording"})
+
+    @router.post("/stop_expert_distribution_record")
+    async def stop_record() -> JSONResponse:
+        """Ends the recording, which can still be dumped. 409 if none runs."""
+        await control(StopRecording())
+        return JSONResponse({"message": "stopped"})
+
+    @router.post("/dump_expert_distribution_record")
+    async def dump_record() -> JSONResponse:
+        """Writes what was recorded to a new file in --dump-dir and answers with its path."""
+        return JSONResponse(jsonable(await _shielded(control(DumpRecording(dump_dir)))))
+
+
+async def _shielded(work: Awaitable[Any]) -> Any:
+    """The result of ``work``, which goes on if its client hangs up: ranks must not be left with half a command."""
+    return await asyncio.shield(asyncio.ensure_future(work))

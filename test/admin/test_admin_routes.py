@@ -1,0 +1,104 @@
+"""The operator's routes on an application that knows nothing of Equipoise, as a host engine's is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from equipoise.admin.http_errors import ErrorAnsweringRoute
+from equipoise.admin.routes import admin_router
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, PhaseError
+from equipoise.manager.commands import Command, DumpRecording, GetStatus, Rebalance, StartRecording
+from helpers.fake_engine import REPORT
+from helpers.http_server import error_of, running_server
+
+
+class Ranks:
+    """Answers every command with ``reply``, or raises it."""
+
+    def __init__(self, reply: Any = None) -> None:
+        self.reply = reply
+        self.commands: list[Command] = []
+
+    async def control(self, command: Command) -> Any:
+        self.commands.append(command)
+        if isinstance(self.reply, EquipoiseError):
+            raise self.reply
+        return self.reply
+
+
+def call(ranks: Ranks, method: str, path: str, **given: Any) -> httpx.Response:
+    app = FastAPI()
+    app.include_router(admin_router(ranks.control, dump_dir="dumps"))
+    with running_server(app) as client:
+        return client.request(method, path, **given)
+
+
+def test_commands_reach_the_ranks_and_replies_the_operator() -> None:
+    ranks = Ranks(REPORT)
+    answer = call(ranks, "POST", "/eplb/rebalance", json={"dry_run": True, "max_moves_per_layer": 3})
+    assert answer.status_code == 200
+    assert answer.json()["bytes_moved"] == REPORT.bytes_moved
+    call(ranks, "POST", "/start_expert_distribution_record")
+    call(ranks, "POST", "/dump_expert_distribution_record")
+    call(ranks, "GET", "/eplb/status")
+    assert ranks.commands == [Rebalance(None, True, 3), StartRecording(), DumpRecording("dumps"), GetStatus()]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigError("no", field="algorithm"), 400), (PhaseError("not now"), 409), (EngineDeadError("gone"), 503)],
+)
+def test_errors_answer_without_handlers_of_the_application(error: EquipoiseError, status: int) -> None:
+    answer = call(Ranks(error), "POST", "/eplb/rebalance")
+    assert str(error) in error_of(answer, status, getattr(error, "field", None))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"algoritm": "auto"}, "algoritm"),
+        ({"dry_run": 1}, "dry_run"),
+        ({"max_moves_per_layer": -1}, "max_moves_per_layer"),
+    ],
+)
+def test_bad_bodies_are_refused_by_field_before_any_rank_hears(body: dict[str, Any], field: str) -> None:
+    ranks = Ranks()
+    answer = call(ranks, "POST", "/eplb/rebalance", json=body)
+    assert field in error_of(answer, 400, field)
+    assert not ranks.commands
+
+
+def test_a_rebalance_goes_on_when_its_operator_hangs_up() -> None:
+    finished = []
+
+    async def slow(command: Command) -> Any:
+        await asyncio.sleep(0.5)
+        finished.append(command)
+        return REPORT
+
+    app = FastAPI()
+    app.include_router(admin_router(slow, dump_dir="."))
+    with running_server(app) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/eplb/rebalance", timeout=0.1)
+        deadline = time.monotonic() + 10
+        while not finished and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert finished == [Rebalance()]
+
+
+def test_a_host_can_mark_the_endpoints_by_a_route_class() -> None:
+    class Marked(ErrorAnsweringRoute):
+        def __init__(self, path: str, endpoint: Any, **given: Any) -> None:
+            endpoint.level = "admin"
+            super().__init__(path, endpoint, **given)
+
+    router = admin_router(Ranks().control, dump_dir=".", route_class=Marked)
+    assert {route.endpoint.level for route in router.routes if isinstance(route, APIRoute)} == {"admin"}
