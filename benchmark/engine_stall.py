@@ -35,6 +35,7 @@ from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.manager.commands import GetSteps, Rebalance, RebalanceReport, StepRecord
 
 MODES = ("sync", "chunked", "async")
+QUICK = {"layers": 2, "experts": 12, "hidden": 128, "intermediate": 256, "steps": 40, "repeats": 1}
 
 
 def make_model(folder: Path, *, layers: int, experts: int, hidden: int, intermediate: int) -> int:
@@ -194,8 +195,11 @@ def main() -> None:
     parser.add_argument("--duty", type=float, default=0.2, help="share of the time for background transfers")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--profile", action="store_true", help="print where the time of each rebalance went")
+    parser.add_argument("--quick", action="store_true", help="a small model, one rebalance a mode: shows that it runs")
     parser.add_argument("--json", type=Path, default=Path("out/engine_stall.json"))
     arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
     console = Console(width=120)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:

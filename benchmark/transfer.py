@@ -5,6 +5,8 @@ so that a busy machine is as unfair to one as to another. Every slot's bytes are
 
     make bench-transfer ARGS="--cache /path/for/wheels --json out/transfer.json"
 
+A neighbour whose package cannot be had is left out, with the reason.
+
 Reported per system, medians over repeats:
 
 - seconds: from a barrier to the last rank's end, planning included, all layers;
@@ -47,6 +49,7 @@ from link_rounds import count_rounds  # noqa: E402
 from transfer_systems import EquipoiseMover, Message, Mover, SglangMover, VllmMover, Weights  # noqa: E402
 
 DEFAULT_STAGED_EXPERTS = 4  # of the updater: one for each round in flight
+QUICK = {"num_ranks": 4, "num_layers": 2, "num_logical_experts": 36, "hidden_size": 256, "repeats": 1}
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def is_in_place(weights: Weights, p2l: np.ndarray, rank: int, setting: Setting) 
     return True
 
 
-def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[str, Any]:
-    """Runs all systems; returns per system this rank's seconds per repeat and the messages of one migration."""
+def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path, others: frozenset[str]) -> dict[str, Any]:
+    """Runs ours and the ``others``; returns per system this rank's seconds, and the messages of one migration."""
     before, after = placements(setting)
     topology = setting.topology
     movers: list[Mover] = []
@@ -143,8 +146,9 @@ def on_rank(rank: int, _world_size: int, setting: Setting, cache: Path) -> dict[
                 rounds_in_flight=setting.rounds_in_flight,
             )
         )
-    add(lambda weights: SglangMover(topology, weights, before, cache))
-    for batching in (False, True):
+    if "sglang" in others:
+        add(lambda weights: SglangMover(topology, weights, before, cache))
+    for batching in (False, True) if "vllm" in others else ():
         add(lambda weights, b=batching: VllmMover(topology, weights, before, cache, batching=b))
     results: dict[str, Any] = {mover.name: {"seconds": []} for mover in movers}
     for mover in movers:  # untimed: connections, page faults, compiled kernels; and what is posted
@@ -244,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=HERE.parent / "out" / "wheels", help="where the wheels are kept")
     parser.add_argument("--json", type=Path, default=None, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="4 ranks, small experts, once: shows that it runs")
     parser.add_argument("--num-ranks", type=int, default=8)
     parser.add_argument("--num-nodes", type=int, default=2)
     parser.add_argument("--slots-per-rank", type=int, default=12)
@@ -257,20 +262,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     cache, json_path = options.pop("cache").resolve(), options.pop("json")
+    if options.pop("quick"):
+        options |= QUICK
     setting = Setting(**options)
-    neighbours.fetch(cache)
     console = Console(width=120)
+    others = set()
+    for name, package in (("sglang", neighbours.SGLANG), ("vllm", neighbours.VLLM)):
+        try:
+            package.fetch(cache)
+            others.add(name)
+        except neighbours.Unavailable as error:
+            console.print(f"[yellow]left out:[/] {error}")
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # it needs a process group of its own kind
-        planning = pool.apply(transfer_planning.measure, (cache,))
-    console.print(
-        f"planning {planning['layers']} layers of {planning['experts']} experts on {planning['ranks']} ranks: "
-        f"{1e3 * planning['equipoise_plan_seconds']:.1f} ms for all ranks, "
-        f"{1e3 * planning['equipoise_plan_and_build_seconds']:.1f} ms with one rank's operations built; "
-        f"SGLang plans and builds them in {1e3 * planning['sglang_plan_and_build_seconds']:.1f} ms on every rank "
-        f"(ratios {planning['plan_ratio']:.2f} and {planning['plan_and_build_ratio']:.2f}); "
-        f"on 512 ranks: {1e3 * planning['equipoise_plan_512_ranks_seconds']:.0f} ms"
-    )
-    per_rank = run_ranks(on_rank, setting.num_ranks, setting, cache, timeout=1200, group_timeout=300)
+        planning = pool.apply(transfer_planning.measure, (cache if "sglang" in others else None,))
+    console.print(transfer_planning.summary(planning))
+    per_rank = run_ranks(on_rank, setting.num_ranks, setting, cache, frozenset(others), timeout=1200, group_timeout=300)
     summary = summarise(per_rank, setting)
     show(summary, console)
     if json_path is not None:

@@ -64,17 +64,22 @@ def random_maps(num_layers: int, num_experts: int, topology: EpTopology, seed: i
     return maps[0], maps[1]
 
 
-def measure(cache: Path, rank: int = 3, repeats: int = 7) -> dict[str, Any]:
-    """Medians in seconds for 58 layers of 256 experts on 32 ranks in 4 nodes, and ours on 512 ranks."""
+def measure(cache: Path | None, rank: int = 3, repeats: int = 7) -> dict[str, Any]:
+    """Medians in seconds for 58 layers of 256 experts on 32 ranks in 4 nodes, and ours on 512 ranks.
+
+    Args:
+        cache: where SGLang's package is; None leaves SGLang out.
+    """
     topology, num_layers, num_experts = EpTopology(32, 4, 9), 58, 256
     old, new = random_maps(num_layers, num_experts, topology, 0)
     dist.init_process_group("fake", rank=rank, world_size=topology.num_ranks, store=FakeStore())
     weights = [[torch.zeros(9, 4096), torch.zeros(9, 4096)] for _ in range(num_layers)]  # rows that travel unpacked
-    module = neighbours.load_sglang(cache)
-    buffers = module.create_temp_buffers(weights[0])
+    module = None if cache is None else neighbours.load_sglang(cache)
+    buffers = None if module is None else module.create_temp_buffers(weights[0])
     rows = list(zip(old.tolist(), new.tolist(), strict=True))
 
     def sglang() -> None:
+        assert module is not None
         real, torch.distributed.batch_isend_irecv = torch.distributed.batch_isend_irecv, lambda _ops: []
         for (before, after), tensors in zip(rows, weights, strict=True):
             module.update_expert_weights_single_layer(
@@ -115,19 +120,39 @@ def measure(cache: Path, rank: int = 3, repeats: int = 7) -> dict[str, Any]:
 
     times: dict[str, list[float]] = {}
     for _ in range(repeats + 1):  # the first one compiles
-        for each in (sglang, plan, plan_and_build, plan_512):
+        for each in (*((sglang,) if module else ()), plan, plan_and_build, plan_512):
             start = time.perf_counter()
             each()
             times.setdefault(each.__name__, []).append(time.perf_counter() - start)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    return {
+    result = {
         "layers": num_layers,
         "experts": num_experts,
         "ranks": topology.num_ranks,
-        "sglang_plan_and_build_seconds": medians["sglang"],
         "equipoise_plan_seconds": medians["plan"],
         "equipoise_plan_and_build_seconds": medians["plan_and_build"],
         "equipoise_plan_512_ranks_seconds": medians["plan_512"],
-        "plan_ratio": medians["plan"] / medians["sglang"],
-        "plan_and_build_ratio": medians["plan_and_build"] / medians["sglang"],
     }
+    if module is not None:
+        result["sglang_plan_and_build_seconds"] = medians["sglang"]
+        result["plan_ratio"] = medians["plan"] / medians["sglang"]
+        result["plan_and_build_ratio"] = medians["plan_and_build"] / medians["sglang"]
+    return result
+
+
+def summary(planning: dict[str, Any]) -> str:
+    """What :func:`measure` found, as a sentence."""
+    ms = {name: 1e3 * value for name, value in planning.items() if name.endswith("_seconds")}
+    parts = [
+        f"planning {planning['layers']} layers of {planning['experts']} experts on {planning['ranks']} ranks: "
+        f"{ms['equipoise_plan_seconds']:.1f} ms for all ranks, "
+        f"{ms['equipoise_plan_and_build_seconds']:.1f} ms with one rank's operations built",
+        f"on 512 ranks: {ms['equipoise_plan_512_ranks_seconds']:.0f} ms",
+    ]
+    if "plan_ratio" in planning:
+        parts.insert(
+            1,
+            f"SGLang plans and builds them in {ms['sglang_plan_and_build_seconds']:.1f} ms on every rank "
+            f"(ratios {planning['plan_ratio']:.2f} and {planning['plan_and_build_ratio']:.2f})",
+        )
+    return "; ".join(parts)
