@@ -95,7 +95,7 @@ def measure(cache: Path | None, rank: int = 3, repeats: int = 7) -> dict[str, An
         torch.distributed.batch_isend_irecv = real
 
     communicator = _SendsNothing(rank, topology.num_ranks)
-    updater = ExpertLocationUpdater(  # room for a layer in one step, as SGLang has it
+    updater = ExpertLocationUpdater(  # room for a layer in one batch, as SGLang has it
         communicator,
         topology,
         weights,
@@ -110,7 +110,7 @@ def measure(cache: Path | None, rank: int = 3, repeats: int = 7) -> dict[str, An
         whole = plan_transfer(old, new, topology, num_logical_experts=num_experts)
         _ = whole.digest
         for layer in whole.layers:
-            updater.stage(layer.layer_id, layer.steps[0])
+            updater.stage(layer.layer_id, layer.batches[0])
 
     many = EpTopology(512, 64, 1)
     many_maps = random_maps(num_layers, num_experts, many, 1)

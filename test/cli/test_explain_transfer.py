@@ -56,7 +56,7 @@ def test_our_own_files_bring_their_topology(tmp_path):
     assert "4 experts sent in 1 of 2 layers" in text
     detail = run(*paths, layer_id=0)
     assert "slot 3 (rank 1, node 0)" in detail
-    assert "ride along" in detail
+    assert "free rider" in detail
     assert "nothing moves in layer 1" in run(*paths, layer_id=1)
 
 

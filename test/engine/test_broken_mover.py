@@ -23,8 +23,8 @@ from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.worker import RankWorker
 from equipoise.manager.commands import Rebalance, RebalanceReport
-from equipoise.transfer.execution.report import LayerTransferReport
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedStep
+from equipoise.transfer.execution.profile import LayerTransferReport
+from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import make_tiny_model
 
@@ -64,7 +64,7 @@ def converse(pipe: Connection, said: dict[str, Any]) -> None:
         pipe.send(Stop())
 
 
-def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedStep) -> LayerTransferReport:
+def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> LayerTransferReport:
     return staged.report
 
 

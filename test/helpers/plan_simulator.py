@@ -20,13 +20,13 @@ class Executed:
 
 
 def execute_layer(layer: LayerTransferPlan, start: np.ndarray, topology: EpTopology) -> Executed:
-    """Runs all steps of a layer; asserts that nothing is read before it is there and that every map is reached."""
+    """Runs all batches of a layer; asserts that nothing is read before it is there and that every map is reached."""
     live = start.reshape(topology.num_ranks, -1).astype(np.int64).copy()
     done = Executed(start, 0, 0, 0)
-    for step in layer.steps:
-        programs = [rank_program(step, rank, topology) for rank in range(topology.num_ranks)]
+    for batch in layer.batches:
+        programs = [rank_program(batch, rank, topology) for rank in range(topology.num_ranks)]
         staged = [np.full(program.num_staging_slots, -1) for program in programs]
-        for index in range(step.num_rounds):
+        for index in range(batch.num_rounds):
             landed = [run_round(index, rank, programs, live, staged) for rank in range(topology.num_ranks)]
             for rank, arrival in enumerate(landed):
                 if arrival is not None:
@@ -39,7 +39,7 @@ def execute_layer(layer: LayerTransferPlan, start: np.ndarray, topology: EpTopol
             commit(program, live[rank], staged[rank])
             done.peak_staged = max(done.peak_staged, program.num_staging_slots)
         done.row = live.reshape(-1).copy()
-        assert done.row.tolist() == step.new_map.tolist()
+        assert done.row.tolist() == batch.new_map.tolist()
     return done
 
 

@@ -77,8 +77,8 @@ for algorithm in available_algorithms():
         )
         assert planned.transfer is not None or algorithm in ("reweight", "static"), algorithm
         for layer in planned.transfer.layers if planned.transfer is not None else ():
-            for step in layer.steps:
-                rank_program(step, 1, topology)
+            for batch in layer.batches:
+                rank_program(batch, 1, topology)
 print("missing:", *sorted(loaded() - before))
 """
 

@@ -127,7 +127,7 @@ def test_a_requested_rebalance_moves_experts_between_steps(world_size: int, idle
         assert dry.bytes_moved == 0
         assert report.mean_balancedness_after > report.mean_balancedness_before
         assert sum(report.moves) > 0
-        # At most one message per move (a slot may ride along with another of its rank), padded to whole cache lines.
+        # At most one message per move (a slot may free rider with another of its rank), padded to whole cache lines.
         assert 0 < report.bytes_moved <= sum(report.moves) * 3 * 64
         assert sum(report.bytes_sent_per_rank) == report.bytes_moved
         assert sum(report.bytes_sent_per_node) == sum(report.bytes_received_per_node) <= report.bytes_moved

@@ -14,42 +14,42 @@ from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.errors import TransferError
 from equipoise.manager.migration import Migration, MigrationBroken
-from equipoise.transfer.execution.report import LayerTransferReport
+from equipoise.transfer.execution.profile import LayerTransferReport
 from equipoise.transfer.execution.runner import PollResult
-from equipoise.transfer.planning.plan import TransferPlan, TransferStep
+from equipoise.transfer.planning.plan import TransferBatch, TransferPlan
 
 TOPOLOGY = EpTopology(2, 2, 5)
 LAYERS, EXPERTS = 4, 8
 
 
 class Runner:
-    """Has ``staged`` steps ready; then works, or breaks."""
+    """Has ``staged`` batches ready; then works, or breaks."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, TransferStep]] = []
+        self.batches: list[tuple[int, TransferBatch]] = []
         self.staged = 100
         self.error: str | None = None
-        self.fails_at: int | None = None  # step of the plan that the ranks vote against
+        self.fails_at: int | None = None  # batch of the plan that the ranks vote against
         self.committed = 0
 
     @property
     def active(self) -> bool:
-        return bool(self.steps)
+        return bool(self.batches)
 
     def start(self, plan: TransferPlan) -> None:
-        self.steps = [(layer.layer_id, step) for layer in plan.layers for step in layer.steps]
+        self.batches = [(layer.layer_id, batch) for layer in plan.layers for batch in layer.batches]
 
     def poll(self, _communicator: object) -> PollResult:
         if self.error is not None:
             return "broken"
         return "ready" if self.staged > 0 else "working"
 
-    def commit(self, on_commit: Callable[[int, TransferStep], None]) -> LayerTransferReport:
+    def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> LayerTransferReport:
         if self.committed == self.fails_at:
-            self.steps = []
+            self.batches = []
             raise TransferError("voted down")
-        layer_id, step = self.steps.pop(0)
-        on_commit(layer_id, step)
+        layer_id, batch = self.batches.pop(0)
+        on_commit(layer_id, batch)
         self.staged -= 1
         self.committed += 1
         return LayerTransferReport(
@@ -160,17 +160,17 @@ def test_what_is_not_staged_is_not_waited_for_beside_forward_passes() -> None:
     assert scene.migration.advance(idle=False) is True
 
 
-def test_a_layer_in_several_steps_counts_once_and_is_whole_in_between() -> None:
+def test_a_layer_in_several_batches_counts_once_and_is_whole_in_between() -> None:
     scene = Scene("chunked", staged_experts=1)
     scene.begin()
-    steps = len(scene.plan.layers[0].steps)
-    assert steps > 1
-    for number in range(1, steps + 1):
+    batches = len(scene.plan.layers[0].batches)
+    assert batches > 1
+    for number in range(1, batches + 1):
         scene.migration.advance(idle=False)
         scene.live.check_integrity()
-        assert scene.migration.layers_pending == (2 if number == steps else 3)
-        assert scene.arrived(0) is (number == steps)
-    assert scene.refreshed == [2] + [0] * steps
+        assert scene.migration.layers_pending == (2 if number == batches else 3)
+        assert scene.arrived(0) is (number == batches)
+    assert scene.refreshed == [2] + [0] * batches
 
 
 def test_bytes_and_staging_of_all_commits_add_up() -> None:

@@ -63,8 +63,8 @@ def test_a_step_stages_no_more_than_there_is_room_for():
     planned = plan(ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY), "deepseek", None)
     assert planned.transfer is not None
     for layer in planned.transfer.layers:
-        for step in layer.steps:
-            received = [TOPOLOGY.rank_of_slot(transfer.destination_slot) for transfer in step.transfers]
+        for batch in layer.batches:
+            received = [TOPOLOGY.rank_of_slot(transfer.destination_slot) for transfer in batch.transfers]
             assert max((received.count(rank) for rank in set(received)), default=0) <= 2
 
 

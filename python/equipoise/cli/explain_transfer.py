@@ -18,7 +18,7 @@ from equipoise.errors import ConfigError, InvalidInputError, PlacementError
 from equipoise.formats.expert_location import MapStart, load_expert_location, read_init_expert_location
 from equipoise.topology import EpTopology
 from equipoise.transfer.planning.plan import plan_transfer
-from equipoise.transfer.planning.types import LayerTransferPlan, SlotCase, TransferPlan, TransferStep
+from equipoise.transfer.planning.types import LayerTransferPlan, SlotCase, TransferBatch, TransferPlan
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class LayerSummary:
     """One layer of a plan in numbers."""
 
     layer_id: int
-    cases: dict[SlotCase, int]  # slots by the way they get their expert, over all steps
+    cases: dict[SlotCase, int]  # slots by the way they get their expert, over all batches
     crossings: int  # experts that cross to another node
-    relayed: int  # transfers from a rank that received the expert in the same step
+    relayed: int  # transfers from a rank that received the expert in the same batch
     busiest_sender: int  # experts that it sends
     busiest_receiver: int
     num_rounds: int
-    num_steps: int
+    num_batches: int
 
 
 def summarise_layer(layer: LayerTransferPlan, topology: EpTopology) -> LayerSummary:
-    """Counts over all steps of a layer."""
+    """Counts over all batches of a layer."""
     cases: Counter[SlotCase] = Counter()
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()
     crossings = relayed = 0
-    for step in layer.steps:
-        cases.update(step.slot_cases(topology))
-        for transfer in step.transfers:
+    for batch in layer.batches:
+        cases.update(batch.slot_cases(topology))
+        for transfer in batch.transfers:
             sent[topology.rank_of_slot(transfer.source_slot)] += 1
             received[topology.rank_of_slot(transfer.destination_slot)] += 1
             crossings += topology.node_of_slot(transfer.source_slot) != topology.node_of_slot(transfer.destination_slot)
@@ -56,7 +56,7 @@ def summarise_layer(layer: LayerTransferPlan, topology: EpTopology) -> LayerSumm
         max(sent.values(), default=0),
         max(received.values(), default=0),
         layer.num_rounds,
-        len(layer.steps),
+        len(layer.batches),
     )
 
 
@@ -64,25 +64,25 @@ def plan_table(plan: TransferPlan) -> Table:
     """A line per layer that changes."""
     table = Table(title=f"transfer plan {plan.digest[:12]}", title_justify="left")
     for name in (
-        "layer", "copy", "ride along", "same node", "other node", "crossings", "relayed", "busiest sender",
-        "busiest receiver", "rounds", "steps",
+        "layer", "copy", "free rider", "same node", "other node", "crossings", "relayed", "busiest sender",
+        "busiest receiver", "rounds", "batches",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     for layer in plan.layers:
         row = summarise_layer(layer, plan.topology)
         moved = [row.cases[case] for case in SlotCase if case is not SlotCase.UNCHANGED]
         numbers = [row.layer_id, *moved, row.crossings, row.relayed, row.busiest_sender, row.busiest_receiver]
-        table.add_row(*map(str, [*numbers, row.num_rounds, row.num_steps]))
+        table.add_row(*map(str, [*numbers, row.num_rounds, row.num_batches]))
     return table
 
 
 def layer_table(layer: LayerTransferPlan, topology: EpTopology) -> Table:
     """Every transfer of a layer, in the order in which it happens."""
     table = Table(title=f"layer {layer.layer_id}", title_justify="left")
-    for name in ("step", "round", "expert", "from", "to", "way"):
+    for name in ("batch", "round", "expert", "from", "to", "way"):
         table.add_column(name, justify="right")
-    for index, step in enumerate(layer.steps):
-        for transfer in step.transfers:
+    for index, batch in enumerate(layer.batches):
+        for transfer in batch.transfers:
             table.add_row(
                 str(index),
                 str(transfer.round),
@@ -91,7 +91,7 @@ def layer_table(layer: LayerTransferPlan, topology: EpTopology) -> Table:
                 _place(transfer.destination_slot, topology),
                 _way(transfer.source_slot, transfer.destination_slot, bool(transfer.relayed), topology),
             )
-        _add_local_rows(table, index, step, topology)
+        _add_local_rows(table, index, batch, topology)
     return table
 
 
@@ -147,7 +147,7 @@ def explain_transfer(
     console.print(
         f"{sum(layer.num_transfers for layer in chosen)} experts sent in {len(chosen)} of {plan.num_layers} layers, "
         f"{sum(row.crossings for row in total)} of them to another node; "
-        f"rounds: {sum(row.num_rounds for row in total)}, steps: {sum(row.num_steps for row in total)}"
+        f"rounds: {sum(row.num_rounds for row in total)}, batches: {sum(row.num_batches for row in total)}"
     )
     return 0
 
@@ -183,7 +183,7 @@ def _way(source: int, destination: int, relayed: bool, topology: EpTopology) -> 
     return "other node" if crosses else "relayed" if relayed else "same node"
 
 
-def _add_local_rows(table: Table, index: int, step: TransferStep, topology: EpTopology) -> None:
-    for slot, case in enumerate(step.slot_cases(topology)):
-        if case in (SlotCase.COPY, SlotCase.RIDE_ALONG):
-            table.add_row(str(index), "commit", str(step.new_map[slot]), "", _place(slot, topology), case.value)
+def _add_local_rows(table: Table, index: int, batch: TransferBatch, topology: EpTopology) -> None:
+    for slot, case in enumerate(batch.slot_cases(topology)):
+        if case in (SlotCase.COPY, SlotCase.FREE_RIDER):
+            table.add_row(str(index), "commit", str(batch.new_map[slot]), "", _place(slot, topology), case.value)

@@ -13,9 +13,9 @@ from equipoise.distributed.communicator import Communicator
 from equipoise.errors import TransferError
 from equipoise.manager.commands import LayerProfile
 from equipoise.placement.metadata import ExpertLocationMetadata
-from equipoise.transfer.execution.report import LayerTransferReport
+from equipoise.transfer.execution.profile import LayerTransferReport
 from equipoise.transfer.execution.runner import TransferRunner
-from equipoise.transfer.planning.types import TransferPlan, TransferStep
+from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 _IDLE_WAIT_SECONDS = 0.001
 """Pause between two looks at a transfer when no forward pass runs."""
@@ -33,7 +33,7 @@ class Migration:
         dispatcher: told of each layer that changes.
         communicator: of the serving thread.
         runner: brings the weights.
-        mode: ``sync`` commits everything in one call; ``chunked`` ``layers_per_chunk`` steps, transfers included;
+        mode: ``sync`` commits everything in one call; ``chunked`` ``layers_per_chunk`` batches, transfers included;
             ``async`` at most as many of those that the background has staged.
     """
 
@@ -78,7 +78,7 @@ class Migration:
         """Collective. Commits what is ready; True once the target is reached.
 
         Raises:
-            TransferError: the ranks voted against a step. Layers committed before stand, this and later ones are as
+            TransferError: the ranks voted against a batch. Layers committed before stand, this and later ones are as
                 they were.
             MigrationBroken: nothing will move any more.
         """
@@ -97,7 +97,7 @@ class Migration:
                     self._sleep(_IDLE_WAIT_SECONDS)
                 break
             try:
-                self._add(self._runner.commit(self._commit_step))
+                self._add(self._runner.commit(self._commit_batch))
             except TransferError as error:
                 self.layers_pending = 0
                 if self._runner.error is not None:
@@ -130,14 +130,14 @@ class Migration:
             )
         )
 
-    def _commit_step(self, layer_id: int, step: TransferStep) -> None:
+    def _commit_batch(self, layer_id: int, batch: TransferBatch) -> None:
         """The weights of a layer have just changed on all ranks: its maps follow before anything else runs."""
         assert self._target is not None
-        if np.array_equal(step.new_map, self._target.physical_to_logical_map[layer_id].numpy()):
+        if np.array_equal(batch.new_map, self._target.physical_to_logical_map[layer_id].numpy()):
             self._commit_target(self._target, [layer_id])
             self.layers_pending -= 1
         else:  # on the way there: a complete placement too, but not one that weights were solved for
-            self._metadata.update_layer_(layer_id, step.new_map.copy())
+            self._metadata.update_layer_(layer_id, batch.new_map.copy())
             self._dispatcher.refresh([layer_id])
 
     def _commit_target(self, target: ExpertLocationMetadata, layers: list[int]) -> None:

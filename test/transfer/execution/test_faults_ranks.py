@@ -92,8 +92,8 @@ class Rank:
         self.assert_slots_hold_what_the_map_says()
         return outcome
 
-    def apply(self, layer_id, step):
-        self.map[layer_id] = step.new_map
+    def apply(self, layer_id, batch):
+        self.map[layer_id] = batch.new_map
 
     def assert_slots_hold_what_the_map_says(self) -> None:
         expected = rank_weights(self.map, self.rank, TOPOLOGY)
@@ -243,9 +243,9 @@ class Serving(Rank):
         self.answers: dict[str, list[int]] = {}
         self.compared = 0
 
-    def apply(self, layer_id, step):
-        super().apply(layer_id, step)
-        self.metadata.update_layer_(layer_id, step.new_map.copy())
+    def apply(self, layer_id, batch):
+        super().apply(layer_id, batch)
+        self.metadata.update_layer_(layer_id, batch.new_map.copy())
 
     def assert_slots_hold_what_the_map_says(self) -> None:
         """By their answers."""

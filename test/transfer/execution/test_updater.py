@@ -252,7 +252,7 @@ def test_weights_that_are_not_where_the_plan_thinks_are_found_before_they_spread
 def test_a_cycle_inside_a_rank_needs_one_spare_slot():
     topology = EpTopology(1, 1, 6)
     old, new = [[0, 1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 0]]
-    program = rank_program(plan_transfer(old, new, topology).layers[0].steps[0], 0, topology)
+    program = rank_program(plan_transfer(old, new, topology).layers[0].batches[0], 0, topology)
     assert program.num_staging_slots == 1
     assert len(program.copies) == 7
 
@@ -278,7 +278,7 @@ def test_the_oracle_tells_experts_apart():
 
 
 @pytest.mark.parametrize("rounds_in_flight", [1, 3])
-def test_staging_never_exceeds_its_bytes_and_large_layers_move_in_steps(rounds_in_flight):
+def test_staging_never_exceeds_its_bytes_and_large_layers_move_in_batches(rounds_in_flight):
     topology = EpTopology(4, 2, 6)
     rng = np.random.default_rng(11)
     old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
@@ -295,13 +295,13 @@ def test_staging_never_exceeds_its_bytes_and_large_layers_move_in_steps(rounds_i
         plan = plan_transfer(old, new, topology, max_staged_experts=updater.max_staged_experts)
         maps = []
         reports = [
-            updater.migrate_layer(layer, on_commit=lambda step: maps.append(step.new_map)) for layer in plan.layers
+            updater.migrate_layer(layer, on_commit=lambda batch: maps.append(batch.new_map)) for layer in plan.layers
         ]
         expected = rank_weights(new, communicator.rank, topology, specs)
         for tensors, right in zip(weights, expected, strict=True):
             assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
         assert row < max(report.peak_staging_bytes for report in reports) <= budget
-        assert len(maps) == sum(len(layer.steps) for layer in plan.layers) > len(reports)
+        assert len(maps) == sum(len(layer.batches) for layer in plan.layers) > len(reports)
         updater.release_staging()
         return updater.staging_bytes
 

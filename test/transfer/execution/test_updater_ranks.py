@@ -31,7 +31,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
     """Migrates from placement to placement; the weights of one are the start of the next."""
     communicator = TorchCommunicator(dist.group.WORLD)
     rng = np.random.default_rng(seed)
-    done, transfers, in_steps, nodes = 0, 0, 0, set()
+    done, transfers, in_batches, nodes = 0, 0, 0, set()
     while done < num_placements:
         topology = random_topology(rng, world_size)
         num_experts = int(rng.integers(1, topology.num_slots + 1))
@@ -57,7 +57,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
             updater.agree_on(plan)
             for layer in plan.layers:
                 updater.migrate_layer(layer, on_commit=lambda _: None)
-                in_steps += len(layer.steps) > 1
+                in_batches += len(layer.batches) > 1
             expected = rank_weights(target, rank, topology, specs)
             for layer_id, tensors in enumerate(live_weights(weights)):
                 for index, tensor in enumerate(tensors):
@@ -67,7 +67,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
                     )
             now, done, transfers = target, done + 1, transfers + plan.num_transfers
             nodes.add(topology.num_nodes)
-    return {"placements": done, "transfers": transfers, "layers_in_steps": in_steps, "node_counts": len(nodes)}
+    return {"placements": done, "transfers": transfers, "layers_in_batches": in_batches, "node_counts": len(nodes)}
 
 
 @pytest.mark.parametrize(("world_size", "num_placements"), [(2, 150), (4, 150), (8, 80)])
@@ -76,7 +76,7 @@ def test_hundreds_of_random_placements(world_size, num_placements):
     assert all(result == results[0] for result in results)
     assert results[0]["placements"] >= num_placements
     assert results[0]["transfers"] > num_placements
-    assert results[0]["layers_in_steps"] > 10, "under a budget of one expert"
+    assert results[0]["layers_in_batches"] > 10, "under a budget of one expert"
     assert results[0]["node_counts"] > 1
 
 

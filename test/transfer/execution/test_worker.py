@@ -31,7 +31,7 @@ def make_runner(kind, communicator, hub, weights, **options):
 
 
 def drive(runner, communicator, on_commit, polls=10_000):
-    """Polls until the plan has ended; returns the number of the poll at which each step committed."""
+    """Polls until the plan has ended; returns the number of the poll at which each batch committed."""
     commits = []
     for number in range(polls):
         if not runner.active:
@@ -63,16 +63,16 @@ def test_a_plan_commits_step_by_step_at_the_same_poll_on_every_rank(kind, budget
             for new in placements[1:]:
                 plan = plan_transfer(live, new, TOPOLOGY, num_logical_experts=9, max_staged_experts=budget)
 
-                def apply(layer_id, step):
+                def apply(layer_id, batch):
                     # The weights in the slots and the map must agree after every single commit.
-                    live[layer_id] = step.new_map
+                    live[layer_id] = batch.new_map
                     expected = rank_weights(live, communicator.rank, TOPOLOGY)[layer_id]
                     assert all(same_bytes(a, b) for a, b in zip(weights[layer_id], expected, strict=True))
 
                 runner.start(plan)
                 commits.append(drive(runner, communicator, apply))
                 assert (live == new).all()
-                assert len(commits[-1]) == sum(len(layer.steps) for layer in plan.layers)
+                assert len(commits[-1]) == sum(len(layer.batches) for layer in plan.layers)
         finally:
             runner.close()
         return commits
@@ -107,8 +107,8 @@ def test_a_fault_reaches_every_rank_at_the_same_poll_and_the_next_plan_succeeds(
         runner = make_runner(kind, communicator, hub, weights, **options)
         live = old.copy()
 
-        def apply(layer_id, step):
-            live[layer_id] = step.new_map
+        def apply(layer_id, batch):
+            live[layer_id] = batch.new_map
 
         try:
             runner.start(plan_transfer(live, new, TOPOLOGY))
@@ -170,7 +170,7 @@ def test_a_worker_that_dies_of_a_bug_is_reported_on_every_rank_and_replaced(monk
         updater = ExpertLocationUpdater(own, TOPOLOGY, weights, timeout=0.3, vote_grace=0.3)
         stage = updater.stage
         if communicator.rank == 2:
-            updater.stage = lambda *step: (stage(*step) if after_the_vote else None, 1 / 0)
+            updater.stage = lambda *batch: (stage(*batch) if after_the_vote else None, 1 / 0)
         runner = TransferWorker(updater)
         new = np.roll(old, 3, axis=1)
         runner.start(plan_transfer(old, new, TOPOLOGY))
@@ -203,8 +203,8 @@ def test_a_rank_in_doubt_keeps_those_that_are_not_from_committing(kind):
         updater = ExpertLocationUpdater(own, TOPOLOGY, weights, timeout=1.0, vote_grace=1.0)
         stage, commits = updater.stage, []
 
-        def stage_and_lose_the_answer(*step):
-            stage(*step)
+        def stage_and_lose_the_answer(*batch):
+            stage(*batch)
             raise InDoubtError("the vote broke off")
 
         if communicator.rank == 2:
@@ -251,7 +251,7 @@ def test_commit_waits_for_no_one():
 
 
 def test_ranks_say_little_while_there_is_nothing_to_say():
-    """Of the polls of every step but the first, the first half sends no message; all ranks leave out the same ones."""
+    """Of the polls of every batch but the first, the first half sends no message; all ranks leave out the same ones."""
     old = np.stack([np.arange(12)] * 4)
     hub = InMemoryHub(4)
 

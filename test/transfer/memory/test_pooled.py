@@ -41,8 +41,8 @@ def commit(memory: PooledExperts, layer_id: int, old: list[int], new: list[int])
     other_ranks = -(-NUM_EXPERTS // slots)  # they hold every expert all the time
     others = [expert % NUM_EXPERTS for expert in range(other_ranks * slots)]
     topology = EpTopology(1 + other_ranks, 1, slots)
-    step = plan_transfer([old + others], [new + others], topology, max_staged_experts=slots).layers[0].steps[0]
-    program = rank_program(step, 0, topology)
+    batch = plan_transfer([old + others], [new + others], topology, max_staged_experts=slots).layers[0].batches[0]
+    program = rank_program(batch, 0, topology)
     memory.reserve(program.num_staging_slots)
     received = [each.receive for each in program.rounds if each.receive is not None]
     for receive in received:
@@ -114,7 +114,7 @@ def test_staging_is_the_spare_rows_and_what_small_rows_need():
 
 @pytest.mark.parametrize(("budget", "spare"), [(None, 3), (2.5, 2), (7.5, 4)])
 def test_a_pool_has_a_spare_row_for_each_expert_that_may_be_staged(budget, spare):
-    """None: one per round in flight. Never more than a rank has slots: it cannot receive more in a step."""
+    """None: one per round in flight. Never more than a rank has slots: it cannot receive more in a batch."""
     num_values = 4096
     pool = allocate_pool(
         [(torch.Size([num_values]), torch.float32)],

@@ -43,7 +43,7 @@ def test_each_missing_expert_reaches_its_rank_once_from_one_that_has_it(case):
     plan = plan_transfer(old, new, topology, num_logical_experts=num_experts)
     before, after = holders(old[0], topology), holders(new[0], topology)
     needed = Counter((int(x), g) for g in range(topology.num_ranks) for x in after[g] - before[g])
-    transfers = plan.layers[0].steps[0].transfers if plan.layers else []
+    transfers = plan.layers[0].batches[0].transfers if plan.layers else []
     assert Counter((t.expert, topology.rank_of_slot(t.destination_slot)) for t in transfers) == needed
     arrived: dict[tuple[int, int], int] = {}
     for t in transfers:
@@ -68,7 +68,7 @@ def test_an_expert_crosses_to_a_node_once_and_only_if_the_node_lacks_it(case):
     crossings = Counter(
         (t.expert, topology.node_of_slot(t.destination_slot))
         for layer in plan.layers
-        for t in layer.steps[0].transfers
+        for t in layer.batches[0].transfers
         if topology.node_of_slot(t.source_slot) != topology.node_of_slot(t.destination_slot)
     )
     assert crossings == lower_bound
@@ -80,7 +80,7 @@ def test_a_round_uses_each_link_once_and_rounds_meet_the_edge_colouring_bound(ca
     topology, num_experts, old, new = case
     plan = plan_transfer(old, new, topology, num_logical_experts=num_experts)
     for layer in plan.layers:
-        transfers = layer.steps[0].transfers
+        transfers = layer.batches[0].transfers
         expected_rounds = 0
         for relayed in (0, 1):
             phase = [t for t in transfers if t.relayed == relayed]
@@ -101,7 +101,7 @@ def test_the_busiest_sender_carries_no_more_than_a_maximum_flow_allows(case):
     topology, num_experts, old, new = case
     plan = plan_transfer(old, new, topology, num_logical_experts=num_experts)
     for layer in plan.layers:
-        transfers = layer.steps[0].transfers
+        transfers = layer.batches[0].transfers
         load = Counter(topology.rank_of_slot(t.source_slot) for t in transfers)
         relay_load = Counter(topology.rank_of_slot(t.source_slot) for t in transfers if t.relayed)
         jobs = [allowed_sources(t, old[0], topology) for t in transfers if not t.relayed]
@@ -156,10 +156,10 @@ def test_the_five_cases():
     old = [[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
     new = [[0, 2, 1, 0, 4, 5, 3, 3, 8, 6, 7, 2]]
     topology = EpTopology(4, 2, 3)
-    cases = plan_transfer(old, new, topology).layers[0].steps[0].slot_cases(topology)
+    cases = plan_transfer(old, new, topology).layers[0].batches[0].slot_cases(topology)
     assert cases[0:3] == [SlotCase.UNCHANGED, SlotCase.COPY, SlotCase.COPY]
     assert cases[3] == SlotCase.SAME_NODE
-    assert cases[6:8] == [SlotCase.OTHER_NODE, SlotCase.RIDE_ALONG]
+    assert cases[6:8] == [SlotCase.OTHER_NODE, SlotCase.FREE_RIDER]
     assert cases[9:12] == [SlotCase.SAME_NODE, SlotCase.SAME_NODE, SlotCase.UNCHANGED]
 
 
@@ -210,7 +210,7 @@ def test_unusable_placements_are_named(old, new, words):
 
 def test_a_damaged_plan_is_refused():
     data = plan_transfer([[0, 1, 2, 3]], [[1, 0, 3, 2]], EpTopology(2, 1, 2)).to_dict()
-    data["layers"][0]["steps"][0]["new_map"] = [0, 1, 3, 2]
+    data["layers"][0]["batches"][0]["new_map"] = [0, 1, 3, 2]
     with pytest.raises(PlacementError, match="damaged"):
         TransferPlan.from_dict(data)
     with pytest.raises(PlacementError, match="not a transfer plan"):

@@ -3,8 +3,8 @@
 Public modules, which other rooms import::
 
     faults.py    Faults on purpose: fail at (rank, layer, phase), so that tests can prove what the transfer path prom...
-    report.py    What a layer's migration cost one rank, and what it moved between all of them
-    runner.py    Runs a transfer plan step by step for a host that serves meanwhile: the interface, and the runner th...
+    profile.py   What a layer's migration cost one rank, and what it moved between all of them
+    runner.py    Runs a transfer plan batch by batch for a host that serves meanwhile
     updater.py   Moves expert weights between ranks: stage, verify, vote, commit
     vote.py      How ranks agree whether what they have staged may be committed: by a vote, which decides the same on...
     warm_up.py   Compiles the kernels that carry out a rebalance: alignment, transfer plan, a rank's program, checksums

@@ -31,7 +31,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last_commit: torch.cuda.Event | None = None
 
-    def beside_the_forward_pass(self) -> AbstractContextManager[object]:
+    def overlapped(self) -> AbstractContextManager[object]:
         if self._stream is None:
             return nullcontext()
         if self._last_commit is not None:
@@ -48,7 +48,7 @@ class SideStream:
             self._last_commit.record()
 
 
-class Pace:
+class Throttle:
     """Rests after each round for as long as the duty asks.
 
     What a round takes includes waiting for peers, and they rest too: resting in proportion to it would make the ranks
@@ -72,7 +72,7 @@ class Pace:
         self._sleep(num_bytes * self._seconds_per_byte * self._rest_per_second)
 
 
-_LEAST_WAIT_SECONDS = 0.001
+_MIN_WAIT_SECONDS = 0.001
 """What is left to a round once the deadline has passed: it may well be through."""
 
 
@@ -81,7 +81,7 @@ class TransferPipeline:
 
     Args:
         communicator: reaches the other ranks.
-        store: the experts of this rank; it has an outbox for each round in flight.
+        store: the experts of this rank; it has an send_buffer for each round in flight.
         stream: on which the store packs what is sent.
         faults: what goes wrong on purpose.
         rounds_in_flight: rounds of which the rank may be in the middle; with a ``duty`` below 1 it is 1.
@@ -109,14 +109,14 @@ class TransferPipeline:
         self._faults = faults
         # What is under way moves on while the rank rests: with more than one round that would be no rest.
         self._rounds_in_flight = rounds_in_flight if duty == 1.0 else 1
-        self._pace = Pace(duty, sleep)
+        self._pace = Throttle(duty, sleep)
         self._clock = clock
 
     def run(self, layer_id: int, program: RankProgram, deadline: float) -> None:
         """Returns once all that this rank sends and receives is through; what it receives then lies in staging.
 
         Args:
-            program: its part in a step of that layer; staging is reserved for it.
+            program: its part in a batch of that layer; staging is reserved for it.
             deadline: on ``clock``, for all rounds together.
 
         Raises:
@@ -143,7 +143,7 @@ class TransferPipeline:
             self._wait(pending, deadline)
 
     def _wait(self, pending: Pending, deadline: float) -> None:
-        pending.wait(max(deadline - self._clock(), _LEAST_WAIT_SECONDS))
+        pending.wait(max(deadline - self._clock(), _MIN_WAIT_SECONDS))
 
 
 def _awaits_one_of(each: Round, under_way: Iterable[tuple[Round, Pending]]) -> bool:

@@ -1,4 +1,4 @@
-"""Runs a transfer plan step by step for a host that serves meanwhile: the interface, and the runner that works inline.
+"""Runs a transfer plan batch by batch for a host that serves meanwhile: interface, and the runner that works inline.
 
 Both runners have one interface, so a manager drives all modes alike::
 
@@ -8,7 +8,7 @@ Both runners have one interface, so a manager drives all modes alike::
         while runner.poll(communicator) == "ready":     # collective: the same answer on every rank
             report = runner.commit(update_maps)         # local; raises the TransferError that all ranks voted for
 
-``poll`` is where ranks agree: a step is ready when every rank's staging and vote are behind it, so all of them commit
+``poll`` is where ranks agree: a batch is ready when every rank's staging and vote are behind it, so all of them commit
 it between the same two forward passes. That also settles what a vote that broke off leaves in doubt: if one rank does
 not know whether all others could commit, nobody commits. Once no rank is inside the transfer any more, all of them make
 new groups in the same poll, and the plan ends as one that was voted down does.
@@ -23,12 +23,12 @@ import torch
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import InDoubtError, TransferError
-from equipoise.transfer.execution.report import LayerTransferReport
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedStep
-from equipoise.transfer.planning.types import TransferPlan, TransferStep
+from equipoise.transfer.execution.profile import LayerTransferReport
+from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
+from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 PollResult = Literal["idle", "working", "ready", "broken"]
-OnCommit = Callable[[int, TransferStep], None]
+OnCommit = Callable[[int, TransferBatch], None]
 
 
 class TransferRunner(Protocol):
@@ -49,7 +49,7 @@ class TransferRunner(Protocol):
         ...
 
     def poll(self, communicator: Communicator) -> PollResult:
-        """Collective, from the serving thread: whether all ranks can commit the next step, or have failed it.
+        """Collective, from the serving thread: whether all ranks can commit the next batch, or have failed it.
 
         "broken": nothing can be moved any more, for :attr:`error`.
 
@@ -59,10 +59,10 @@ class TransferRunner(Protocol):
         ...
 
     def commit(self, on_commit: OnCommit) -> LayerTransferReport:
-        """After "ready": commits the step and calls ``on_commit(layer_id, step)``, which changes the maps.
+        """After "ready": commits the batch and calls ``on_commit(layer_id, batch)``, which changes the maps.
 
         Raises:
-            TransferError: the ranks voted against the step, or could not vote; the plan has ended, its earlier steps
+            TransferError: the ranks voted against the batch, or could not vote; the plan has ended, its earlier batches
                 stand.
         """
         ...
@@ -81,10 +81,10 @@ class InlineRunner:
 
     def __init__(self, updater: ExpertLocationUpdater) -> None:
         self._updater = updater
-        self._steps: Iterator[tuple[int, TransferStep]] = iter(())
+        self._steps: Iterator[tuple[int, TransferBatch]] = iter(())
         self._plan: TransferPlan | None = None
-        self._outcome: StagedStep | TransferError | None = None
-        self._next: tuple[int, TransferStep] | None = None
+        self._outcome: StagedBatch | TransferError | None = None
+        self._next: tuple[int, TransferBatch] | None = None
         self.error: str | None = None
 
     @property
@@ -94,7 +94,7 @@ class InlineRunner:
     def start(self, plan: TransferPlan) -> None:
         assert not self.active
         self._plan = plan
-        self._steps = steps_of(plan)
+        self._steps = batches_of(plan)
         self._next = next(self._steps, None)
 
     def poll(self, communicator: Communicator) -> PollResult:
@@ -107,14 +107,14 @@ class InlineRunner:
             self._next = None if isinstance(self._outcome, TransferError) else next(self._steps, None)
         return "ready"
 
-    def _stage(self, layer_id: int, step: TransferStep, communicator: Communicator) -> StagedStep | TransferError:
-        outcome: StagedStep | TransferError | None = None
+    def _stage(self, layer_id: int, batch: TransferBatch, communicator: Communicator) -> StagedBatch | TransferError:
+        outcome: StagedBatch | TransferError | None = None
         doubt: str | None = None
         try:
             if self._plan is not None:
                 plan, self._plan = self._plan, None
                 self._updater.agree_on(plan)
-            outcome = self._updater.stage(layer_id, step)
+            outcome = self._updater.stage(layer_id, batch)
         except TransferError as error:
             outcome = error
         except InDoubtError as error:
@@ -133,18 +133,18 @@ class InlineRunner:
             self.error = self._updater.broken
             raise outcome
         report = self._updater.commit(outcome)
-        on_commit(outcome.layer_id, outcome.step)
+        on_commit(outcome.layer_id, outcome.batch)
         return report
 
     def close(self) -> None:
         self._next = self._outcome = None
 
 
-def steps_of(plan: TransferPlan) -> Iterator[tuple[int, TransferStep]]:
-    """(layer id, step) of every step, in the order in which they are to be committed."""
+def batches_of(plan: TransferPlan) -> Iterator[tuple[int, TransferBatch]]:
+    """(layer id, batch) of every batch, in the order in which they are to be committed."""
     for layer in plan.layers:
-        for step in layer.steps:
-            yield layer.layer_id, step
+        for batch in layer.batches:
+            yield layer.layer_id, batch
 
 
 def start_over(updater: ExpertLocationUpdater, reason: str | None, communicator: Communicator) -> TransferError:

@@ -1,6 +1,6 @@
 """Moves expert weights between ranks: stage, verify, vote, commit.
 
-A step of a plan is staged while the live weights serve on: what a rank receives lands in its staging area, never in a
+A batch of a plan is staged while the live weights serve on: what a rank receives lands in its staging area, never in a
 live slot. Then the ranks vote. Only if all of them hold what the plan names does :meth:`ExpertLocationUpdater.commit`
 bring it into the live slots, which is local and short: a copy, or where layers share their rows an exchange of rows. If
 any rank failed, every rank raises the same kind of :class:`~equipoise.errors.TransferError` and no live byte has
@@ -24,23 +24,23 @@ from equipoise.errors import PlanMismatchError
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.faults import FaultInjector, NoFaults
 from equipoise.transfer.execution.pipeline import SideStream, TransferPipeline
-from equipoise.transfer.execution.report import LayerTransferReport, experts_over_ranks
+from equipoise.transfer.execution.profile import LayerTransferReport, experts_over_ranks
 from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS, LayerVote
 from equipoise.transfer.memory.store import ExpertStore, ExpertWeights
 from equipoise.transfer.memory.verification import Verification, checksum
 from equipoise.transfer.planning.rank_program import RankProgram, compile_program_kernels, rank_program
-from equipoise.transfer.planning.types import LayerTransferPlan, TransferPlan, TransferStep
+from equipoise.transfer.planning.types import LayerTransferPlan, TransferBatch, TransferPlan
 
 ROUNDS_IN_FLIGHT = 4
 """Default, and with it the default number of staged experts."""
 
 
 @dataclass(frozen=True, eq=False)
-class StagedStep:
-    """A step that all ranks hold and have verified; ready for :meth:`ExpertLocationUpdater.commit`."""
+class StagedBatch:
+    """A batch that all ranks hold and have verified; ready for :meth:`ExpertLocationUpdater.commit`."""
 
     layer_id: int
-    step: TransferStep
+    batch: TransferBatch
     program: RankProgram
     report: LayerTransferReport
 
@@ -56,7 +56,7 @@ class ExpertLocationUpdater:
         verification: see the module.
         staging_bytes: most bytes to allocate for staging; None: an expert of the largest layer per round in flight.
             A pool's staging are its spare rows, whatever this says.
-        timeout: seconds that staging one step may take.
+        timeout: seconds that staging one batch may take.
         rounds_in_flight: rounds of which a rank may be in the middle; 1 keeps its link to one peer each way, more hide
             the latency between rounds. With a ``duty`` it is 1: what is under way moves on while the updater rests.
         duty: share of the time, in (0, 1], that may go to transfers; the rest of it the updater sleeps between rounds,
@@ -141,31 +141,31 @@ class ExpertLocationUpdater:
             raise PlanMismatchError(f"ranks {ranks} hold another transfer plan than rank 0; digests are {digests}")
 
     def migrate_layer(
-        self, layer_plan: LayerTransferPlan, on_commit: Callable[[TransferStep], None] | None = None
+        self, layer_plan: LayerTransferPlan, on_commit: Callable[[TransferBatch], None] | None = None
     ) -> LayerTransferReport:
-        """Collective. Stages and commits all steps of a layer, one after the other.
+        """Collective. Stages and commits all batches of a layer, one after the other.
 
         Args:
             layer_plan: the same on every rank.
-            on_commit: called after each step's commit: the maps must follow the weights now. Needed where a plan has
-                several steps for a layer, since a failure in a later one leaves the layer at an earlier ``new_map``.
+            on_commit: called after each batch's commit: the maps must follow the weights now. Needed where a plan has
+                several batches for a layer, since a failure in a later one leaves the layer at an earlier ``new_map``.
 
         Raises:
-            TransferError: on every rank; the step that failed changed nothing anywhere.
+            TransferError: on every rank; the batch that failed changed nothing anywhere.
             InDoubtError: the vote broke off; see :meth:`recover`.
         """
-        assert on_commit is not None or len(layer_plan.steps) == 1
+        assert on_commit is not None or len(layer_plan.batches) == 1
         report: LayerTransferReport | None = None
-        for step in layer_plan.steps:
-            cost = self.commit(self.stage(layer_plan.layer_id, step))
+        for batch in layer_plan.batches:
+            cost = self.commit(self.stage(layer_plan.layer_id, batch))
             if on_commit is not None:
-                on_commit(step)
+                on_commit(batch)
             report = cost if report is None else report + cost
         assert report is not None
         return report
 
-    def stage(self, layer_id: int, step: TransferStep) -> StagedStep:
-        """Collective. Brings everything that the step needs into staging, verifies it, and votes.
+    def stage(self, layer_id: int, batch: TransferBatch) -> StagedBatch:
+        """Collective. Brings everything that the batch needs into staging, verifies it, and votes.
 
         Raises:
             TransferError: on every rank, if any of them failed; VerificationError if what arrived is not what was
@@ -173,13 +173,13 @@ class ExpertLocationUpdater:
             InDoubtError: the vote broke off. This rank may not commit before it knows that all others will too.
         """
         start = self._clock()
-        program = rank_program(step, self._communicator.rank, self._topology)
+        program = rank_program(batch, self._communicator.rank, self._topology)
         failure: Exception | None = None
         transferred: float | None = None
-        with self._stream.beside_the_forward_pass():
+        with self._stream.overlapped():
             try:
                 # A rank whose live slots are not what the plan says still takes part: its peers wait for it.
-                failure = self._store.check_live(layer_id, step)
+                failure = self._store.check_live(layer_id, batch)
                 self._store.memory.reserve(program.num_staging_slots)
                 self._pipeline.run(layer_id, program, start + self._timeout)
                 self._stream.finish()
@@ -200,12 +200,12 @@ class ExpertLocationUpdater:
             verify_seconds=ended - transferred,
             commit_seconds=0.0,
             peak_staging_bytes=self._store.memory.allocated_bytes,
-            bytes_over_ranks=self._store.message_bytes(layer_id) * experts_over_ranks(step, self._topology),
+            bytes_over_ranks=self._store.message_bytes(layer_id) * experts_over_ranks(batch, self._topology),
         )
-        return StagedStep(layer_id, step, program, report)
+        return StagedBatch(layer_id, batch, program, report)
 
-    def commit(self, staged: StagedStep) -> LayerTransferReport:
-        """Brings a staged step into the live slots of this rank. Local: no communication, no wait.
+    def commit(self, staged: StagedBatch) -> LayerTransferReport:
+        """Brings a staged batch into the live slots of this rank. Local: no communication, no wait.
 
         The caller makes sure that no forward pass reads the layer meanwhile and that the maps change with it. An
         exception from here is not a TransferError: the others have committed, so this rank must stop.

@@ -10,20 +10,20 @@ from typing import Literal, get_args
 from equipoise.distributed.communicator import Communicator
 from equipoise.distributed.posted_sum import SumBetweenPolls
 from equipoise.errors import EquipoiseError, InDoubtError, TransferError
-from equipoise.transfer.execution.report import LayerTransferReport
-from equipoise.transfer.execution.runner import OnCommit, PollResult, start_over, steps_of
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedStep
-from equipoise.transfer.planning.types import TransferPlan, TransferStep
+from equipoise.transfer.execution.profile import LayerTransferReport
+from equipoise.transfer.execution.runner import OnCommit, PollResult, batches_of, start_over
+from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
+from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 WorkerState = Literal["working", "ready", "failed", "hung"]
 
 
 class TransferWorker:
-    """Stages in a thread of its own, one step ahead of the commits.
+    """Stages in a thread of its own, one batch ahead of the commits.
 
     The ranks' states travel while the forward pass runs: a poll reads what all of them said in the poll before it. So
-    the serving thread waits for no other rank, and a step is committed one forward pass later. Even a message that
-    nobody waits for takes time from forward passes: the ranks are silent for half as long as the step before took.
+    the serving thread waits for no other rank, and a batch is committed one forward pass later. Even a message that
+    nobody waits for takes time from forward passes: the ranks are silent for half as long as the batch before took.
 
     Args:
         updater: with groups that nobody else uses: two threads must not mix their messages on one group.
@@ -45,15 +45,15 @@ class TransferWorker:
         self._condition = threading.Condition()
         self._plan: TransferPlan | None = None  # set by start, taken by the thread
         self._active = False
-        self._outcome: StagedStep | TransferError | None = None  # set by the thread, cleared by commit
+        self._outcome: StagedBatch | TransferError | None = None  # set by the thread, cleared by commit
         self._failure: str | None = None
         self._hung = False
-        self._last_step: TransferStep | None = None  # of the plan under way
+        self._last_batch: TransferBatch | None = None  # of the plan under way
         self._num_started_over = 0  # a thread that sees this change abandons its plan
         self._closed = False
         self._last_progress = clock()
         self._states = SumBetweenPolls()  # ranks in each WorkerState
-        self._polls = 0  # for the step under way; the same on all ranks
+        self._polls = 0  # for the batch under way; the same on all ranks
         self._silent_polls = 0  # of those, that say nothing
         self._thread = self._new_thread()
 
@@ -72,7 +72,7 @@ class TransferWorker:
                 return
             self._plan, self._active = plan, True
             self._polls = self._silent_polls = 0
-            self._last_step = plan.layers[-1].steps[-1]
+            self._last_batch = plan.layers[-1].batches[-1]
             self._last_progress = self._clock()
             self._condition.notify_all()
 
@@ -100,12 +100,12 @@ class TransferWorker:
                 self._condition.notify_all()
             raise outcome
         report = self._updater.commit(outcome)
-        on_commit(outcome.layer_id, outcome.step)
+        on_commit(outcome.layer_id, outcome.batch)
         self._polls, self._silent_polls = 0, self._polls // 2
         with self._condition:
             self._outcome = None
             self._last_progress = self._clock()
-            self._active = outcome.step is not self._last_step
+            self._active = outcome.batch is not self._last_batch
             self._condition.notify_all()
         return report
 
@@ -181,15 +181,15 @@ class TransferWorker:
         """Raises what cannot be voted on: InDoubtError and bugs."""
         try:
             self._updater.agree_on(plan)
-            for layer_id, step in steps_of(plan):
-                if not self._hand_over(self._updater.stage(layer_id, step), number):
+            for layer_id, batch in batches_of(plan):
+                if not self._hand_over(self._updater.stage(layer_id, batch), number):
                     return
         except InDoubtError:
             raise
         except TransferError as error:
             self._hand_over(error, number)
 
-    def _hand_over(self, outcome: StagedStep | TransferError, number: int) -> bool:
+    def _hand_over(self, outcome: StagedBatch | TransferError, number: int) -> bool:
         """Waits until the serving thread has committed; False: the plan is abandoned, or the runner closed."""
         with self._condition:
             self._outcome = outcome

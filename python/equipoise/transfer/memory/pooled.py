@@ -11,7 +11,14 @@ from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
 from equipoise.transfer.memory.pool import ExpertPool
 from equipoise.transfer.memory.stacked import with_canary
-from equipoise.transfer.memory.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, row_views, staging_slots
+from equipoise.transfer.memory.staging import (
+    ExpertLayout,
+    SendBuffer,
+    StagedExpert,
+    StagingArea,
+    row_views,
+    staging_slots,
+)
 from equipoise.transfer.memory.verification import Verification
 from equipoise.transfer.planning.rank_program import Copy, is_staging, staging_index
 
@@ -47,8 +54,8 @@ def allocate_pool(
 class PooledExperts:
     """An ``ExpertMemory`` whose staging slots are the pool's spare rows.
 
-    Large rows land where they will be used. The packed message, checksum and small rows, lands in an inbox; a commit
-    copies its few bytes.
+    Large rows land where they will be used. The packed message, checksum and small rows, lands in a receive buffer; a
+    commit copies its few bytes.
     """
 
     def __init__(
@@ -73,33 +80,35 @@ class PooledExperts:
             fields=tuple(self._layout.fields[number] for number in self._packed),
             slot_bytes=self._layout.packed_bytes,
         )
-        self._inbox = StagingArea([heads_only], None, self.capacity, self.capacity, rounds_in_flight, self.device)
+        self._receive_buffers = StagingArea(
+            [heads_only], None, self.capacity, self.capacity, rounds_in_flight, self.device
+        )
 
     @property
     def allocated_bytes(self) -> int:
         row_bytes = sum(row.numel() for row in self._row_views[0])
-        return self._inbox.allocated_bytes + self._pool.num_extra_rows * row_bytes
+        return self._receive_buffers.allocated_bytes + self._pool.num_extra_rows * row_bytes
 
     def reserve(self, num_slots: int) -> None:
-        self._inbox.reserve(num_slots)
+        self._receive_buffers.reserve(num_slots)
 
     def release(self) -> None:
-        self._inbox.release()
+        self._receive_buffers.release()
 
     def live(self, layer_id: int, slot: int) -> list[torch.Tensor]:
         return self._row_views[self._pool.rows(layer_id)[slot]]
 
     def staged(self, layer_id: int, index: int) -> StagedExpert:  # noqa: ARG002 - layers share their layout
-        head, packed_rows, _ = self._inbox.slot(0, index)
+        head, packed_rows, _ = self._receive_buffers.slot(0, index)
         rows = list(self._row_views[self._pool.spare_rows[index]])
         for number, row in zip(self._packed, packed_rows, strict=True):
             rows[number] = row
         large = [rows[number] for number in self._layout.large_fields]
         return StagedExpert(head, rows, [head, *large] if self._layout.packed_bytes else large)
 
-    def outbox(self, layer_id: int, index: int) -> Outbox:  # noqa: ARG002
-        head, packed_rows = self._inbox.outbox(0, index)
-        return Outbox(head, [(self._packed[number], row) for number, row in packed_rows])
+    def send_buffer(self, layer_id: int, index: int) -> SendBuffer:  # noqa: ARG002
+        head, packed_rows = self._receive_buffers.send_buffer(0, index)
+        return SendBuffer(head, [(self._packed[number], row) for number, row in packed_rows])
 
     def commit(self, layer_id: int, copies: Sequence[Copy]) -> None:
         """Gives each slot the row that holds its new expert; two slots that hold the same expert may share one."""
@@ -123,7 +132,7 @@ class PooledExperts:
             self._canary[self._pool.row_of_slot[layer_id]] = torch.tensor(values, device=self.device)
 
     def _unpack(self, layer_id: int, index: int) -> None:
-        """Moves the small rows of a staged expert from the inbox to where the large ones are."""
+        """Moves the small rows of a staged expert from the receive buffer to where the large ones are."""
         staged, final = self.staged(layer_id, index).rows, self._row_views[self._pool.spare_rows[index]]
         for number in self._packed:
             final[number].copy_(staged[number])

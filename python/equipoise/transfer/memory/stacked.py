@@ -15,7 +15,14 @@ from typing import Protocol
 
 import torch
 
-from equipoise.transfer.memory.staging import ExpertLayout, Outbox, StagedExpert, StagingArea, require_usable, row_views
+from equipoise.transfer.memory.staging import (
+    ExpertLayout,
+    SendBuffer,
+    StagedExpert,
+    StagingArea,
+    require_usable,
+    row_views,
+)
 from equipoise.transfer.memory.verification import Verification
 from equipoise.transfer.planning.rank_program import Copy, is_staging, staging_index
 
@@ -61,7 +68,7 @@ class ExpertMemory(Protocol):
         """Staging slot ``index``, laid out for an expert of the layer."""
         ...
 
-    def outbox(self, layer_id: int, index: int) -> Outbox:
+    def send_buffer(self, layer_id: int, index: int) -> SendBuffer:
         """Where the packed message of an expert of the layer is put together."""
         ...
 
@@ -137,8 +144,8 @@ class StackedExperts:
     def staged(self, layer_id: int, index: int) -> StagedExpert:
         return self._staging.slot(layer_id, index)
 
-    def outbox(self, layer_id: int, index: int) -> Outbox:
-        return self._staging.outbox(layer_id, index)
+    def send_buffer(self, layer_id: int, index: int) -> SendBuffer:
+        return self._staging.send_buffer(layer_id, index)
 
     def commit(self, layer_id: int, copies: Sequence[Copy]) -> None:
         for copy in copies:

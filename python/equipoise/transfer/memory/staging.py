@@ -73,7 +73,7 @@ class StagedExpert(NamedTuple):
     messages: list[torch.Tensor]  # what travels, in order: the head unless it is empty, then the large rows
 
 
-class Outbox(NamedTuple):
+class SendBuffer(NamedTuple):
     """Where the packed message of an expert that is sent from a live slot is put together; views as above."""
 
     head: torch.Tensor
@@ -81,16 +81,16 @@ class Outbox(NamedTuple):
 
 
 class StagingArea:
-    """A bounded number of staging slots, and outboxes for the packed part of what is being sent.
+    """A bounded number of staging slots, and send buffers for the packed part of what is being sent.
 
-    Views are made once and kept, since a step would spend more time on making them than on all the rest.
+    Views are made once and kept, since a batch would spend more time on making them than on all the rest.
 
     Args:
         layouts: one per layer.
         budget: most bytes it may ever allocate; None: ``default_slots`` slots of the largest layout.
         default_slots: see ``budget``.
-        most_slots: more than these are never needed.
-        num_outboxes: experts that may be on their way out at once.
+        max_slots: more than these are never needed.
+        num_send_buffers: experts that may be on their way out at once.
         device: where it lives.
 
     Raises:
@@ -102,21 +102,21 @@ class StagingArea:
         layouts: Sequence[ExpertLayout],
         budget: int | None,
         default_slots: int,
-        most_slots: int,
-        num_outboxes: int,
+        max_slots: int,
+        num_send_buffers: int,
         device: torch.device,
     ) -> None:
         self._device = device
         kinds = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
         self._layouts = list(kinds)
         self._kind_of_layer = [kinds[layout] for layout in layouts]
-        self._outbox_stride = max((layout.packed_bytes for layout in layouts), default=0)
-        self._outbox_bytes = num_outboxes * self._outbox_stride
+        self._send_stride = max((layout.packed_bytes for layout in layouts), default=0)
+        self._send_bytes = num_send_buffers * self._send_stride
         self._stride = max((layout.slot_bytes for layout in layouts), default=0)
-        self.capacity = staging_slots(layouts, budget, default_slots, most_slots, num_outboxes)
+        self.capacity = staging_slots(layouts, budget, default_slots, max_slots, num_send_buffers)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._slots: dict[tuple[int, int], StagedExpert] = {}
-        self._outboxes: dict[tuple[int, int], Outbox] = {}
+        self._send_buffers: dict[tuple[int, int], SendBuffer] = {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -134,7 +134,7 @@ class StagingArea:
                 f"max_staged_experts={self.capacity}, or raise eplb_staging_bytes",
                 field="max_staged_experts",
             )
-        needed = self._outbox_bytes + num_slots * self._stride
+        needed = self._send_bytes + num_slots * self._stride
         if needed > self._memory.numel():
             self.release()  # the old one goes first: never both at once
             self._memory = torch.empty(needed, dtype=torch.uint8, device=self._device)
@@ -142,27 +142,27 @@ class StagingArea:
     def release(self) -> None:
         """Gives the memory back; the next :meth:`reserve` allocates it again."""
         self._slots.clear()
-        self._outboxes.clear()
+        self._send_buffers.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def outbox(self, layer_id: int, index: int) -> Outbox:
-        """Outbox ``index`` for an expert of a layer."""
+    def send_buffer(self, layer_id: int, index: int) -> SendBuffer:
+        """SendBuffer ``index`` for an expert of a layer."""
         kind = self._kind_of_layer[layer_id]
-        if (kind, index) not in self._outboxes:
+        if (kind, index) not in self._send_buffers:
             layout = self._layouts[kind]
-            head = self._part(index * self._outbox_stride, layout.packed_bytes)
+            head = self._part(index * self._send_stride, layout.packed_bytes)
             packed = [(number, field) for number, field in enumerate(layout.fields) if field.packed]
-            self._outboxes[kind, index] = Outbox(
+            self._send_buffers[kind, index] = SendBuffer(
                 head, [(number, head[field.offset : field.offset + field.num_bytes]) for number, field in packed]
             )
-        return self._outboxes[kind, index]
+        return self._send_buffers[kind, index]
 
     def slot(self, layer_id: int, index: int) -> StagedExpert:
         """Staging slot ``index`` for an expert of a layer."""
         kind = self._kind_of_layer[layer_id]
         if (kind, index) not in self._slots:
             layout = self._layouts[kind]
-            whole = self._part(self._outbox_bytes + index * self._stride, layout.slot_bytes)
+            whole = self._part(self._send_bytes + index * self._stride, layout.slot_bytes)
             rows = [whole[field.offset : field.offset + field.num_bytes] for field in layout.fields]
             head = whole[: layout.packed_bytes]
             large = [rows[number] for number in layout.large_fields]
@@ -174,7 +174,7 @@ class StagingArea:
 
 
 def staging_slots(
-    layouts: Sequence[ExpertLayout], budget: int | None, default_slots: int, most_slots: int, num_outboxes: int
+    layouts: Sequence[ExpertLayout], budget: int | None, default_slots: int, max_slots: int, num_send_buffers: int
 ) -> int:
     """How many staging slots to have; arguments are those of :class:`StagingArea`.
 
@@ -182,16 +182,16 @@ def staging_slots(
         ConfigError: the budget does not hold a single expert; the message names the least that would do.
     """
     stride = max((layout.slot_bytes for layout in layouts), default=0)
-    outbox_bytes = num_outboxes * max((layout.packed_bytes for layout in layouts), default=0)
+    send_bytes = num_send_buffers * max((layout.packed_bytes for layout in layouts), default=0)
     if budget is None or not stride:
-        return min(default_slots, most_slots)
-    if budget < outbox_bytes + stride:
+        return min(default_slots, max_slots)
+    if budget < send_bytes + stride:
         raise ConfigError(
             f"eplb_staging_bytes={budget} does not hold one expert of the largest layer: at least "
-            f"{outbox_bytes + stride} needed",
+            f"{send_bytes + stride} needed",
             field="eplb_staging_bytes",
         )
-    return min((budget - outbox_bytes) // stride, most_slots)
+    return min((budget - send_bytes) // stride, max_slots)
 
 
 def row_views(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from equipoise.transfer.memory.stacked import ExpertMemory, StackedExperts
 from equipoise.transfer.memory.staging import CHECKSUM_BYTES
 from equipoise.transfer.memory.verification import Verification, canary_of, checksum, describe_canary
 from equipoise.transfer.planning.rank_program import RankProgram, Receive, Send, is_staging, staging_index
-from equipoise.transfer.planning.types import TransferStep
+from equipoise.transfer.planning.types import TransferBatch
 
 ExpertWeights = Sequence[Sequence[torch.Tensor]] | ExpertPool
 """``[layer][i]``: tensors of each layer, (slots_per_rank, ...) each; or rows that all layers share."""
@@ -48,7 +48,7 @@ class ExpertStore:
         """Bytes that travel for one expert of a layer."""
         return self.memory.layouts[layer_id].message_bytes
 
-    def outgoing(self, layer_id: int, send: Send, outbox: int) -> list[PeerTensor]:
+    def outgoing(self, layer_id: int, send: Send, send_buffer: int) -> list[PeerTensor]:
         """The messages of one expert: the packed one, if there is any, then the large rows as they lie.
 
         A relay passes on what it received as it is, checksum included, so that damage on the way shows.
@@ -60,7 +60,7 @@ class ExpertStore:
         layout = self.memory.layouts[layer_id]
         messages = [(send.peer, rows[number]) for number in layout.large_fields]
         if layout.packed_bytes:
-            head, packed_rows = self.memory.outbox(layer_id, outbox)
+            head, packed_rows = self.memory.send_buffer(layer_id, send_buffer)
             for number, packed in packed_rows:
                 packed.copy_(rows[number])
             if self._verification == "checksum":
@@ -73,12 +73,12 @@ class ExpertStore:
         staged = self.memory.staged(layer_id, receive.staging_index)
         return [(receive.peer, message) for message in staged.messages]
 
-    def check_live(self, layer_id: int, step: TransferStep) -> Exception | None:
+    def check_live(self, layer_id: int, batch: TransferBatch) -> Exception | None:
         """What lies in the live slots must be what the plan starts from. The first plan of a layer is believed."""
         if self._verification == "off":
             return None
         slots = self._topology.slots_of_rank(self._rank)
-        planned = [canary_of(layer_id, expert) for expert in step.old_map[slots.start : slots.stop].tolist()]
+        planned = [canary_of(layer_id, expert) for expert in batch.old_map[slots.start : slots.stop].tolist()]
         held = self.memory.canaries(layer_id)
         if not any(held):
             self.memory.set_canaries(layer_id, planned)

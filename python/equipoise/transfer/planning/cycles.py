@@ -1,11 +1,11 @@
-"""Cycles of arrivals, each of which releases the place that the next one needs: see transfer_steps."""
+"""Finds cycles of arrivals, each of which frees the slot that the next one needs: see batches.py."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from equipoise.jit.compile import helper, inlined, int32_zeros, number
-from equipoise.transfer.planning.places import LayerInMotion, arrive, released_rank
+from equipoise.transfer.planning.layer_in_motion import LayerInMotion, arrive, released_rank
 
 _NOT_SEEN, _ON_PATH, _NO_CYCLE = 0, 1, 2  # states of a rank
 
@@ -14,7 +14,7 @@ _NOT_SEEN, _ON_PATH, _NO_CYCLE = 0, 1, 2  # states of a rank
 def take_cycles(layer: LayerInMotion, ranks_per_node: int) -> None:
     """Takes simple cycles of arrivals, found depth first, as long as budgets allow."""
     num_ranks = layer.pending.shape[0]
-    size = layer.row.shape[0] // num_ranks
+    size = layer.now.shape[0] // num_ranks
     state, path = int32_zeros(num_ranks), int32_zeros(num_ranks)
     arriving = int32_zeros(num_ranks)  # the expert by which the path leaves path[i]
     cursor = int32_zeros(num_ranks)  # next slot of a rank to look at
@@ -63,13 +63,13 @@ def _take_cycle(
     layer: LayerInMotion, path: np.ndarray, arriving: np.ndarray, first: int, last: int, ranks_per_node: int
 ) -> None:
     """``arriving[i]`` arrives at ``path[i]``, which releases its copy on ``path[i + 1]``, around first..last-1."""
-    size = layer.row.shape[0] // layer.pending.shape[0]
-    places = int32_zeros(last - first)
+    size = layer.now.shape[0] // layer.pending.shape[0]
+    free_slots = int32_zeros(last - first)
     for i in range(first, last):
         following = (i + 1 - first) % (last - first)
         rank = path[first + following]
         for slot in range(rank * size, (rank + 1) * size):
-            if layer.row[slot] == arriving[i]:
-                places[following] = slot
+            if layer.now[slot] == arriving[i]:
+                free_slots[following] = slot
     for i in range(first, last):
-        arrive(layer, number(arriving[i]), number(path[i]), number(places[i - first]), ranks_per_node)
+        arrive(layer, number(arriving[i]), number(path[i]), number(free_slots[i - first]), ranks_per_node)

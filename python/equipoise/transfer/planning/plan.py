@@ -1,7 +1,7 @@
 """Plans who sends which expert to whom when a placement changes: pure, the same on every rank and machine.
 
 :mod:`~equipoise.transfer.planning.types` says what a plan holds. Here both placements are checked, the layers that
-differ are planned one by one, and the kernels are put together: steps of a layer, sources of each step, its rounds.
+differ are planned one by one, and the kernels are put together: batches of a layer, sources of each batch, its rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from equipoise.jit.compile import int32_empty_table, int32_zeros, kernel, number
 from equipoise.placement.maps import IntMap, as_slot_map
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
+from equipoise.transfer.planning.batches import split_into_batches
 from equipoise.transfer.planning.rounds import assign_rounds
 from equipoise.transfer.planning.sources import (
     DESTINATION_RANK,
@@ -24,24 +25,23 @@ from equipoise.transfer.planning.sources import (
     assign_sources,
     first_slots,
 )
-from equipoise.transfer.planning.steps import split_into_steps
 from equipoise.transfer.planning.types import (
     ExpertTransfer,
     LayerTransferPlan,
     SlotCase,
+    TransferBatch,
     TransferPlan,
-    TransferStep,
     read_only_int32,
 )
 
-__all__ = ["ExpertTransfer", "LayerTransferPlan", "SlotCase", "TransferPlan", "TransferStep", "plan_transfer"]
+__all__ = ["ExpertTransfer", "LayerTransferPlan", "SlotCase", "TransferBatch", "TransferPlan", "plan_transfer"]
 
-Placement = ExpertLocationMetadata | IntMap
+PlacementLike = ExpertLocationMetadata | IntMap
 
 
 def plan_transfer(
-    old: Placement,
-    new: Placement,
+    old: PlacementLike,
+    new: PlacementLike,
     topology: EpTopology,
     *,
     num_logical_experts: int | None = None,
@@ -55,7 +55,7 @@ def plan_transfer(
         topology: where slots lie.
         num_logical_experts: ``E``; taken from the metadata, else from the largest id in ``old``.
         max_staged_experts: most experts that a rank may hold in staging, at least 1; layers of which a rank receives
-            more move in several steps. None: every layer in one step.
+            more move in several batches. None: every layer in one batch.
 
     Raises:
         ConfigError: ``max_staged_experts`` or ``num_logical_experts`` below 1.
@@ -75,15 +75,15 @@ def plan_transfer(
     capacity = min(max_staged_experts or topology.slots_per_rank, topology.slots_per_rank)
     layers = []
     for layer_id in np.flatnonzero((before != after).any(1)).tolist():
-        at, steps = before[layer_id], []
+        at, batches = before[layer_id], []
         for new_map, table in schedule_layer(at, after[layer_id], num_logical_experts, topology, capacity):
-            steps.append(TransferStep(at, new_map, table))
+            batches.append(TransferBatch(at, new_map, table))
             at = new_map
-        layers.append(LayerTransferPlan(layer_id, tuple(steps)))
+        layers.append(LayerTransferPlan(layer_id, tuple(batches)))
     return TransferPlan(topology, before.shape[0], num_logical_experts, tuple(layers))
 
 
-def _slot_map(placement: Placement, name: str, topology: EpTopology) -> np.ndarray:
+def _slot_map(placement: PlacementLike, name: str, topology: EpTopology) -> np.ndarray:
     """(L, P) integers, which may share memory with the argument; metadata must be of this topology."""
     if isinstance(placement, ExpertLocationMetadata):
         if placement.topology != topology:
@@ -111,62 +111,62 @@ def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
 def schedule_layer(
     old: np.ndarray, new: np.ndarray, num_experts: int, topology: EpTopology, capacity: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The steps of one layer, in order.
+    """The batches of one layer, in order.
 
     Args:
         old: (P,) int32, each expert in at least one slot.
         new: (P,) int32, likewise.
         num_experts: ``E``.
         topology: where slots lie.
-        capacity: most experts that a rank may receive in a step.
+        capacity: most experts that a rank may receive in a batch.
 
     Yields:
-        The placement after the step, (P,) int32, and its transfers, (transfers, 5) int32 in round order with the
+        The placement after the batch, (P,) int32, and its transfers, (transfers, 5) int32 in round order with the
         columns of :class:`~equipoise.transfer.planning.plan.ExpertTransfer`; both read-only.
     """
     num_ranks, ranks_per_node = topology.num_ranks, topology.ranks_per_node
     if capacity >= topology.slots_per_rank:
         maps = new[None]
     else:
-        maps = split_into_steps(old, new, num_experts, num_ranks, ranks_per_node, capacity)
+        maps = split_into_batches(old, new, num_experts, num_ranks, ranks_per_node, capacity)
     maps.setflags(write=False)  # before the kernels see it: numba compiles read-only arrays apart
     now, before = old, first_slots(old, num_experts, num_ranks)
-    for row in maps:
-        after = first_slots(row, num_experts, num_ranks)
-        jobs = assign_sources(now, row, before, after, ranks_per_node)
-        table = _transfer_table(jobs, assign_rounds(jobs, num_ranks), before, after)
+    for slot_map in maps:
+        after = first_slots(slot_map, num_experts, num_ranks)
+        transfers = assign_sources(now, slot_map, before, after, ranks_per_node)
+        table = _transfer_table(transfers, assign_rounds(transfers, num_ranks), before, after)
         table.setflags(write=False)
-        yield row, table
-        now, before = row, after
+        yield slot_map, table
+        now, before = slot_map, after
 
 
 @kernel
-def _transfer_table(jobs: np.ndarray, rounds: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """(jobs, 5) int32: round, expert, source slot, destination slot, relayed; by round, within it in job order.
+def _transfer_table(transfers: np.ndarray, rounds: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Writes the table of a batch: round, expert, source slot, destination slot, relayed; by round, then as given.
 
     Args:
-        jobs: from :func:`assign_sources`.
-        rounds: (jobs,) int32.
+        transfers: from :func:`assign_sources`.
+        rounds: (transfers,) int32.
         before: (E, G) int32 first slots of the map before.
         after: the same of the map after.
     """
-    num_jobs = jobs.shape[0]
+    num_transfers = transfers.shape[0]
     num_rounds = 0
-    for job in range(num_jobs):
-        num_rounds = max(num_rounds, rounds[job] + 1)
+    for transfer in range(num_transfers):
+        num_rounds = max(num_rounds, rounds[transfer] + 1)
     at = int32_zeros(num_rounds + 1)
-    for job in range(num_jobs):
-        at[rounds[job] + 1] += 1
+    for transfer in range(num_transfers):
+        at[rounds[transfer] + 1] += 1
     for i in range(num_rounds):
         at[i + 1] += at[i]
-    table = int32_empty_table(num_jobs, number(5))
-    for job in range(num_jobs):
-        row = at[rounds[job]]
-        at[rounds[job]] += 1
-        expert, source = jobs[job, EXPERT], jobs[job, SOURCE_RANK]
-        table[row, 0] = rounds[job]
-        table[row, 1] = expert
-        table[row, 2] = after[expert, source] if jobs[job, RELAYED] else before[expert, source]
-        table[row, 3] = after[expert, jobs[job, DESTINATION_RANK]]
-        table[row, 4] = jobs[job, RELAYED]
+    table = int32_empty_table(num_transfers, number(5))
+    for transfer in range(num_transfers):
+        line = at[rounds[transfer]]
+        at[rounds[transfer]] += 1
+        expert, source = transfers[transfer, EXPERT], transfers[transfer, SOURCE_RANK]
+        table[line, 0] = rounds[transfer]
+        table[line, 1] = expert
+        table[line, 2] = after[expert, source] if transfers[transfer, RELAYED] else before[expert, source]
+        table[line, 3] = after[expert, transfers[transfer, DESTINATION_RANK]]
+        table[line, 4] = transfers[transfer, RELAYED]
     return table

@@ -1,4 +1,4 @@
-"""What one rank does in a step: whom it sends to, what it receives, and the copies that commit. Derived, pure.
+"""Derives what one rank does in a batch: whom it sends to, what it receives, and the copies that commit.
 
 Places on a rank are numbered in one range: ``0 .. S-1`` are its live slots, ``-1, -2, ...`` its staging slots
 (:func:`staging_place`). A commit is a list of copies between places that can be executed one after the other:
@@ -15,7 +15,7 @@ import numpy as np
 
 from equipoise.jit.compile import helper, inlined, int32_empty_table, int32_zeros, kernel, number
 from equipoise.topology import EpTopology
-from equipoise.transfer.planning.types import TransferStep
+from equipoise.transfer.planning.types import TransferBatch
 
 _NOWHERE = np.iinfo(np.int32).min
 
@@ -65,17 +65,17 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class RankProgram:
-    """One rank's part in a step."""
+    """One rank's part in a batch."""
 
     rounds: tuple[Round, ...]  # those in which the rank takes part, ascending
     copies: tuple[Copy, ...]  # the commit, in order
     num_staging_slots: int  # experts that lie in staging at once, the spare of a cycle included
 
 
-def rank_program(step: TransferStep, rank: int, topology: EpTopology) -> RankProgram:
+def rank_program(batch: TransferBatch, rank: int, topology: EpTopology) -> RankProgram:
     """Derives the part of ``rank``."""
     slots = topology.slots_of_rank(rank)
-    received, messages = _messages(step.transfer_table, slots.start, topology.slots_per_rank)
+    received, messages = _messages(batch.transfer_table, slots.start, topology.slots_per_rank)
     rounds: list[Round] = []
     for nth, is_send, *message in messages.tolist():
         if not rounds or rounds[-1].number != nth:
@@ -85,7 +85,7 @@ def rank_program(step: TransferStep, rank: int, topology: EpTopology) -> RankPro
         else:
             rounds[-1] = Round(nth, rounds[-1].send, Receive(*message))
     copies, needs_spare = _commit_copies(
-        step.old_map[slots.start : slots.stop], step.new_map[slots.start : slots.stop], received
+        batch.old_map[slots.start : slots.stop], batch.new_map[slots.start : slots.stop], received
     )
     num_staging_slots = max(len(received), int(needs_spare))
     return RankProgram(tuple(rounds), tuple(Copy(*copy) for copy in copies.tolist()), num_staging_slots)
@@ -97,7 +97,7 @@ def compile_program_kernels() -> None:
     old, new, table = (np.array(values, np.int32) for values in ([0, 1], [1, 0], [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]))
     for array in (old, new, table):
         array.setflags(write=False)  # as a plan's arrays are: numba compiles read-only arrays apart
-    rank_program(TransferStep(old, new, table), 0, topology)
+    rank_program(TransferBatch(old, new, table), 0, topology)
 
 
 @kernel

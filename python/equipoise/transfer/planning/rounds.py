@@ -19,13 +19,13 @@ from equipoise.transfer.planning.sources import DESTINATION_RANK, EXPERT, RELAYE
 def _max_degree(sources: np.ndarray, destinations: np.ndarray, num_ranks: int) -> int:
     """Most transfers that one rank sends, or receives: the least number of rounds."""
     sends, receives = int32_zeros(num_ranks), int32_zeros(num_ranks)
-    most = 0
+    highest = 0
     for edge in range(sources.shape[0]):
         source, destination = sources[edge], destinations[edge]
         sends[source] += 1
         receives[destination] += 1
-        most = max(most, max(sends[source], receives[destination]))
-    return most
+        highest = max(highest, max(sends[source], receives[destination]))
+    return highest
 
 
 @helper
@@ -85,34 +85,34 @@ def _swap_path(
         there[far_rank, fresh] = edge
         if following < 0:
             there[far_rank, wanted] = -1
-        # `following` gives up `fresh` at far_rank and takes `wanted`, the place that `edge` has left
+        # `following` gives up `fresh` at far_rank and takes `wanted`, the position that `edge` has left
         rank, edge = far_rank, following
         here, there, far_ranks, near_ranks = there, here, near_ranks, far_ranks
         wanted, fresh = fresh, wanted
 
 
 @kernel
-def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
-    """(jobs,) int32: the round of each transfer.
+def assign_rounds(transfers: np.ndarray, num_ranks: int) -> np.ndarray:
+    """(transfers,) int32: the round of each transfer.
 
     Transfers from holders take A rounds, the least possible. Rounds that bring experts to relays go first, and each
     transfer from a relay takes the first later round in which both ranks' links are free. Should that need more rounds
     than A + B, B being the least for the relays' transfers alone, those are put in B rounds of their own instead.
     """
-    from_holders, sources, destinations = _part(jobs, number(0))
+    from_holders, sources, destinations = _part(transfers, number(0))
     num_held = _max_degree(sources, destinations, num_ranks)
     colors = _color_edges(sources, destinations, num_ranks, num_held)
-    rounds = int32_zeros(jobs.shape[0])
+    rounds = int32_zeros(transfers.shape[0])
     for i in range(from_holders.shape[0]):
         rounds[from_holders[i]] = colors[i]
-    if from_holders.shape[0] == jobs.shape[0]:
+    if from_holders.shape[0] == transfers.shape[0]:
         return rounds
-    fed_by = _relays_first(jobs, rounds, num_held)
-    from_relays, sources, destinations = _part(jobs, number(1))
+    fed_by = _relays_first(transfers, rounds, num_held)
+    from_relays, sources, destinations = _part(transfers, number(1))
     num_relayed = _max_degree(sources, destinations, num_ranks)
     # A transfer waits for its expert, and then at most for all others of its two ranks.
-    most_rounds = num_held + 1 + 2 * (num_held + num_relayed)
-    if _fill_in_relayed(jobs, rounds, fed_by, num_ranks, most_rounds) > num_held + num_relayed:
+    max_rounds = num_held + 1 + 2 * (num_held + num_relayed)
+    if _fill_in_relayed(transfers, rounds, fed_by, num_ranks, max_rounds) > num_held + num_relayed:
         colors = _color_edges(sources, destinations, num_ranks, num_relayed)
         for i in range(from_relays.shape[0]):
             rounds[from_relays[i]] = num_held + colors[i]
@@ -120,74 +120,81 @@ def assign_rounds(jobs: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 @helper
-def _part(jobs: np.ndarray, relayed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The jobs whose column RELAYED is ``relayed``, ascending: their numbers, sources and destinations, int32."""
+def _part(transfers: np.ndarray, relayed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The transfers whose column RELAYED is ``relayed``, ascending: their numbers, sources and destinations, int32."""
     count = 0
-    for job in range(jobs.shape[0]):
-        if jobs[job, RELAYED] == relayed:
+    for transfer in range(transfers.shape[0]):
+        if transfers[transfer, RELAYED] == relayed:
             count += 1
     part, sources, destinations = int32_zeros(count), int32_zeros(count), int32_zeros(count)
     count = 0
-    for job in range(jobs.shape[0]):
-        if jobs[job, RELAYED] == relayed:
-            part[count] = job
-            sources[count], destinations[count] = jobs[job, SOURCE_RANK], jobs[job, DESTINATION_RANK]
+    for transfer in range(transfers.shape[0]):
+        if transfers[transfer, RELAYED] == relayed:
+            part[count] = transfer
+            sources[count], destinations[count] = (
+                transfers[transfer, SOURCE_RANK],
+                transfers[transfer, DESTINATION_RANK],
+            )
             count += 1
     return part, sources, destinations
 
 
 @inlined
-def _relays_first(jobs: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.ndarray:
+def _relays_first(transfers: np.ndarray, rounds: np.ndarray, num_rounds: int) -> np.ndarray:
     """Reorders the rounds of the holders' transfers, those that feed most relays first.
 
     Returns:
-        (jobs,) int32: for each transfer from a relay the transfer that feeds it, -1 for the others.
+        (transfers,) int32: for each transfer from a relay the transfer that feeds it, -1 for the others.
     """
-    num_jobs = jobs.shape[0]
-    fed_by, worth = int32_zeros(num_jobs), zeros(num_rounds)
-    first = 0  # of the jobs of the same expert, which lie together
-    for job in range(num_jobs):
-        fed_by[job] = -1
-        if jobs[job, EXPERT] != jobs[first, EXPERT]:
-            first = job
-        if jobs[job, RELAYED] == 0:
+    num_transfers = transfers.shape[0]
+    fed_by, worth = int32_zeros(num_transfers), zeros(num_rounds)
+    first = 0  # of the transfers of the same expert, which lie together
+    for transfer in range(num_transfers):
+        fed_by[transfer] = -1
+        if transfers[transfer, EXPERT] != transfers[first, EXPERT]:
+            first = transfer
+        if transfers[transfer, RELAYED] == 0:
             continue
         feeder = first
-        while jobs[feeder, RELAYED] == 1 or jobs[feeder, DESTINATION_RANK] != jobs[job, SOURCE_RANK]:
+        while (
+            transfers[feeder, RELAYED] == 1 or transfers[feeder, DESTINATION_RANK] != transfers[transfer, SOURCE_RANK]
+        ):
             feeder += 1
-        fed_by[job] = feeder
+        fed_by[transfer] = feeder
         worth[rounds[feeder]] += 1
-    order, place = descending(worth), int32_zeros(num_rounds)
+    order, position = descending(worth), int32_zeros(num_rounds)
     for i in range(num_rounds):
-        place[order[i]] = i
-    for job in range(num_jobs):
-        if jobs[job, RELAYED] == 0:
-            rounds[job] = place[rounds[job]]
+        position[order[i]] = i
+    for transfer in range(num_transfers):
+        if transfers[transfer, RELAYED] == 0:
+            rounds[transfer] = position[rounds[transfer]]
     return fed_by
 
 
 @inlined
-def _fill_in_relayed(jobs: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, num_ranks: int, most_rounds: int) -> int:
+def _fill_in_relayed(
+    transfers: np.ndarray, rounds: np.ndarray, fed_by: np.ndarray, num_ranks: int, max_rounds: int
+) -> int:
     """Gives each transfer from a relay the first round after its expert's arrival; returns the number of rounds."""
-    num_jobs = jobs.shape[0]
+    num_transfers = transfers.shape[0]
     nothing = number(0)
-    sends, receives = int32_table(num_ranks, most_rounds, nothing), int32_table(num_ranks, most_rounds, nothing)
-    most, latest = 0, 0
-    for job in range(num_jobs):
-        if fed_by[job] < 0:
-            sends[jobs[job, SOURCE_RANK], rounds[job]] = 1
-            receives[jobs[job, DESTINATION_RANK], rounds[job]] = 1
-            most = max(most, rounds[job] + 1)
-            latest = max(latest, rounds[job])
+    sends, receives = int32_table(num_ranks, max_rounds, nothing), int32_table(num_ranks, max_rounds, nothing)
+    highest, latest = 0, 0
+    for transfer in range(num_transfers):
+        if fed_by[transfer] < 0:
+            sends[transfers[transfer, SOURCE_RANK], rounds[transfer]] = 1
+            receives[transfers[transfer, DESTINATION_RANK], rounds[transfer]] = 1
+            highest = max(highest, rounds[transfer] + 1)
+            latest = max(latest, rounds[transfer])
     for arrival in range(latest + 1):  # what arrives first is passed on first
-        for job in range(num_jobs):
-            if fed_by[job] < 0 or rounds[fed_by[job]] != arrival:
+        for transfer in range(num_transfers):
+            if fed_by[transfer] < 0 or rounds[fed_by[transfer]] != arrival:
                 continue
-            source, destination = jobs[job, SOURCE_RANK], jobs[job, DESTINATION_RANK]
+            source, destination = transfers[transfer, SOURCE_RANK], transfers[transfer, DESTINATION_RANK]
             at = arrival + 1
             while sends[source, at] > 0 or receives[destination, at] > 0:
                 at += 1
             sends[source, at] = receives[destination, at] = 1
-            rounds[job] = at
-            most = max(most, at + 1)
-    return most
+            rounds[transfer] = at
+            highest = max(highest, at + 1)
+    return highest

@@ -1,22 +1,22 @@
-"""What a transfer plan is: frozen values, with the digest by which ranks compare them and a JSON form.
+"""Defines a transfer plan: frozen values, with the digest by which ranks compare them and a JSON form.
 
 For each slot that changes, the first case that applies:
 
 ===============  =======================================================================================
 UNCHANGED        the slot keeps its expert
 COPY             the rank already holds the expert in another slot
-RIDE_ALONG       another slot of the rank receives the same expert in this step
+FREE_RIDER       another slot of the rank receives the same expert in this batch
 SAME_NODE        received from a rank of the same node
 OTHER_NODE       received from another node; once per expert and node, the node's other ranks get it from there
 ===============  =======================================================================================
 
-A plan holds, for each layer that changes, one or more **steps**. A step leads from one complete placement of the
+A plan holds, for each layer that changes, one or more **batches**. A batch leads from one complete placement of the
 layer to the next and commits on all ranks or on none; within it, every rank sends and receives at most one expert per
-**round**. One step is the rule; where a rank may stage fewer experts than it receives, the layer moves in several,
+**round**. One batch is the rule; where a rank may stage fewer experts than it receives, the layer moves in several,
 and serves from a complete placement after each.
 
 Worked number: DeepSeek-V3 with 288 slots on 32 ranks of 9. If 250 slots receive an expert new to their rank, a plan of
-one step has 250 transfers, about 8 a rank, in 9 to 12 rounds; each rank stages at most 9 experts at a time.
+one batch has 250 transfers, about 8 a rank, in 9 to 12 rounds; each rank stages at most 9 experts at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SlotCase(Enum):
 
     UNCHANGED = "unchanged"
     COPY = "copy"
-    RIDE_ALONG = "ride along"
+    FREE_RIDER = "free rider"
     SAME_NODE = "same node"
     OTHER_NODE = "other node"
 
@@ -51,13 +51,13 @@ class ExpertTransfer(NamedTuple):
 
     round: int
     expert: int  # logical id
-    source_slot: int  # global; where the expert lies, or for a relay, where this step's commit will put it
+    source_slot: int  # global; where the expert lies, or for a relay, where this batch's commit will put it
     destination_slot: int  # global; first slot of the receiving rank that takes the expert
-    relayed: int  # 1: the source receives the expert in an earlier round of this same step
+    relayed: int  # 1: the source receives the expert in an earlier round of this same batch
 
 
 @dataclass(frozen=True, eq=False)
-class TransferStep:
+class TransferBatch:
     """From one complete placement of a layer to the next, in one commit."""
 
     old_map: np.ndarray  # CPU, int32, (P,), read-only
@@ -87,34 +87,34 @@ class TransferStep:
             elif after in self.old_map[slots.start : slots.stop]:
                 cases.append(SlotCase.COPY)
             else:
-                cases.append(SlotCase.RIDE_ALONG)
+                cases.append(SlotCase.FREE_RIDER)
         return cases
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTransferPlan:
-    """The steps of one layer, in the order in which they must be committed."""
+    """The batches of one layer, in the order in which they must be committed."""
 
     layer_id: int
-    steps: tuple[TransferStep, ...]
+    batches: tuple[TransferBatch, ...]
 
     @property
     def old_map(self) -> np.ndarray:
         """(P,) int32: the placement from which the layer starts."""
-        return self.steps[0].old_map
+        return self.batches[0].old_map
 
     @property
     def new_map(self) -> np.ndarray:
-        """(P,) int32: the placement that holds after the last step."""
-        return self.steps[-1].new_map
+        """(P,) int32: the placement that holds after the last batch."""
+        return self.batches[-1].new_map
 
     @property
     def num_transfers(self) -> int:
-        return sum(len(step.transfer_table) for step in self.steps)
+        return sum(len(batch.transfer_table) for batch in self.batches)
 
     @property
     def num_rounds(self) -> int:
-        return sum(step.num_rounds for step in self.steps)
+        return sum(batch.num_rounds for batch in self.batches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,19 +137,19 @@ class TransferPlan:
         header = (topology.num_ranks, topology.num_nodes, topology.slots_per_rank)
         state = hashlib.sha256(struct.pack("<6i", *header, self.num_layers, self.num_logical_experts, len(self.layers)))
         for layer in self.layers:
-            state.update(struct.pack("<2i", layer.layer_id, len(layer.steps)))
+            state.update(struct.pack("<2i", layer.layer_id, len(layer.batches)))
             state.update(layer.old_map.astype("<i4", copy=False).tobytes())
-            for step in layer.steps:
-                state.update(struct.pack("<i", len(step.transfer_table)))
-                state.update(step.new_map.astype("<i4", copy=False).tobytes())
-                state.update(step.transfer_table.astype("<i4", copy=False).tobytes())
+            for batch in layer.batches:
+                state.update(struct.pack("<i", len(batch.transfer_table)))
+                state.update(batch.new_map.astype("<i4", copy=False).tobytes())
+                state.update(batch.transfer_table.astype("<i4", copy=False).tobytes())
         return state.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` reads it back."""
         return {
             "format": "equipoise.transfer_plan",
-            "version": 1,
+            "version": 2,
             "topology": {
                 "num_ranks": self.topology.num_ranks,
                 "num_nodes": self.topology.num_nodes,
@@ -161,9 +161,9 @@ class TransferPlan:
                 {
                     "layer_id": layer.layer_id,
                     "old_map": layer.old_map.tolist(),
-                    "steps": [
-                        {"new_map": step.new_map.tolist(), "transfers": step.transfer_table.tolist()}
-                        for step in layer.steps
+                    "batches": [
+                        {"new_map": batch.new_map.tolist(), "transfers": batch.transfer_table.tolist()}
+                        for batch in layer.batches
                     ],
                 }
                 for layer in self.layers
@@ -181,12 +181,12 @@ class TransferPlan:
         try:
             layers = []
             for layer in data["layers"]:
-                at, steps = read_only_int32(layer["old_map"]), []
-                for step in layer["steps"]:
-                    new_map = read_only_int32(step["new_map"])
-                    steps.append(TransferStep(at, new_map, read_only_int32(step["transfers"], columns=5)))
+                at, batches = read_only_int32(layer["old_map"]), []
+                for batch in layer["batches"]:
+                    new_map = read_only_int32(batch["new_map"])
+                    batches.append(TransferBatch(at, new_map, read_only_int32(batch["transfers"], columns=5)))
                     at = new_map
-                layers.append(LayerTransferPlan(int(layer["layer_id"]), tuple(steps)))
+                layers.append(LayerTransferPlan(int(layer["layer_id"]), tuple(batches)))
             topology = EpTopology(**data["topology"])
             plan = cls(topology, int(data["num_layers"]), int(data["num_logical_experts"]), tuple(layers))
             digest = data["digest"]

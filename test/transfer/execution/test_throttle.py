@@ -1,11 +1,11 @@
 import pytest
 
-from equipoise.transfer.execution.pipeline import Pace
+from equipoise.transfer.execution.pipeline import Throttle
 
 
 def test_a_rest_is_the_share_that_the_duty_leaves() -> None:
     rests: list[float] = []
-    pace = Pace(0.25, rests.append)
+    pace = Throttle(0.25, rests.append)
     pace.rest(1000, 1.0)
     pace.rest(500, 0.5)
     assert rests == pytest.approx([3.0, 1.5])
@@ -14,7 +14,7 @@ def test_a_rest_is_the_share_that_the_duty_leaves() -> None:
 def test_waiting_for_a_peer_that_rests_does_not_lengthen_the_rest() -> None:
     """Two ranks whose rounds end together, one of them late at first: rests must not feed on each other."""
     rests: dict[int, list[float]] = {0: [], 1: []}
-    paces = {rank: Pace(0.2, rests[rank].append) for rank in rests}
+    paces = {rank: Throttle(0.2, rests[rank].append) for rank in rests}
     free_at = {0: 0.0, 1: 5.0}  # seconds; rank 1 comes late
     for _ in range(50):
         end = max(free_at.values()) + 0.01
@@ -25,4 +25,4 @@ def test_waiting_for_a_peer_that_rests_does_not_lengthen_the_rest() -> None:
 
 
 def test_full_duty_never_rests() -> None:
-    Pace(1.0, lambda seconds: pytest.fail(f"rested {seconds} s")).rest(1000, 1.0)
+    Throttle(1.0, lambda seconds: pytest.fail(f"rested {seconds} s")).rest(1000, 1.0)

@@ -34,7 +34,7 @@ def missing(before: np.ndarray, after: np.ndarray, size: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_every_plan_executed_equals_the_oracle_within_its_budget(seed):
     rng = np.random.default_rng(seed)
-    several_steps = 0
+    several_batches = 0
     for _ in range(400):
         topology, num_experts, old, new = random_case(rng)
         budget = int(rng.integers(1, topology.slots_per_rank + 1))
@@ -43,9 +43,9 @@ def test_every_plan_executed_equals_the_oracle_within_its_budget(seed):
             assert plan.layers == ()
             continue
         (layer,) = plan.layers
-        several_steps += len(layer.steps) > 1
-        for step in layer.steps:
-            assert set(step.new_map.tolist()) == set(range(num_experts)), "every step leaves a complete placement"
+        several_batches += len(layer.batches) > 1
+        for batch in layer.batches:
+            assert set(batch.new_map.tolist()) == set(range(num_experts)), "every batch leaves a complete placement"
         done = execute_layer(layer, old[0], topology)
         assert done.row.tolist() == new[0].tolist()
         assert done.peak_staged <= budget
@@ -53,8 +53,8 @@ def test_every_plan_executed_equals_the_oracle_within_its_budget(seed):
         assert done.transfers == sum(missing(old[0], new[0], topology.slots_per_rank))
         assert done.crossings == sum(missing(old[0], new[0], topology.slots_per_node))
         busiest = max(missing(old[0], new[0], topology.slots_per_rank))
-        assert len(layer.steps) <= 2 * max(1, -(-busiest // budget))
-    assert several_steps > 80
+        assert len(layer.batches) <= 2 * max(1, -(-busiest // budget))
+    assert several_batches > 80
 
 
 @pytest.mark.parametrize("budget", [1, 2, 4])
@@ -65,9 +65,9 @@ def test_deepseek_v3_moves_with_few_staged_experts_in_nearly_the_least_steps(bud
     plan = plan_transfer(old, new, topology, num_logical_experts=256, max_staged_experts=budget)
     in_one_step = plan_transfer(old, new, topology, num_logical_experts=256)
     for layer, whole in zip(plan.layers, in_one_step.layers, strict=True):
-        # A step is also kept from sending more than it may receive, so the busiest sender counts as well.
-        assert len(layer.steps) <= -(-whole.num_rounds // budget) + 2
-        assert layer.num_rounds <= whole.num_rounds + 4, "small steps must not cost rounds"
+        # A batch is also kept from sending more than it may receive, so the busiest sender counts as well.
+        assert len(layer.batches) <= -(-whole.num_rounds // budget) + 2
+        assert layer.num_rounds <= whole.num_rounds + 4, "small batches must not cost rounds"
         assert execute_layer(layer, old[layer.layer_id], topology).peak_staged <= budget
 
 
@@ -78,11 +78,11 @@ def test_a_rotation_without_redundancy_needs_one_staging_slot():
     new = np.roll(old, 3, axis=1)
     plan = plan_transfer(old, new, topology, max_staged_experts=1)
     (layer,) = plan.layers
-    assert len(layer.steps) == 3
+    assert len(layer.batches) == 3
     assert execute_layer(layer, old[0], topology).peak_staged == 1
 
 
-def test_plans_of_several_steps_survive_json():
+def test_plans_of_several_batches_survive_json():
     topology = EpTopology(4, 2, 3)
     old = np.arange(12)[None]
     plan = plan_transfer(old, np.roll(old, 3, axis=1), topology, max_staged_experts=1)

@@ -1,6 +1,6 @@
 """What a layer's migration cost one rank, and what it moved between all of them.
 
-No rank counts what it sends: a step that all ranks voted for moved what its plan says, between all of them.
+No rank counts what it sends: a batch that all ranks voted for moved what its plan says, between all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.topology import EpTopology
-from equipoise.transfer.planning.types import TransferStep
+from equipoise.transfer.planning.types import TransferBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class LayerTransferReport:
         return int(self.bytes_over_ranks[self.rank, 1])
 
     def __add__(self, later: LayerTransferReport) -> LayerTransferReport:
-        """Both together: steps of one layer, or layers of one migration (which keep the first layer's id)."""
+        """Both together: batches of one layer, or layers of one migration (which keep the first layer's id)."""
         return LayerTransferReport(
             self.layer_id,
             self.rank,
@@ -45,9 +45,9 @@ class LayerTransferReport:
         )
 
 
-def experts_over_ranks(step: TransferStep, topology: EpTopology) -> np.ndarray:
-    """Experts that each rank sends, receives, sends to and receives from other nodes in a step: (G, 4) int64."""
-    source, destination = step.transfer_table[:, 2:4].T // topology.slots_per_rank
+def experts_over_ranks(batch: TransferBatch, topology: EpTopology) -> np.ndarray:
+    """Experts that each rank sends, receives, sends to and receives from other nodes in a batch: (G, 4) int64."""
+    source, destination = batch.transfer_table[:, 2:4].T // topology.slots_per_rank
     crosses = source // topology.ranks_per_node != destination // topology.ranks_per_node
     columns = (source, destination, source[crosses], destination[crosses])
     return np.stack([np.bincount(ranks, minlength=topology.num_ranks) for ranks in columns], axis=1)

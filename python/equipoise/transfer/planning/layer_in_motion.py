@@ -1,4 +1,4 @@
-"""What lies where while a layer is rearranged step by step, and which slots may be written over: see transfer_steps."""
+"""Tracks what lies where while a layer is rearranged batch by batch, and which slots are free: see batches.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from equipoise.jit.compile import helper, int32_table, int32_zeros, number
 class LayerInMotion(NamedTuple):
     """A layer between its old map and its new one; all arrays are int32 and kept up to date arrival by arrival."""
 
-    row: np.ndarray  # (P,) expert of each slot by now
+    now: np.ndarray  # (P,) expert of each slot by now
     new: np.ndarray  # (P,) expert of each slot in the end
     copies: np.ndarray  # (E, G) slots of a rank that hold an expert
     on_node: np.ndarray  # (E, N) slots of a node that hold it
@@ -20,7 +20,7 @@ class LayerInMotion(NamedTuple):
     wanted: np.ndarray  # (E, G) 1 where a rank is to hold it in the end
     node_wants: np.ndarray  # (E, N) the same for a node
     pending: np.ndarray  # (G,) experts that have yet to arrive at a rank
-    budget: np.ndarray  # (G,) experts that may arrive there in this step
+    budget: np.ndarray  # (G,) experts that may arrive there in this batch
 
 
 @helper
@@ -29,14 +29,14 @@ def begin_motion(
 ) -> LayerInMotion:
     """A layer that still lies as in ``old`` (P,), without any budget."""
     num_nodes, size = num_ranks // ranks_per_node, old.shape[0] // num_ranks
-    row, total = int32_zeros(old.shape[0]), int32_zeros(num_experts)
+    now, total = int32_zeros(old.shape[0]), int32_zeros(num_experts)
     pending, budget = int32_zeros(num_ranks), int32_zeros(num_ranks)
     nothing = number(0)
     copies, wanted = int32_table(num_experts, num_ranks, nothing), int32_table(num_experts, num_ranks, nothing)
     on_node, node_wants = int32_table(num_experts, num_nodes, nothing), int32_table(num_experts, num_nodes, nothing)
     for slot in range(old.shape[0]):
         expert, rank = old[slot], slot // size
-        row[slot] = expert
+        now[slot] = expert
         copies[expert, rank] += 1
         on_node[expert, rank // ranks_per_node] += 1
         total[expert] += 1
@@ -46,11 +46,11 @@ def begin_motion(
         for expert in range(num_experts):
             if wanted[expert, rank] > 0 and copies[expert, rank] == 0:
                 pending[rank] += 1
-    return LayerInMotion(row, new, copies, on_node, total, wanted, node_wants, pending, budget)
+    return LayerInMotion(now, new, copies, on_node, total, wanted, node_wants, pending, budget)
 
 
 @helper
-def most(values: np.ndarray) -> int:
+def max_of(values: np.ndarray) -> int:
     largest = values[0]
     for value in values:
         largest = max(largest, value)
@@ -58,13 +58,13 @@ def most(values: np.ndarray) -> int:
 
 
 @helper
-def free_place(layer: LayerInMotion, rank: int, expert: int, ranks_per_node: int) -> int:
+def free_slot(layer: LayerInMotion, rank: int, expert: int, ranks_per_node: int) -> int:
     """A slot of ``rank`` whose content may go, if possible one that is to hold ``expert``; -1: none."""
-    size = layer.row.shape[0] // layer.pending.shape[0]
+    size = layer.now.shape[0] // layer.pending.shape[0]
     node = rank // ranks_per_node
     found = number(-1)
     for slot in range(rank * size, (rank + 1) * size):
-        content = layer.row[slot]
+        content = layer.now[slot]
         if content == layer.new[slot]:
             continue
         if layer.wanted[content, rank] > 0:
@@ -99,23 +99,23 @@ def released_rank(layer: LayerInMotion, expert: int, rank: int, ranks_per_node: 
 
 
 @helper
-def arrive(layer: LayerInMotion, expert: int, rank: int, place: int, ranks_per_node: int) -> None:
-    """Puts ``expert`` into its first slot on ``rank``; what lay there and is still needed moves to ``place``."""
-    row, new = layer.row, layer.new
-    size = row.shape[0] // layer.pending.shape[0]
+def arrive(layer: LayerInMotion, expert: int, rank: int, free: int, ranks_per_node: int) -> None:
+    """Puts ``expert`` into its first slot on ``rank``; what lay there and is still needed moves to slot ``free``."""
+    now, new = layer.now, layer.new
+    size = now.shape[0] // layer.pending.shape[0]
     node = rank // ranks_per_node
-    gone = row[place]
+    gone = now[free]
     layer.copies[gone, rank] -= 1
     layer.on_node[gone, node] -= 1
     layer.total[gone] -= 1
-    target = place
-    if new[place] != expert:
+    target = free
+    if new[free] != expert:
         for slot in range(rank * size, (rank + 1) * size):
             if new[slot] == expert:
                 target = slot
                 break
-    row[place] = row[target]
-    row[target] = expert
+    now[free] = now[target]
+    now[target] = expert
     layer.copies[expert, rank] += 1
     layer.on_node[expert, node] += 1
     layer.total[expert] += 1
