@@ -12,6 +12,7 @@ Private to this room::
     cycles.py           Finds cycles of arrivals, each of which frees the slot that the next one needs
     layer_in_motion.py  Tracks what lies where while a layer is rearranged, and which slots are free
     rounds.py           Orders transfers in rounds in which a rank sends to and receives from at most one other
+    senders.py          Picks relays and balances senders over all experts of a layer
     sources.py          Assigns sources to the transfers of one batch of one layer
 
 Words, each with one meaning here: a **transfer** is one expert sent from one rank to another; a **round** holds at most

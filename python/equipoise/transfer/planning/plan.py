@@ -17,14 +17,8 @@ from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 from equipoise.transfer.planning.batches import split_into_batches
 from equipoise.transfer.planning.rounds import assign_rounds
-from equipoise.transfer.planning.sources import (
-    DESTINATION_RANK,
-    EXPERT,
-    RELAYED,
-    SOURCE_RANK,
-    assign_sources,
-    first_slots,
-)
+from equipoise.transfer.planning.senders import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK
+from equipoise.transfer.planning.sources import assign_sources, first_slots
 from equipoise.transfer.planning.types import (
     ExpertTransfer,
     LayerTransferPlan,

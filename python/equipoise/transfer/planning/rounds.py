@@ -12,7 +12,7 @@ import numpy as np
 
 from equipoise.jit.compile import helper, inlined, int32_table, int32_zeros, kernel, number, zeros
 from equipoise.jit.sort import descending
-from equipoise.transfer.planning.sources import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK
+from equipoise.transfer.planning.senders import DESTINATION_RANK, EXPERT, RELAYED, SOURCE_RANK
 
 
 @helper
