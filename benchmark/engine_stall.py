@@ -154,7 +154,13 @@ def summary(found: list[Rebalanced]) -> dict[str, Any]:
 
 def run_mode(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = ServeConfig(
-        EngineConfig(model_path=str(folder), ep_size=arguments.ranks, nnodes=2, max_model_len=128),
+        EngineConfig(
+            model_path=str(folder),
+            ep_size=arguments.ranks,
+            nnodes=2,
+            max_model_len=128,
+            log_level="info" if arguments.profile else "warning",
+        ),
         EplbConfig(
             eplb_transfer_mode=mode,  # type: ignore[arg-type]
             eplb_transfer_duty=arguments.duty,
@@ -163,7 +169,7 @@ def run_mode(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str
             profile=arguments.profile,
         ),
     )
-    engine = Engine.launch(config, on_progress=lambda line: print(line, flush=True) if arguments.profile else None)
+    engine = Engine.launch(config)
     try:
         return summary(asyncio.run(measure(engine, arguments.requests, arguments.steps, arguments.repeats)))
     finally:

@@ -137,6 +137,9 @@ class EngineConfig:
     random_seed: int = 0
     """Seed of sampled decoding."""
 
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level of log lines on stderr, of the server and of all ranks."""
+
     def __post_init__(self) -> None:
         for name in ("ep_size", "nnodes", "max_running_requests", "max_model_len", "chunked_prefill_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -14,7 +14,7 @@ import torch
 from equipoise.config import EngineConfig
 from equipoise.engine import frontend as frontend_module
 from equipoise.engine.frontend import Frontend
-from equipoise.engine.messages import Abort, Control, Log, Ready, Reply, Stop, Submit, Tokens
+from equipoise.engine.messages import Abort, Control, Ready, Reply, Stop, Submit, Tokens
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.manager.commands import GetStatus, GetSteps, GetStepTotals, Rebalance
 from equipoise.manager.manager import Ticket
@@ -52,7 +52,7 @@ def run(frontend: Frontend, pipe: Connection, steps: int, first_step: int = 0) -
     """Steps under logits that make every token equally likely; the tokens of each request."""
     tokens: dict[str, list[int]] = {}
     for number in range(first_step, first_step + steps):
-        batch = frontend.next_plan(idle=False).batch
+        batch = frontend.next_step(idle=False).batch
         assert batch is not None
         frontend.complete(batch, logits(len(batch.sampled)), number, "collecting")
         message = pipe.recv()
@@ -69,14 +69,14 @@ def test_requests_without_a_seed_draw_differently_and_with_one_alike(ends: tuple
     tokens = run(frontend, pipe, 12)
     assert tokens["c"] == tokens["d"]
     assert len({tuple(tokens[rid]) for rid in "abc"}) == 3
-    assert frontend.next_plan(idle=False).batch is None, "all have ended"
+    assert frontend.next_step(idle=False).batch is None, "all have ended"
 
 
 def test_greedy_requests_take_the_likeliest_token_beside_others(ends: tuple[Frontend, Connection]) -> None:
     frontend, pipe = ends
     submit(pipe, "greedy", temperature=0.0)
     submit(pipe, "drawn", seed=1)
-    batch = frontend.next_plan(idle=False).batch
+    batch = frontend.next_step(idle=False).batch
     assert batch is not None
     scores = torch.full((2, VOCABULARY), -100.0)
     scores[0, 17], scores[0, 18], scores[1, 30] = 1.0, 0.9, 100.0
@@ -88,13 +88,13 @@ def test_each_command_is_answered_once_when_its_work_is_done(ends: tuple[Fronten
     frontend, pipe = ends
     pipe.send(Control(1, Rebalance()))
     pipe.send(Control(2, GetStatus()))
-    plan = frontend.next_plan(idle=True)
+    plan = frontend.next_step(idle=True)
     assert (plan.batch, plan.commands) == (None, (Rebalance(), GetStatus()))
     slow, quick = Ticket(), Ticket()
     quick.resolve("status")
     frontend.settle([slow, quick])
     assert pipe.recv() == Reply(2, "status")
-    assert frontend.next_plan(idle=False).commands == ()
+    assert frontend.next_step(idle=False).commands == ()
     frontend.settle([])
     assert not pipe.poll(), "nothing new to say"
     slow.resolve("report")
@@ -110,7 +110,7 @@ def test_steps_are_told_by_rank_0_alone(ends: tuple[Frontend, Connection]) -> No
     run(frontend, pipe, 3, first_step=40)
     pipe.send(Control(1, GetSteps(41)))
     pipe.send(Control(2, GetStepTotals()))
-    assert frontend.next_plan(idle=False).commands == ()
+    assert frontend.next_step(idle=False).commands == ()
     steps = pipe.recv()
     assert [(step.forward_pass_id, step.num_tokens) for step in steps.value] == [(41, 1), (42, 1)]
     assert all(0 < step.seconds < 10 for step in steps.value)
@@ -123,7 +123,7 @@ def test_an_abort_ends_a_request(ends: tuple[Frontend, Connection]) -> None:
     submit(pipe, "a")
     run(frontend, pipe, 1)
     pipe.send(Abort("a"))
-    assert frontend.next_plan(idle=False).batch is None
+    assert frontend.next_step(idle=False).batch is None
     assert [(event.rid, event.finish_reason) for event in pipe.recv().events] == [("a", "abort")]
 
 
@@ -135,12 +135,7 @@ def test_every_rank_is_stopped_with_the_launcher(ends: tuple[Frontend, Connectio
         pipe.send(Stop())
     else:
         pipe.close()
-    plan = frontend.next_plan(idle=True)
+    plan = frontend.next_step(idle=True)
     assert (plan.stop, plan.batch) == (True, None)
-    frontend.log("nobody reads this")  # and nobody minds
-
-
-def test_a_line_for_the_operator(ends: tuple[Frontend, Connection]) -> None:
-    frontend, pipe = ends
-    frontend.log("a rebalance has ended")
-    assert pipe.recv() == Log("a rebalance has ended")
+    again = frontend.next_step(idle=True)  # does not raise, and does not wait
+    assert again.stop

@@ -16,7 +16,7 @@ from equipoise.engine.model.experts import EpContext
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.scheduler import Scheduler
-from equipoise.engine.step_channel import PlanChannel, StepPlan
+from equipoise.engine.step_channel import StepChannel, StepInput
 
 # Of different lengths: one token, some, and more than the window of the tiny gpt-oss.
 PROMPTS = [[7], list(range(40, 52)), [5, 9, 200, 13] * 15, [30, 31, 32]]
@@ -56,7 +56,7 @@ def engine_greedy(
     runner = ModelRunner(blueprint, rank, torch.device("cpu"), config)
     dispatcher = ExpertDispatcher(blueprint.metadata, rank=rank, algorithm="dynamic")
     runner.connect(EpContext(blueprint.topology, rank, group, dispatcher.dispatch))
-    channel = PlanChannel(group, rank)
+    channel = StepChannel(group, rank)
     if rank != 0:
         while not (plan := channel.receive()).stop:
             assert plan.batch is not None
@@ -73,10 +73,10 @@ def engine_greedy(
     for i, prompt in enumerate(prompts):
         scheduler.add(GenerateRequest(str(i), tuple(prompt), SamplingParams(max_new_tokens=num_tokens)))
     while (batch := scheduler.next_batch()) is not None:
-        channel.send(StepPlan(batch))
+        channel.send(StepInput(batch))
         logits = runner.forward(batch)
         assert logits is not None
         for event in scheduler.complete(batch, logits.argmax(-1).tolist()):
             answers[event.rid] += event.token_ids
-    channel.send(StepPlan(stop=True))
+    channel.send(StepInput(stop=True))
     return list(answers.values())

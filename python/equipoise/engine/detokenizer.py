@@ -1,4 +1,4 @@
-"""From tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string."""
+"""Decodes tokens to text as they come: whole characters only, nothing that may become part of a stop string."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class IncrementalDetokenizer:
         self._stop = [text for text in stop if text]
         self._ids: list[int] = []
         self._run_start = 0  # the run decoded together with the next token begins here
-        self._told = 0  # tokens whose text is out
+        self._decoded = 0  # tokens whose text has been returned
         self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
@@ -36,13 +36,13 @@ class IncrementalDetokenizer:
         return self._release(self._new_text(final=True), final=True)
 
     def _new_text(self, *, final: bool) -> str:
-        if self._told == len(self._ids):
+        if self._decoded == len(self._ids):
             return ""
-        before = self._decode(self._ids[self._run_start : self._told])
+        before = self._decode(self._ids[self._run_start : self._decoded])
         after = self._decode(self._ids[self._run_start :])
         if not final and (after.endswith(_UNFINISHED) or len(after) <= len(before)):
             return ""
-        self._run_start, self._told = self._told, len(self._ids)
+        self._run_start, self._decoded = self._decoded, len(self._ids)
         return after[len(before) :]
 
     def _release(self, text: str, *, final: bool) -> tuple[str, bool]:

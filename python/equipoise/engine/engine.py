@@ -1,4 +1,4 @@
-"""Engine: the embedded engine as its clients see it, from an asyncio program."""
+"""Engine: launches the embedded engine and gives asyncio programs access to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from equipoise.engine.messages import (
     Control,
     Died,
     Ended,
-    Log,
     Ready,
     Reply,
     Started,
@@ -33,7 +32,7 @@ from equipoise.manager.commands import Command
 
 @dataclass
 class _Waiting:
-    """A call that waits for the engine, in the event loop it was made in."""
+    """A call that waits for messages of the engine, in the event loop that made it."""
 
     loop: asyncio.AbstractEventLoop
     inbox: asyncio.Queue[object]
@@ -69,7 +68,6 @@ class Engine:
         self._streams: dict[str, _Waiting] = {}
         self._calls: dict[int, _Waiting] = {}
         self._num_calls = 0
-        self._tell: Callable[[str], None] = lambda _line: None
         self._reader: threading.Thread | None = None
         self._processes = EngineProcesses(config)
 
@@ -78,8 +76,7 @@ class Engine:
         """Starts all processes and returns once every rank can serve.
 
         Args:
-            on_progress: is told what is being done while starting, and of every rebalance that ends (from the reader
-                thread).
+            on_progress: called with a line for each stage of starting.
 
         Raises:
             InvalidInputError: an option or the model cannot be used.
@@ -87,7 +84,7 @@ class Engine:
         """
         directory = model_directory(config.engine.model_path)
         engine = cls(config)
-        engine._tell = tell = on_progress or engine._tell
+        tell = on_progress or (lambda _line: None)
         try:
             tell(f"starting {config.engine.ep_size} ranks for {directory}")
             engine.tokenizer = load_tokenizer(directory)
@@ -221,8 +218,6 @@ class Engine:
                         call = self._calls.get(message.call_id)
                     if call is not None:
                         call.put(message.value)
-                elif isinstance(message, Log):
-                    self._tell(message.text)
                 elif isinstance(message, Died | Ended):
                     self._die(message.obituary if isinstance(message, Died) else "the engine was closed")
                     return

@@ -1,4 +1,4 @@
-"""Rank 0's side of the engine: takes requests and commands, makes the plans, samples, tells the clients."""
+"""Rank 0's side of the engine: takes requests and commands, makes the step inputs, samples, streams tokens."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from multiprocessing.connection import Connection
 import torch
 
 from equipoise.config import EngineConfig
-from equipoise.engine.messages import Abort, Control, FromEngine, Log, Ready, Reply, Stop, Submit, ToEngine, Tokens
+from equipoise.engine.messages import Abort, Control, FromEngine, Ready, Reply, Stop, Submit, ToEngine, Tokens
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.files import load_tokenizer
 from equipoise.engine.model.step_batch import StepBatch
 from equipoise.engine.requests import TokenEvent
 from equipoise.engine.sampler import Sampler
 from equipoise.engine.scheduler import Scheduler
-from equipoise.engine.step_channel import StepPlan
+from equipoise.engine.step_channel import StepInput
 from equipoise.engine.step_log import StepLog
 from equipoise.manager.commands import Command, GetSteps, GetStepTotals, Phase, StepRecord
 from equipoise.manager.manager import Ticket
 
 
 class Frontend:
-    """Between the launcher's pipe and the ranks."""
+    """Connects the launcher's pipe with the scheduler and the ranks."""
 
     def __init__(
         self, config: EngineConfig, blueprint: ModelBlueprint, pipe: Connection, weight_bytes: tuple[int, ...]
@@ -41,15 +41,15 @@ class Frontend:
         self._num_requests = 0
         self._samplers: dict[str, Sampler] = {}
         self._commands: list[Control] = []
-        self._called: list[int] = []  # call ids of the commands of the last plan
+        self._called: list[int] = []  # call ids of the commands of the last step input
         self._open: list[tuple[int, Ticket]] = []
         self._steps = StepLog()
         self._step_began = 0.0
         self._stop = False
         self._send(Ready(blueprint.max_model_len, blueprint.vocab_size, blueprint.eos_token_ids, weight_bytes))
 
-    def next_plan(self, *, idle: bool) -> StepPlan:
-        """The next turn of all ranks. ``idle``: without requests and commands there is nothing to do: sleep."""
+    def next_step(self, *, idle: bool) -> StepInput:
+        """Make the input of all ranks' next step; sleeps without requests and commands if ``idle``."""
         while not self._stop:  # a pipe that the launcher has closed would be ready for ever
             nothing_to_do = not (self._scheduler.has_work or self._commands)
             if not self._pipe.poll(None if nothing_to_do and idle else 0):
@@ -59,10 +59,10 @@ class Frontend:
         commands, self._commands = self._commands, []
         self._called = [control.call_id for control in commands]
         batch = None if self._stop else self._scheduler.next_batch()
-        return StepPlan(batch, tuple(control.command for control in commands), self._stop)
+        return StepInput(batch, tuple(control.command for control in commands), self._stop)
 
     def settle(self, tickets: Sequence[Ticket]) -> None:
-        """Answers the commands whose work is done; ``tickets`` are those of the last plan's commands."""
+        """Answer the commands whose work is done; ``tickets`` are those of the last step input's commands."""
         self._open += zip(self._called, tickets, strict=True)
         for call_id, ticket in self._open:
             if ticket.done:
@@ -70,7 +70,7 @@ class Frontend:
         self._open = [(call_id, ticket) for call_id, ticket in self._open if not ticket.done]
 
     def complete(self, batch: StepBatch, logits: torch.Tensor, forward_pass_id: int, phase: Phase) -> None:
-        """Draws the next tokens from (num sampled, V) logits, tells the clients, and notes the step."""
+        """Draw the next tokens from (num sampled, V) logits, stream them, and log the step."""
         requests = self._scheduler.sampled_requests(batch)
         greedy = logits.argmax(dim=-1).tolist()
         tokens = []
@@ -80,10 +80,6 @@ class Frontend:
         self._tell(self._scheduler.complete(batch, tokens))
         seconds = time.perf_counter() - self._step_began
         self._steps.note(StepRecord(forward_pass_id, seconds, batch.num_tokens, phase))
-
-    def log(self, text: str) -> None:
-        """Shows the operator something."""
-        self._send(Log(text))
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Submit):

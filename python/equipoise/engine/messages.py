@@ -1,4 +1,4 @@
-"""What crosses the pipe between the launcher and rank 0, and between the supervisor and the launcher."""
+"""Messages of the pipes: launcher to rank 0 and back, supervisor to launcher. The package's docstring draws them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import Command
+
 
 # Launcher to rank 0 -------------------------------------------------------------------------------------------------
 
@@ -29,7 +30,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Stop:
-    """Finish: every rank leaves its loop and exits."""
+    """End the engine: every rank leaves its loop and exits."""
 
 
 ToEngine = Submit | Abort | Control | Stop
@@ -57,13 +58,6 @@ class Tokens:
 class Reply:
     call_id: int
     value: object  # an EquipoiseError if the command failed
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something for the operator to read."""
-
-    text: str
 
 
 # Supervisor to launcher ---------------------------------------------------------------------------------------------
@@ -94,4 +88,4 @@ class Ended:
     """Every rank left as it was told to."""
 
 
-FromEngine = Ready | Tokens | Reply | Log | Started | Died | Ended
+FromEngine = Ready | Tokens | Reply | Started | Died | Ended

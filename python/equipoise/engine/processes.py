@@ -1,7 +1,7 @@
-"""The engine's processes as the launcher holds them: started, talked to, and ended.
+"""Starts, talks to and ends the engine's processes, on the launcher's side.
 
-Two pipes lead there. That for requests reaches rank 0, and breaks when rank 0 is gone; that for control reaches the
-supervisor, which says why a rank is gone, and breaks when the supervisor is.
+Two pipes lead there. The pipe for requests reaches rank 0, and breaks when rank 0 is gone; the pipe for control reaches
+the supervisor, which reports why a rank is gone, and breaks when the supervisor is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLOSE_SECONDS = 10.0
 
 
 class EngineProcesses:
-    """A supervisor process, and the ranks below it: begins to start them. One thread receives, any may send.
+    """Start a supervisor process, which starts the ranks. One thread receives, any may send.
 
     Args:
         config: what the supervisor is told to serve.
@@ -66,7 +66,7 @@ class EngineProcesses:
                 if ready is self._control:
                     return [*messages, Died(None, "the supervisor process has ended")]
                 # Rank 0 is gone: the supervisor says why.
-                return [*messages, self._last_word()]
+                return [*messages, self._supervisor_report()]
         return messages
 
     def terminate(self) -> None:
@@ -83,7 +83,7 @@ class EngineProcesses:
             self.supervisor.wait()
         self._requests.close()
 
-    def _last_word(self) -> Died | Ended:
+    def _supervisor_report(self) -> Died | Ended:
         try:
             while True:
                 message: FromEngine = self._control.recv()

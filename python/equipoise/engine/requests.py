@@ -1,4 +1,4 @@
-"""What a client asks of the engine and what it gets back: frozen values that cross processes."""
+"""Requests to the engine and events from it: frozen values that cross processes."""
 
 from __future__ import annotations
 

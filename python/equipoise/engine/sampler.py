@@ -1,4 +1,4 @@
-"""Choosing the next token of a request from its logits."""
+"""Samples the next token of a request from its logits."""
 
 from __future__ import annotations
 

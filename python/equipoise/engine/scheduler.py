@@ -1,4 +1,4 @@
-"""Which tokens go into the next step: continuous batching with prompts cut into chunks. Rank 0 only; no tensors."""
+"""Chooses the tokens of the next step: continuous batching with chunked prefill. Rank 0 only; no tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Running:
 
 
 class Scheduler:
-    """First come, first served. Running requests decode in every step; what is left of a step goes to prompts.
+    """Schedule first come, first served: running requests decode in every step, prompts get the rest of it.
 
     Args:
         num_rows: requests that can run together.
@@ -61,7 +61,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def abort(self, rid: str) -> list[TokenEvent]:
-        """Ends a request; nothing if there is none of that name any more."""
+        """End a request; no event if there is none of that name any more."""
         for request in self._waiting:
             if request.rid == rid:
                 self._waiting.remove(request)
@@ -79,7 +79,7 @@ class Scheduler:
             detokenizer = IncrementalDetokenizer(self._decode, request.sampling.stop)
             running = _Running(request, self._free_rows.pop(), detokenizer, list(request.input_ids))
             self._running[request.rid] = running
-        lengths = self._share_out()
+        lengths = self._allot()
         if not lengths:
             return None
         # Single tokens first, by row, so that attention can take them together; prompts stay as they came.
@@ -90,24 +90,24 @@ class Scheduler:
         sampled = [i for i, (running, length) in enumerate(chosen) if running.cached + length == len(running.tokens)]
         return StepBatch(segments, tuple(token for part in tokens for token in part), tuple(sampled))
 
-    def _share_out(self) -> list[tuple[_Running, int]]:
-        """New tokens per request of the next step: all that decode, then prompts as far as the step reaches."""
+    def _allot(self) -> list[tuple[_Running, int]]:
+        """Choose new tokens per request for the next step: all that decode, then prompts up to the step's budget."""
         pending = [(running, len(running.tokens) - running.cached) for running in self._running.values()]
         decoding = [(running, 1) for running, missing in pending if missing == 1]
-        room = max(self._step_tokens - len(decoding), 1)
+        budget = max(self._step_tokens - len(decoding), 1)
         prompts = []
         for running, missing in pending:
-            if missing > 1 and room > 0:
-                prompts.append((running, min(missing, room)))
-                room -= prompts[-1][1]
+            if missing > 1 and budget > 0:
+                prompts.append((running, min(missing, budget)))
+                budget -= prompts[-1][1]
         return decoding + prompts
 
     def sampled_requests(self, batch: StepBatch) -> list[GenerateRequest]:
-        """Whose next tokens the step's logits are for, in the order of the logits."""
+        """Requests whose next tokens the step's logits are for, in the order of the logits."""
         return [self._in_step[i].request for i in batch.sampled]
 
     def complete(self, batch: StepBatch, new_tokens: Sequence[int]) -> list[TokenEvent]:
-        """Takes the outcome of a step: one token per sampled segment."""
+        """Take the outcome of a step: one token per sampled segment."""
         for running, segment in zip(self._in_step, batch.segments, strict=True):
             running.cached = segment.end
         events = []

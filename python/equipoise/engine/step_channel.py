@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks before every step."""
+"""Broadcasts the input of each step from rank 0 to the other ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch.distributed as dist
 from equipoise.engine.model.step_batch import StepBatch
 from equipoise.manager.commands import Command
 
-_HEADER = 8  # bytes that hold the size of the plan
-_FRAME = 4096  # bytes of the first message; most plans fit, so one broadcast does
+_HEADER = 8  # bytes that hold the size of the message
+_FRAME = 4096  # bytes of the first broadcast; one suffices for all but long prompts
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One turn of every rank's loop: submit the commands, run the batch if there is one, tick, and stop if told."""
+class StepInput:
+    """One turn of every rank's loop: submit the commands, run the batch if there is one, tick, stop if asked to."""
 
     batch: StepBatch | None = None
     commands: tuple[Command, ...] = ()
     stop: bool = False
 
 
-class PlanChannel:
-    """Broadcasts plans from rank 0. Waiting for one takes no processor time and has no end.
+class StepChannel:
+    """Broadcast step inputs from rank 0. Waiting for one takes no processor time and has no timeout.
 
     Args:
         group: a gloo group of all ranks whose timeout is longer than any idle time; None for one rank.
@@ -36,10 +36,10 @@ class PlanChannel:
         self._group = group
         self._rank = rank
 
-    def send(self, plan: StepPlan) -> None:
+    def send(self, step_input: StepInput) -> None:
         if self._group is None:
             return
-        payload = pickle.dumps(plan)
+        payload = pickle.dumps(step_input)
         data = len(payload).to_bytes(_HEADER, "little") + payload
         frame = torch.frombuffer(bytearray(data[:_FRAME].ljust(_FRAME, b"\0")), dtype=torch.uint8)
         dist.broadcast(frame, group_src=0, group=self._group)
@@ -48,9 +48,9 @@ class PlanChannel:
                 torch.frombuffer(bytearray(data[_FRAME:]), dtype=torch.uint8), group_src=0, group=self._group
             )
 
-    def receive(self) -> StepPlan:
-        assert self._group is not None, "a single rank makes its own plans"
-        assert self._rank != 0, "rank 0 makes the plans"
+    def receive(self) -> StepInput:
+        assert self._group is not None, "a single rank makes its own step inputs"
+        assert self._rank != 0, "rank 0 makes the step inputs"
         frame = torch.empty(_FRAME, dtype=torch.uint8)
         dist.broadcast(frame, group_src=0, group=self._group)
         data = frame.numpy().tobytes()
@@ -59,6 +59,6 @@ class PlanChannel:
             rest = torch.empty(size - _FRAME, dtype=torch.uint8)
             dist.broadcast(rest, group_src=0, group=self._group)
             data += rest.numpy().tobytes()
-        plan = pickle.loads(data[_HEADER:size])
-        assert isinstance(plan, StepPlan)
-        return plan
+        step_input = pickle.loads(data[_HEADER:size])
+        assert isinstance(step_input, StepInput)
+        return step_input

@@ -1,4 +1,4 @@
-"""What rank 0 remembers of the forward passes: the last ones one by one, all of them in sums."""
+"""Log of forward passes on rank 0: the last ones one by one, all of them in sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 
 
 class StepLog:
-    """Steps in the order in which they are noted. Sums are kept apart, so that no step is lost to whoever asks rarely.
+    """Keep steps in the order of their noting. Sums are kept apart: a client that asks rarely misses no step.
 
     Args:
         kept: steps that are remembered one by one.

@@ -8,6 +8,7 @@ the supervisor with the launcher: each holds the end of a pipe that breaks when 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from equipoise.config import ServeConfig
+from equipoise.engine.logs import configure_logging
 from equipoise.engine.messages import Died, Ended, FromEngine, Started
 from equipoise.errors import EquipoiseError
+
+_log = logging.getLogger("equipoise.engine")
 
 _GATHER_SECONDS = 0.5
 """After the first report of a failure, how long the others' are awaited: the first may be a mere consequence."""
@@ -38,6 +42,7 @@ def main() -> None:
         config = control.recv()
     except EOFError:
         return
+    configure_logging(config.engine.log_level, "supervisor")
     with tempfile.TemporaryDirectory(prefix="equipoise-") as rendezvous:
         supervise(config, requests, control, Path(rendezvous))
     sys.stderr.flush()
@@ -45,7 +50,7 @@ def main() -> None:
 
 
 def supervise(config: ServeConfig, requests: Connection, control: Connection, rendezvous: Path) -> None:
-    """Starts the ranks and stays until they have ended."""
+    """Fork the ranks and stay until they have ended."""
     try:
         # The heavy imports of all ranks happen here, once.
         from equipoise.engine.model.blueprint import ModelBlueprint
@@ -68,6 +73,7 @@ def supervise(config: ServeConfig, requests: Connection, control: Connection, re
             os.close(lifeline_write)
             if rank != 0:
                 requests.close()
+            configure_logging(config.engine.log_level, f"rank {rank}", rank)
             _end_with(lifeline_read)
             serve = partial(serve_rank, config, blueprint, rank, rendezvous, requests if rank == 0 else None)
             _leave(report_write, serve)
@@ -87,16 +93,16 @@ class _Failure:
     reason: str  # one line
     error: EquipoiseError | None = None  # what it raised, if it was one of ours
     traceback: str = ""
-    silent: bool = False  # it was killed, or left without a word
+    silent: bool = False  # it was killed, or exited without a report
 
     @property
-    def weight(self) -> int:
-        """Errors of ours and sudden deaths are causes; anything else may be what happens to the ranks left behind."""
+    def order(self) -> int:
+        """Rank of likelihood that this failure caused the others: our errors and sudden deaths before the rest."""
         return 0 if self.error is not None else 1 if self.silent else 2
 
 
 def _watch(pids: list[int], reports: list[Connection], control: Connection) -> None:
-    """Until all ranks have left, one has died, or the launcher is gone."""
+    """Wait until all ranks have ended, one has failed, or the launcher is gone; end what is left."""
     open_reports = dict(zip(reports, range(len(pids)), strict=True))
     failures: dict[int, _Failure] = {}
     deadline: float | None = None
@@ -108,31 +114,31 @@ def _watch(pids: list[int], reports: list[Connection], control: Connection) -> N
                     return
                 assert isinstance(ready, Connection)
                 rank = open_reports.pop(ready)
-                failure = _last_word(ready, pids[rank])
+                failure = _exit_report(ready, pids[rank])
                 if failure is not None:
                     failures[rank] = failure
                     deadline = deadline or time.monotonic() + _GATHER_SECONDS
         if not failures:
             _tell(control, Ended())
             return
-        rank, failure = min(failures.items(), key=lambda item: item[1].weight)
+        rank, failure = min(failures.items(), key=lambda item: item[1].order)
         if failure.error is None and failure.traceback:
-            print(f"rank {rank}:\n{failure.traceback}", file=sys.stderr, flush=True)
+            _log.error("rank %d failed:\n%s", rank, failure.traceback, extra={"rank": rank})
         _tell(control, Died(rank, failure.reason, failure.error))
     finally:
         _end(pids, set(open_reports.values()))
 
 
-def _last_word(report: Connection, pid: int) -> _Failure | None:
-    """What a rank that ends says of itself; None if it left as it was told to."""
+def _exit_report(report: Connection, pid: int) -> _Failure | None:
+    """Reap a rank that has ended and read its report; None if it stopped as asked."""
     try:
         failure: _Failure | None = report.recv()
-        said = True
+        reported = True
     except (EOFError, OSError):
-        failure, said = None, False
+        failure, reported = None, False
     report.close()
     _, status = os.waitpid(pid, 0)
-    if said:
+    if reported:
         return failure
     code = os.waitstatus_to_exitcode(status)
     reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,7 +1,8 @@
-"""One rank: sets itself up, then steps in lockstep with the others until it is told to stop."""
+"""One rank: sets itself up, then steps in lockstep with the others until a step input says stop."""
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,20 +17,22 @@ from equipoise.config import ServeConfig
 from equipoise.distributed.communicator import TorchCommunicator
 from equipoise.engine.frontend import Frontend
 from equipoise.engine.model.blueprint import ModelBlueprint
-from equipoise.engine.model.experts import EpContext, shares
+from equipoise.engine.model.experts import EpContext, token_bounds
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.model.step_batch import Segment, StepBatch
-from equipoise.engine.step_channel import PlanChannel, StepPlan
+from equipoise.engine.step_channel import StepChannel, StepInput
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.jit.threads import available_cpus
 from equipoise.manager.commands import RebalanceReport
 from equipoise.manager.log_line import describe
 from equipoise.manager.manager import EplbManager
 
-_FOREVER = timedelta(days=365)  # idle ranks wait in a broadcast; a dead peer ends it at once, not a timeout
-_HUNG = timedelta(
-    minutes=10
-)  # all ranks are in the same forward pass: one that keeps the others waiting this long hangs
+_log = logging.getLogger("equipoise.engine")
+
+# Idle ranks wait in a broadcast for as long as nobody asks for anything; a dead peer breaks the connection at once.
+_FOREVER = timedelta(days=365)
+# All ranks are in the same forward pass: one that keeps the others waiting this long hangs.
+_HUNG = timedelta(minutes=10)
 _LOOPBACK = {"Linux": "lo", "Darwin": "lo0"}
 
 
@@ -73,51 +76,51 @@ class RankWorker:
         self._manager.warm_up()
         experts_group = groups.experts if num_ranks > 1 else None
         self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
-        self._channel = PlanChannel(groups.control if num_ranks > 1 else None, rank)
+        self._channel = StepChannel(groups.control if num_ranks > 1 else None, rank)
         self._warm_up(blueprint)
         self._frontend = (
             Frontend(config.engine, blueprint, requests, tuple(weight_bytes)) if requests is not None else None
         )
 
     def run(self) -> None:
-        """The loop. Returns once a plan says stop."""
+        """The loop. Returns once a step input says stop."""
         while True:
-            plan = self._next_plan()
-            tickets = [self._manager.submit(command) for command in plan.commands]
+            step_input = self._next_step()
+            tickets = [self._manager.submit(command) for command in step_input.commands]
             phase, forward_pass_id = self._manager.phase, self._manager.forward_pass_id
             logits = None
-            if plan.batch is not None:
-                logits = self._runner.forward(plan.batch)
-                self._manager.end_forward_pass(counted=True, num_tokens=self._my_tokens(plan.batch))
-            if plan.batch is not None or self._manager.wants_tick:
+            if step_input.batch is not None:
+                logits = self._runner.forward(step_input.batch)
+                self._manager.end_forward_pass(counted=True, num_tokens=self._my_tokens(step_input.batch))
+            if step_input.batch is not None or self._manager.wants_tick:
                 self._manager.tick()
             if self._frontend is not None:
                 self._frontend.settle(tickets)
-                if plan.batch is not None:
+                if step_input.batch is not None:
                     assert logits is not None
                     phase = self._manager.phase if phase == "collecting" else phase
-                    self._frontend.complete(plan.batch, logits, forward_pass_id, phase)
-            if plan.stop:
+                    self._frontend.complete(step_input.batch, logits, forward_pass_id, phase)
+            if step_input.stop:
                 break
         self._manager.close()
 
     def _on_report(self, report: RebalanceReport) -> None:
-        if self._frontend is not None:
-            self._frontend.log(describe(report, profile=self._profile))
+        level = logging.WARNING if report.outcome == "failed" else logging.INFO
+        _log.log(level, "%s", describe(report, profile=self._profile))
 
-    def _next_plan(self) -> StepPlan:
+    def _next_step(self) -> StepInput:
         if self._frontend is None:
             return self._channel.receive()
-        plan = self._frontend.next_plan(idle=not self._manager.wants_tick)
-        self._channel.send(plan)
-        return plan
+        step_input = self._frontend.next_step(idle=not self._manager.wants_tick)
+        self._channel.send(step_input)
+        return step_input
 
     def _my_tokens(self, batch: StepBatch) -> int:
-        bounds = shares(batch.num_tokens, self._num_ranks)
+        bounds = token_bounds(batch.num_tokens, self._num_ranks)
         return bounds[self._rank + 1] - bounds[self._rank]
 
     def _warm_up(self, blueprint: ModelBlueprint) -> None:
-        """One step that leaves no trace: pays for first-time allocations and finds out whether the model can run."""
+        """Run one prompt and one decoding step, uncounted: first-time allocations, and whether the model can run."""
         length = min(2 * blueprint.topology.num_ranks, blueprint.max_model_len)
         if length < 2:
             return
@@ -141,7 +144,7 @@ class RankWorker:
 def serve_rank(
     config: ServeConfig, blueprint: ModelBlueprint, rank: int, rendezvous: Path, requests: Connection | None
 ) -> None:
-    """A rank's whole life. ``requests``: rank 0's end of the pipe to the launcher."""
+    """Run a rank from start to end. ``requests``: rank 0's end of the pipe to the launcher."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -153,12 +156,15 @@ def serve_rank(
 
 @dataclass(frozen=True)
 class _Groups:
-    """Process groups over all ranks. Two threads must not mix their messages on one group."""
+    """Process groups over all ranks: the serving thread uses the first two, the transfer thread the others.
 
-    control: dist.ProcessGroup  # gloo: plans, and what the managers say to each other between steps
+    Two threads must never share a group: their collectives would be matched in whatever order they are called.
+    """
+
+    control: dist.ProcessGroup  # gloo: step inputs, and what the managers agree on between steps
     experts: dist.ProcessGroup  # tokens on their way to experts and back
-    transfer: dist.ProcessGroup  # experts on their way to other ranks, beside the forward passes
-    transfer_control: dist.ProcessGroup  # gloo: agreement on those
+    transfer: dist.ProcessGroup  # experts that move to other ranks, overlapped with forward passes
+    transfer_control: dist.ProcessGroup  # gloo: votes on those
 
 
 def _process_groups(rank: int, num_ranks: int, rendezvous: Path, device: torch.device) -> _Groups:

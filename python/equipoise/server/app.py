@@ -15,7 +15,7 @@ from equipoise.admin.routes import admin_router
 from equipoise.config import ServeConfig
 from equipoise.server import inference, info, steps
 from equipoise.server.engine_protocol import ServingEngine
-from equipoise.server.generation import Generator
+from equipoise.server.generation import RequestGenerator
 from equipoise.server.prometheus import ServerMetrics
 
 
@@ -33,7 +33,7 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
     app.state.engine = engine
     app.state.config = config
     app.state.metrics = metrics
-    app.state.generator = Generator(engine, metrics)
+    app.state.generator = RequestGenerator(engine, metrics)
     app.state.model_name = config.http.served_model_name or config.engine.model_path
     app.state.eos_ids = frozenset(engine.eos_token_ids)
     app.state.started = int(time.time())

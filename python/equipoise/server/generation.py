@@ -47,8 +47,8 @@ class Answer:
         return time.monotonic() - self.started
 
 
-class Generator:
-    """Runs requests on an engine and knows which are running. One per server."""
+class RequestGenerator:
+    """Run requests on an engine and know which are running. One per server."""
 
     def __init__(self, engine: ServingEngine, metrics: ServerMetrics) -> None:
         self.engine = engine

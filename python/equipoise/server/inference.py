@@ -17,7 +17,7 @@ from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.server.generation import (
     Answer,
     EventStream,
-    Generator,
+    RequestGenerator,
     batch_of,
     peeked,
     prompts_of,
@@ -127,7 +127,7 @@ def _eos_ids(request: Request) -> frozenset[int]:
 async def _requests(
     request: Request, prompts: list[Any], sampling: list[SamplingParams], rids: list[str] | None, name: str
 ) -> list[GenerateRequest]:
-    generator: Generator = request.app.state.generator
+    generator: RequestGenerator = request.app.state.generator
     ids = [await generator.token_ids(prompt, name) for prompt in prompts]
     return generator.make_requests(ids, sampling, rids)
 
@@ -144,7 +144,7 @@ def _naming(error: EquipoiseError, field: str) -> EquipoiseError:
 
 
 async def _collect(request: Request, requests: Sequence[GenerateRequest], *, field: str) -> list[Answer]:
-    generator: Generator = request.app.state.generator
+    generator: RequestGenerator = request.app.state.generator
     answers = _answers(requests)
 
     async def work() -> None:
@@ -167,7 +167,7 @@ async def _stream(
     usage_head: dict[str, Any] | None = None,
 ) -> EventStream:
     """The first event is awaited before the status goes out, so that a refused request is a 4xx and not a stream."""
-    generator: Generator = request.app.state.generator
+    generator: RequestGenerator = request.app.state.generator
     answers = _answers(requests)
     source = generator.run(requests)
     try:

@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 import errno
 import ipaddress
+import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,10 +19,13 @@ import uvicorn
 from rich.console import Console
 
 from equipoise.config import HttpConfig, ServeConfig
+from equipoise.engine.logs import configure_logging
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
-    from equipoise.server.generation import Generator as RequestGenerator
+    from equipoise.server.generation import RequestGenerator
+
+_log = logging.getLogger("equipoise.server")
 
 DRAIN_SECONDS = 3.0
 """How long running requests may go on after a signal before they end with finish reason ``abort``."""
@@ -43,6 +46,7 @@ def serve(config: ServeConfig, console: Console | None = None) -> int:
         KeyboardInterrupt: Ctrl-C, after the engine has been closed.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    configure_logging(config.engine.log_level, "server")
     with sigterm_raises(), listening_socket(config.http) as listener:
         try:
             config = _with_port(config, listener.getsockname()[1])
@@ -161,11 +165,10 @@ def is_loopback(host: str) -> bool:
 def print_ready(http: HttpConfig, model_name: str, console: Console) -> None:
     """One line with the URL, then what to try. A warning if strangers can rebalance."""
     if not is_loopback(http.host) and http.admin_api_key is None:
-        print(
-            f"equipoise: warning: listening on {http.host} without --admin-api-key: whoever reaches this port "
-            + ("and has the API key " if http.api_key else "")
-            + "can rebalance and write dumps",
-            file=sys.stderr,
+        _log.warning(
+            "listening on %s without --admin-api-key: whoever reaches this port %scan rebalance and write dumps",
+            http.host,
+            "and has the API key " if http.api_key else "",
         )
     name = "127.0.0.1" if http.host in ("0.0.0.0", "::", "") else http.host
     url = f"http://{f'[{name}]' if ':' in name else name}:{http.port}"

@@ -23,7 +23,7 @@ from equipoise.engine.model.experts import EpContext
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.scheduler import Scheduler
-from equipoise.engine.step_channel import PlanChannel, StepPlan
+from equipoise.engine.step_channel import StepChannel, StepInput
 from equipoise.errors import TransferError
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.faults import Fault, InjectedFault, ScheduledFaults
@@ -232,7 +232,7 @@ class Serving(Rank):
         self.connect(self.model.expert_weights(), TOPOLOGY, background=True)
         self.dispatcher = ExpertDispatcher(self.metadata, rank=rank, algorithm="dynamic")
         self.model.connect(EpContext(TOPOLOGY, rank, gloo_group(), self.dispatcher.dispatch))
-        self.channel = PlanChannel(gloo_group(), rank)
+        self.channel = StepChannel(gloo_group(), rank)
         self.scheduler = Scheduler(
             num_rows=config.engine.max_running_requests,
             max_model_len=blueprint.max_model_len,
@@ -259,7 +259,7 @@ class Serving(Rank):
                     self.answers[str(number)] = []
                     self.scheduler.add(GenerateRequest(str(number), tuple(prompt), SamplingParams(max_new_tokens=8)))
                 batch = self.scheduler.next_batch()
-            self.channel.send(StepPlan(batch))
+            self.channel.send(StepInput(batch))
             logits = self.model.forward(batch)
             for event in self.scheduler.complete(batch, logits.argmax(-1).tolist()):
                 answer = self.answers[event.rid]

@@ -1,4 +1,4 @@
-"""Experts spread over ranks: finding a model's experts, and the module that stands in for them on each rank."""
+"""Finds a model's experts modules, and spreads them over ranks (EpExperts)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from torch.profiler import record_function
 
 from equipoise.engine.model.token_exchange import make_exchange
 from equipoise.errors import ModelError
@@ -78,9 +79,9 @@ class EpContext:
 class EpExperts(torch.nn.Module):
     """Stands in for a model's experts module: same call, same result, experts on all ranks.
 
-    Every rank is called with the same tokens. It takes its share of them, sends one row per (token, choice) to the
-    rank that holds the chosen slot, runs what it receives through its own slots, gets its rows back, sums them with
-    the routing weights, and shares its result with all ranks. ``inner`` is the model's own module with as many
+    Every rank is called with the same tokens. It takes its part of them, sends one copy per (token, choice) to the
+    rank that holds the chosen slot, runs what it receives through its own slots, gets its results back, sums them with
+    the routing weights, and gathers the results of all ranks. ``inner`` is the model's own module with as many
     experts as a rank has slots, so gating, biases and activation stay the model's; or with as many as a pool has rows,
     and then ``row_of_slot``, (slots_per_rank,) int64, says which of them serve this layer's slots.
     """
@@ -105,30 +106,35 @@ class EpExperts(torch.nn.Module):
         if context.group is None:
             slots = context.route(self.layer_id, index)
             return self._inner(tokens, slots, weights).reshape(hidden_states.shape)
-        bounds = shares(tokens.shape[0], context.topology.num_ranks)
+        bounds = token_bounds(tokens.shape[0], context.topology.num_ranks)
         mine = slice(bounds[context.rank], bounds[context.rank + 1])
         slots = context.route(self.layer_id, index[mine])
         result = self._through_experts(tokens[mine], slots, weights[mine], bounds[1], context.group)
-        return self._share(result, bounds, context.group).reshape(hidden_states.shape)
+        return self._gather(result, bounds, context.group).reshape(hidden_states.shape)
 
     def _through_experts(
         self,
         tokens: torch.Tensor,
         slots: torch.Tensor,
         weights: torch.Tensor,
-        most_tokens: int,
+        max_tokens: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        """This rank's (n, H) tokens to their (n, H) results; ``most_tokens``: the largest n of all ranks."""
+        """This rank's (n, H) tokens to their (n, H) results; ``max_tokens``: the maximum n of any rank."""
         topology = self._context.topology
         num_tokens, choices = slots.shape
-        # Sorted by slot, the rows for one rank lie together, in the order of its slots.
+        # Sorted by slot, what goes to one rank lies together, in the order of its slots.
         sorted_slots, order = slots.flatten().sort(stable=True)
-        rows = _with_slots(tokens[order // choices], sorted_slots % topology.slots_per_rank)
+        routed = _with_slots(tokens[order // choices], sorted_slots % topology.slots_per_rank)
         exchange = make_exchange(
-            sorted_slots // topology.slots_per_rank, most_tokens * choices, rows.shape[1] * rows.itemsize, group
+            sorted_slots // topology.slots_per_rank, max_tokens * choices, routed.shape[1] * routed.itemsize, group
         )
-        returned = exchange.back(self._run_slots(exchange.there(rows), tokens.shape[1]))
+        with record_function("equipoise.engine.send_tokens"):
+            received = exchange.there(routed)
+        with record_function("equipoise.engine.run_experts"):
+            computed = self._run_slots(received, tokens.shape[1])
+        with record_function("equipoise.engine.return_tokens"):
+            returned = exchange.back(computed)
         results = torch.empty_like(returned)
         results[order] = returned
         # Weighting at home, in the precision of the weights, is what the model does after its down projection.
@@ -136,24 +142,24 @@ class EpExperts(torch.nn.Module):
         return results.sum(dim=1).to(tokens.dtype)
 
     def _run_slots(self, received: torch.Tensor, width: int) -> torch.Tensor:
-        """(M, width + slot) rows through this rank's slots to (M, width); what comes of padding is anything."""
+        """Run (M, width + slot) routed tokens through this rank's slots: (M, width); padding gives anything."""
         slots = received[:, width:].contiguous().view(torch.int32).flatten().long()
-        rows = received[:, :width]
+        tokens = received[:, :width]
         if received.device.type != "cpu":
-            # Cheaper than finding out on the host which rows are padding.
+            # Computing padding is cheaper than a sync that would tell the host which it is.
             padding = (slots < 0).unsqueeze(1)
-            return self._run(rows.masked_fill(padding, 0), slots.clamp(min=0))
+            return self._run(tokens.masked_fill(padding, 0), slots.clamp(min=0))
         real = (slots >= 0).nonzero().flatten()
         if len(real) == len(slots):
-            return self._run(rows, slots)
+            return self._run(tokens, slots)
         results = received.new_zeros(len(received), width)
-        results[real] = self._run(rows[real], slots[real])
+        results[real] = self._run(tokens[real], slots[real])
         return results
 
-    def _run(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        if not len(rows):
-            return rows.new_empty(rows.shape)
-        return self._inner(rows, slots.unsqueeze(1), rows.new_ones(len(rows), 1))
+    def _run(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        if not len(tokens):
+            return tokens.new_empty(tokens.shape)
+        return self._inner(tokens, slots.unsqueeze(1), tokens.new_ones(len(tokens), 1))
 
     def _inner(self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``slots``: local ones, (T, K)."""
@@ -162,30 +168,30 @@ class EpExperts(torch.nn.Module):
         )
         return results
 
-    def _share(self, result: torch.Tensor, bounds: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-        """All ranks' results, in the order of the tokens."""
+    def _gather(self, result: torch.Tensor, bounds: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        """Gather all ranks' results, in the order of the tokens."""
         num_ranks = self._context.topology.num_ranks
-        most = bounds[1] - bounds[0]
-        padded = result.new_zeros(most, result.shape[1])
+        capacity = bounds[1] - bounds[0]
+        padded = result.new_zeros(capacity, result.shape[1])
         padded[: len(result)] = result
-        gathered = result.new_empty(num_ranks * most, result.shape[1])
+        gathered = result.new_empty(num_ranks * capacity, result.shape[1])
         if group.name() == "gloo":
             # Its all_gather passes blocks on from rank to rank; sent directly they arrive in half the time.
             dist.all_to_all_single(gathered, padded.repeat(num_ranks, 1), group=group)
         else:
-            dist.all_gather(list(gathered.split(most)), padded, group=group)
+            dist.all_gather(list(gathered.split(capacity)), padded, group=group)
         if bounds[-1] == len(gathered):
             return gathered
-        parts = [gathered[r * most : r * most + bounds[r + 1] - bounds[r]] for r in range(num_ranks)]
+        parts = [gathered[r * capacity : r * capacity + bounds[r + 1] - bounds[r]] for r in range(num_ranks)]
         return torch.cat(parts)
 
 
-def shares(num_tokens: int, num_ranks: int) -> list[int]:
-    """Bounds of each rank's share of a step's tokens; the first are the largest, sizes differ by at most one."""
+def token_bounds(num_tokens: int, num_ranks: int) -> list[int]:
+    """Split a step's tokens over the ranks: (num_ranks + 1,) bounds; sizes fall and differ by at most one."""
     size, rest = divmod(num_tokens, num_ranks)
     return [rank * size + min(rank, rest) for rank in range(num_ranks + 1)]
 
 
-def _with_slots(rows: torch.Tensor, local_slots: torch.Tensor) -> torch.Tensor:
-    """(N, H) rows with each row's slot as 4 bytes behind it, so that both cross in one message."""
-    return torch.cat([rows, local_slots.to(torch.int32)[:, None].view(rows.dtype)], dim=1)
+def _with_slots(tokens: torch.Tensor, local_slots: torch.Tensor) -> torch.Tensor:
+    """Append each token's slot to it as 4 bytes, so that both cross in one message."""
+    return torch.cat([tokens, local_slots.to(torch.int32)[:, None].view(tokens.dtype)], dim=1)

@@ -1,10 +1,11 @@
-"""The forward pass of one rank."""
+"""Runs the forward passes of one rank."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from equipoise.config import EplbConfig, ServeConfig
 from equipoise.engine.model.blueprint import ModelBlueprint
@@ -68,7 +69,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> torch.Tensor | None:
-        """One step. Rank 0 gets the logits (num sampled, V) on the CPU, the others None."""
+        """Run one step. Collective.
+
+        Returns:
+            (num sampled, V) float32 logits on the CPU on rank 0, None on the others, which compute no logits.
+        """
+        with record_function("equipoise.engine.forward"):
+            return self._forward(batch)
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor | None:
         layout = self._cache.begin_step(batch, self._device)
         inputs = {
             "input_ids": torch.tensor([batch.token_ids], dtype=torch.int64).to(self._device, non_blocking=True),

@@ -1,8 +1,11 @@
-"""Rows to the ranks that hold their experts, and the results back in the order in which the rows were.
+"""Exchanges routed tokens with the ranks that hold their experts, and the results back in the same order.
 
-Two ways with one result. A large step first tells every rank how many rows to expect, and sends exactly those. A
-small one (decoding) is bound by the number of messages, not by their size: there each pair of ranks exchanges a block
-that holds the most rows there can be, so nothing needs to be told, and nothing be known on the host.
+A *routed token* is one (token, choice) pair: its hidden state with the slot that it goes to. Collective: every rank
+calls it for the same layer of the same step.
+
+Two ways with one result. A large step first tells every rank how many to expect, and sends exactly those. A small one
+(decoding) is bound by the number of messages, not by their size: there each pair of ranks exchanges a block with room
+for the maximum, so that no count needs to be sent, nor be known on the host.
 """
 
 from __future__ import annotations
@@ -19,28 +22,28 @@ PADDED_BYTES = 1 << 20
 class TokenExchange(Protocol):
     """One step's exchange at one layer; collective."""
 
-    def there(self, rows: torch.Tensor) -> torch.Tensor:
-        """(N, W) rows, sorted by destination, to the (M, W) rows for this rank; padding rows are all -1 bits."""
+    def there(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(N, W) routed tokens, sorted by destination, to the (M, W) for this rank; padding is all -1 bits."""
         ...
 
     def back(self, results: torch.Tensor) -> torch.Tensor:
-        """(M, H) results for the rows received to the (N, H) results of the rows sent."""
+        """(M, H) results of what was received to the (N, H) results of what was sent."""
         ...
 
 
 def make_exchange(
-    destinations: torch.Tensor, most_rows: int, row_bytes: int, group: dist.ProcessGroup
+    destinations: torch.Tensor, max_tokens: int, token_bytes: int, group: dist.ProcessGroup
 ) -> TokenExchange:
-    """The exchange for rows going to ``destinations``.
+    """Choose the exchange for routed tokens going to ``destinations``.
 
     Args:
         destinations: (N,) int64 ranks in ascending order.
-        most_rows: rows that any rank sends at most in this exchange; the same on all ranks.
-        row_bytes: bytes of a row, the same on all ranks.
+        max_tokens: routed tokens that any rank sends at most in this exchange; the same on all ranks.
+        token_bytes: bytes of a routed token, the same on all ranks.
     """
     num_ranks = group.size()
-    if num_ranks * most_rows * row_bytes <= PADDED_BYTES:
-        return _PaddedExchange(destinations, num_ranks, most_rows, group)
+    if num_ranks * max_tokens * token_bytes <= PADDED_BYTES:
+        return _PaddedExchange(destinations, num_ranks, max_tokens, group)
     return _ExactExchange(destinations, num_ranks, group)
 
 
@@ -52,9 +55,9 @@ class _ExactExchange:
         self._sends, self._recvs = torch.stack([send_counts, recv_counts]).tolist()
         self._group = group
 
-    def there(self, rows: torch.Tensor) -> torch.Tensor:
-        received = rows.new_empty(sum(self._recvs), rows.shape[1])
-        dist.all_to_all_single(received, rows, self._recvs, self._sends, group=self._group)
+    def there(self, tokens: torch.Tensor) -> torch.Tensor:
+        received = tokens.new_empty(sum(self._recvs), tokens.shape[1])
+        dist.all_to_all_single(received, tokens, self._recvs, self._sends, group=self._group)
         return received
 
     def back(self, results: torch.Tensor) -> torch.Tensor:
@@ -65,20 +68,20 @@ class _ExactExchange:
 
 class _PaddedExchange:
     def __init__(self, destinations: torch.Tensor, num_ranks: int, capacity: int, group: dist.ProcessGroup) -> None:
-        self._num_rows = num_ranks * capacity
+        self._num_tokens = num_ranks * capacity
         self._group = group
-        # The n-th row for a rank goes to the n-th place of its block.
+        # The n-th for a rank goes to the n-th place of its block.
         counts = torch.bincount(destinations, minlength=num_ranks)
         first = counts.cumsum(0) - counts
         nth = torch.arange(len(destinations), device=destinations.device) - first[destinations]
         self._places = destinations * capacity + nth
 
-    def there(self, rows: torch.Tensor) -> torch.Tensor:
+    def there(self, tokens: torch.Tensor) -> torch.Tensor:
         blocks = torch.full(
-            (self._num_rows, rows.shape[1] * rows.itemsize), 0xFF, dtype=torch.uint8, device=rows.device
+            (self._num_tokens, tokens.shape[1] * tokens.itemsize), 0xFF, dtype=torch.uint8, device=tokens.device
         )
-        blocks = blocks.view(rows.dtype)
-        blocks[self._places] = rows
+        blocks = blocks.view(tokens.dtype)
+        blocks[self._places] = tokens
         received = torch.empty_like(blocks)
         dist.all_to_all_single(received, blocks, group=self._group)
         return received
