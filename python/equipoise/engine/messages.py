@@ -8,7 +8,6 @@ from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import Command
 
-
 # Launcher to rank 0 -------------------------------------------------------------------------------------------------
 
 
