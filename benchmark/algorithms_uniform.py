@@ -9,8 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from equipoise.algorithms.equipoise import LEAST_GAIN, NODE_PRICE, STAGES
 from equipoise.algorithms.forecast.scenarios import make_scenarios
+from equipoise.algorithms.priced_search import MIN_GAIN, NODE_PRICE, STAGES
 from equipoise.algorithms.search.local_search import MANY_RANKS, WORTH
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
@@ -90,7 +90,7 @@ def _search(placed, tokens, weight, num_ranks, ranks_per_node, slot_price, node_
             cost = np.empty(num_ranks)
             for rank in range(num_ranks):
                 cost[rank] = _cost(load[rank], weight, stage)
-            least = cost.sum() * min(MANY_RANKS / num_ranks, 1.0) * max(LEAST_GAIN, WORTH * slot_price * (1 << stage))
+            least = cost.sum() * min(MANY_RANKS / num_ranks, 1.0) * max(MIN_GAIN, WORTH * slot_price * (1 << stage))
             if idle > 8 or steps >= num_slots:
                 break
             steps += 1

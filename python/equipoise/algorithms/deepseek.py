@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.problem import Placement, PlacementProblem
+from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.errors import ConfigError
 from equipoise.jit.compile import helper, int_zeros, kernel, zeros
 from equipoise.jit.sort import descending
 from equipoise.jit.threads import for_each_layer
 
 
-def solve_global(problem: PlacementProblem) -> Placement:
+def solve_global(problem: PlacementProblem) -> Solution:
     """The published global planner: experts go anywhere, ``num_groups`` is ignored."""
     return _solve(problem, num_groups=1, num_nodes=1)
 
 
-def solve_hierarchical(problem: PlacementProblem) -> Placement:
+def solve_hierarchical(problem: PlacementProblem) -> Solution:
     """The published hierarchical planner: groups of experts stay within a node.
 
     Without ``num_groups``, as many groups as nodes. Falls back to the global planner, as published, where the groups
@@ -55,7 +55,7 @@ def solve_hierarchical(problem: PlacementProblem) -> Placement:
     return _solve(problem, num_groups, num_nodes)
 
 
-def _solve(problem: PlacementProblem, num_groups: int, num_nodes: int) -> Placement:
+def _solve(problem: PlacementProblem, num_groups: int, num_nodes: int) -> Solution:
     topology = problem.topology
     load = problem.load.sum(0)
     # float32 ends at 1e-38 and 3e38. A power of two changes no comparison.
@@ -65,7 +65,7 @@ def _solve(problem: PlacementProblem, num_groups: int, num_nodes: int) -> Placem
     for_each_layer(
         _solve_layers, problem.num_layers, problem.num_threads, load, num_groups, num_nodes, topology.num_ranks, placed
     )
-    return Placement(placed)
+    return Solution(placed)
 
 
 @helper

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # solvers know numpy only: the process that compiles them nee
 DEFAULT_MOVE_PRICE = 0.12
 
 
-class Placement(NamedTuple):
+class Solution(NamedTuple):
     """A solver's answer."""
 
     physical_to_logical_map: np.ndarray  # (L, P) int64

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import MappingProxyType
 
-from equipoise.algorithms import deepseek, equipoise, reweight
-from equipoise.algorithms.problem import Placement, PlacementProblem
+from equipoise.algorithms import deepseek, priced_search, reweight
+from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.errors import ConfigError
 
-Solver = Callable[[PlacementProblem], Placement]
+Solver = Callable[[PlacementProblem], Solution]
 
 SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
     {
         "deepseek": deepseek.solve_global,
         "deepseek_hierarchical": deepseek.solve_hierarchical,
-        "equipoise": equipoise.solve,
+        "equipoise": priced_search.solve,
         "reweight": reweight.solve,
     }
 )

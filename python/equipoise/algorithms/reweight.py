@@ -1,8 +1,8 @@
 """`reweight`: dispatch weights for the placement in force; no slot changes.
 
-The shares settle on the load to come as in `equipoise` (scenarios.py, shares.py), with an exponent of the soft maximum
-that fits how far off the forecast is (risk.py). A single window is no sample to spread risk over: there they are the
-exact least maximum for the placement (min_max.py).
+Coordinate descent on the shares, for the load to come, as in `equipoise` (scenarios.py, shares.py), with an exponent of
+the power-sum surrogate that fits how far off the forecast is (risk.py). A single window is no sample to spread risk
+over: there they are the exact minimum of the maximum for the placement (min_max.py).
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import math
 
 import numpy as np
 
-from equipoise.algorithms.problem import Placement, PlacementProblem
+from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.repair import lost_experts, spread_shares
-from equipoise.algorithms.search.shares import settle_all
-from equipoise.algorithms.task import Task
+from equipoise.algorithms.search.shares import optimise_shares
+from equipoise.algorithms.task import Layers, Task
 from equipoise.errors import ConfigError
 from equipoise.jit.compile import kernel, number
 
 ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
 
 
-def solve(problem: PlacementProblem) -> Placement:
+def solve(problem: PlacementProblem) -> Solution:
     """Re-solves the dispatch weights of the current placement, contiguous if there is none; no slot changes.
 
     Raises:
@@ -31,7 +31,7 @@ def solve(problem: PlacementProblem) -> Placement:
     task = Task.of(problem)
     share, lost = task.old_share.copy(), np.zeros(problem.num_layers, dtype=np.int64)
     doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
-    task.run(_weigh_layers, task.old, share, task.experts, task.weight, task.slowness, doublings, lost)
+    task.run(_weigh_layers, task.old, share, task.layers, doublings, lost)
     if lost.any():
         raise ConfigError(
             f"rank_capacity leaves experts of layer {int(np.flatnonzero(lost)[0])} without a live rank, and weights "
@@ -47,9 +47,7 @@ def _weigh_layers(
     last: int,
     placed: np.ndarray,
     share: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    slowness: np.ndarray,
+    layers: Layers,
     doublings: np.ndarray,
     lost: np.ndarray,
 ) -> None:
@@ -58,8 +56,8 @@ def _weigh_layers(
     ``lost`` (L,) takes the number of experts without a live rank.
     """
     for layer in range(first, last):
-        state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
+        state = new_state(placed[layer], share[layer], layers.experts[layer], layers.weight, layers.inverse_speed)
         lost[layer] = lost_experts(state)
         if lost[layer] == 0:
             spread_shares(state)
-            settle_all(state, doublings[layer], number(40), 1e-6)
+            optimise_shares(state, doublings[layer], number(40), 1e-6)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from equipoise.algorithms.forecast.risk import exponents
 from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load
-from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.search.connect import connect
+from equipoise.algorithms.problem import PlacementProblem, Solution
+from equipoise.algorithms.search.ejection_chain import eject
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.move_price import ELSEWHERE, ON_NODE
 from equipoise.jit.compile import kernel
@@ -23,6 +23,17 @@ RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.p
 SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 
 
+class Layers(NamedTuple):
+    """Load and ranks as the kernels take them."""
+
+    experts: np.ndarray  # (L, E, S + 1), see LayerState.experts
+    weight: np.ndarray  # (S,) of the scenarios
+    any_load: np.ndarray  # (L,) bool
+    inverse_speed: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
+    ranks_per_node: int
+    num_groups: int  # groups of experts to keep whole on nodes, 0 for none
+
+
 @dataclass(frozen=True)
 class Task:
     """A problem as the kernels take it."""
@@ -30,19 +41,17 @@ class Task:
     problem: PlacementProblem
     old: np.ndarray  # (L, P) int64, the placement in force; contiguous if there is none
     old_share: np.ndarray  # (L, P) float64, its dispatch weights; 0 if there is none
-    experts: np.ndarray  # (L, E, S + 1), see LayerState.experts
-    weight: np.ndarray  # (S,) of the scenarios
-    any_load: np.ndarray  # (L,) bool
-    slowness: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
-    exponent: np.ndarray  # (L,) of the soft maximum, that fits the forecast's error
+    layers: Layers
+    exponent: np.ndarray  # (L,) of the surrogate, that fits the forecast's error
     prices: np.ndarray  # (3,) of a move by where the expert was
 
     @classmethod
     def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> Task:
         shape = (problem.num_layers, problem.topology.num_slots)
-        slowness = _slowness(problem)
+        inverse_speed = _inverse_speed(problem)
+        live = int((inverse_speed > 0).sum())
         if scenarios is None:
-            scenarios = make_scenarios(problem.load, float((slowness > 0).sum()))
+            scenarios = make_scenarios(problem.load, float(live))
         prices = np.zeros(3)
         if problem.current is None:
             old = np.tile(np.arange(shape[1]) % problem.num_logical_experts, (shape[0], 1))
@@ -51,42 +60,42 @@ class Task:
             old = problem.current.physical_to_logical_map.cpu().numpy().copy()
             old_share = problem.current.dispatch_weights.cpu().numpy().astype(np.float64)
             prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
-        live = int((slowness > 0).sum())
         mean = mean_load(scenarios.tokens, scenarios.weight)
         exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
         noise = scenarios.noise * (RISK_PRICE * 0.5 * (exponent[:, None] - 1.0))
-        experts = np.concatenate([scenarios.tokens, noise[..., None]], axis=2)
-        return cls(problem, old, old_share, experts, scenarios.weight, scenarios.any_load, slowness, exponent, prices)
+        layers = Layers(
+            np.concatenate([scenarios.tokens, noise[..., None]], axis=2),
+            scenarios.weight,
+            scenarios.any_load,
+            inverse_speed,
+            problem.topology.ranks_per_node,
+            (problem.num_groups or 0) if problem.grouped else 0,
+        )
+        return cls(problem, old, old_share, layers, exponent, prices)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Ranks per node, and the number of groups to keep whole, 0 for none."""
-        groups = self.problem.num_groups if self.problem.grouped else None
-        return self.problem.topology.ranks_per_node, groups or 0
+    def num_groups(self) -> int:
+        return self.layers.num_groups
 
-    def take(self, layers: np.ndarray) -> Task:
+    def take(self, chosen: np.ndarray) -> Task:
+        """The same for the layers ``chosen`` alone."""
+        layers = self.layers._replace(experts=self.layers.experts[chosen], any_load=self.layers.any_load[chosen])
         return replace(
-            self,
-            old=self.old[layers],
-            old_share=self.old_share[layers],
-            experts=self.experts[layers],
-            exponent=self.exponent[layers],
-            any_load=self.any_load[layers],
+            self, old=self.old[chosen], old_share=self.old_share[chosen], layers=layers, exponent=self.exponent[chosen]
         )
 
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         for_each_layer(kernel, len(self.old), self.problem.num_threads, *args)
 
-    def finish(self, placed: np.ndarray, share: np.ndarray) -> Placement:
+    def finish(self, placed: np.ndarray, share: np.ndarray) -> Solution:
         problem = self.problem
         keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
         exchanges = not keep_slots and not problem.grouped
-        arrays = (self.old, placed, share, self.experts, self.weight, self.slowness)
-        self.run(_finish_layers, *arrays, keep_slots, exact, exchanges)
-        return Placement(placed, share)
+        self.run(_finish_layers, self.old, placed, share, self.layers, Finish(keep_slots, exact, exchanges))
+        return Solution(placed, share)
 
 
-def _slowness(problem: PlacementProblem) -> np.ndarray:
+def _inverse_speed(problem: PlacementProblem) -> np.ndarray:
     """(G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone."""
     capacity = problem.rank_capacity
     if capacity is None:
@@ -96,30 +105,27 @@ def _slowness(problem: PlacementProblem) -> np.ndarray:
     return np.where(live, speed[live].sum() / live.sum() / speed, 0.0)
 
 
+class Finish(NamedTuple):
+    """What is done to shares and slots at the end."""
+
+    keep_slots: bool  # an expert that stays on a rank stays in its slot
+    exact: bool  # the shares become those of the smallest maximum for the one window there is
+    exchanges: bool  # and experts may change ranks for that: where the placement was packed from scratch
+
+
 @kernel
 def _finish_layers(
-    first: int,
-    last: int,
-    old: np.ndarray,
-    placed: np.ndarray,
-    share: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    slowness: np.ndarray,
-    keep_slots: bool,
-    exact: bool,
-    exchanges: bool,
+    first: int, last: int, old: np.ndarray, placed: np.ndarray, share: np.ndarray, layers: Layers, finish: Finish
 ) -> None:
-    """Makes shares exact for a single window, puts experts that stay on a rank into their old slots, and cleans up.
-
-    With ``exchanges`` experts may change places for that: where the placement comes from nothing.
-    """
-    size = placed.shape[1] // slowness.shape[0]
+    """Finishes rows first..last-1 of ``placed`` and ``share`` (L, P), in place; ranks that are gone get no share."""
+    experts, inverse_speed = layers.experts, layers.inverse_speed
+    size = placed.shape[1] // inverse_speed.shape[0]
     for layer in range(first, last):
-        if exact:
-            connect(new_state(placed[layer], share[layer], experts[layer], weight, slowness), exchanges)
-        if keep_slots:
+        if finish.exact:
+            state = new_state(placed[layer], share[layer], experts[layer], layers.weight, inverse_speed)
+            eject(state, finish.exchanges)
+        if finish.keep_slots:
             align(placed[layer], share[layer], old[layer], size)
         for slot in range(placed.shape[1]):
-            live = slowness[slot // size] > 0.0
+            live = inverse_speed[slot // size] > 0.0
             share[layer, slot] = min(max(share[layer, slot], 0.0), 1.0) if live else 0.0

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from equipoise.algorithms import equipoise
+from equipoise.algorithms import priced_search
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
 from equipoise.algorithms.registry import SOLVERS
 from equipoise.jit.compile import without_loop_vectors
@@ -20,7 +20,7 @@ from equipoise.topology import EpTopology
 @without_loop_vectors()
 def compile_search() -> None:
     """Compiles, or loads from the cache, the search of the default algorithm: half of the solvers' kernels."""
-    equipoise.compile_search(_small_problem())
+    priced_search.compile_search(_small_problem())
 
 
 @without_loop_vectors()
@@ -30,7 +30,7 @@ def compile_all_but_search() -> None:
     for name, solve in SOLVERS.items():
         if name != "equipoise":
             solve(problem)
-    equipoise.compile_fresh_plan(problem)
+    priced_search.compile_packing(problem)
 
 
 SHARES = (compile_search, compile_all_but_search)

@@ -1,4 +1,4 @@
-"""jit
+"""Compiles and runs numba kernels alike everywhere, on threads, ahead of time; knows no torch.
 
 Public modules, which other rooms import::
 

@@ -1,4 +1,4 @@
-"""placement
+"""Where experts are: placements with their inverses, how even they are, alignment of two; knows no load to come.
 
 Public modules, which other rooms import::
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from equipoise.jit.compile import inlined
 
-MOST_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
+MAX_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 _NEVER = 1e9
 
 
 def match(cost: np.ndarray) -> np.ndarray:
     """(n,) column of each row of the (n, n) ``cost`` in a cheap perfect matching; optimal up to 64 rows."""
-    if len(cost) <= MOST_RANKS_MATCHED:
+    if len(cost) <= MAX_RANKS_MATCHED:
         from scipy.optimize import linear_sum_assignment  # here: its import takes longer than most plans
 
         return linear_sum_assignment(cost)[1]
@@ -25,26 +25,26 @@ def match(cost: np.ndarray) -> np.ndarray:
 
 
 def relabel(
-    placed: np.ndarray, old: np.ndarray, num_nodes: int, slowness: np.ndarray, node_price: float, keep_nodes: bool
+    placed: np.ndarray, old: np.ndarray, num_nodes: int, inverse_speed: np.ndarray, node_price: float, keep_nodes: bool
 ) -> np.ndarray:
     """The layer ``placed`` (P,) with its ranks named by :func:`rank_order`; ranks that are gone keep what they had."""
-    num_ranks = len(slowness)
-    renamed = placed.reshape(num_ranks, -1)[rank_order(placed, old, num_nodes, slowness, node_price, keep_nodes)]
-    renamed[slowness == 0] = old.reshape(num_ranks, -1)[slowness == 0]
+    num_ranks = len(inverse_speed)
+    renamed = placed.reshape(num_ranks, -1)[rank_order(placed, old, num_nodes, inverse_speed, node_price, keep_nodes)]
+    renamed[inverse_speed == 0] = old.reshape(num_ranks, -1)[inverse_speed == 0]
     return renamed.ravel()
 
 
 def rank_order(
-    placed: np.ndarray, old: np.ndarray, num_nodes: int, slowness: np.ndarray, node_price: float, keep_nodes: bool
+    placed: np.ndarray, old: np.ndarray, num_nodes: int, inverse_speed: np.ndarray, node_price: float, keep_nodes: bool
 ) -> np.ndarray:
     """(G,): the rank of the layer ``placed`` (P,) that each takes over, for the least price of moves from ``old`` (P,).
 
     Args:
-        slowness: (G,) 1 / speed; only ranks of equal speed trade names.
+        inverse_speed: (G,) 1 / speed; only ranks of equal speed trade names.
         node_price: price of a move whose weights come from another node; within a node it is 1.
         keep_nodes: ranks that share a node still share one: nodes are permuted as wholes, then the ranks in each.
     """
-    num_ranks = len(slowness)
+    num_ranks = len(inverse_speed)
     rank_of_slot = np.repeat(np.arange(num_ranks), len(old) // num_ranks)
     on_rank, wanted = np.zeros((2, num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
     on_rank[rank_of_slot, old] = True
@@ -53,7 +53,7 @@ def rank_order(
     price = np.where(on_rank, 0.0, np.where(on_node, 1.0, node_price))
     # (old name, new name): of giving a rank what the plan has on another, each expert once, whatever slots it takes.
     cost = price @ wanted.T.astype(np.float64)
-    cost[slowness[:, None] != slowness] = _NEVER
+    cost[inverse_speed[:, None] != inverse_speed] = _NEVER
     source = np.arange(num_ranks)
     if keep_nodes:
         per_node = num_ranks // num_nodes

@@ -1,4 +1,4 @@
-"""algorithms/forecast
+"""Forecasts the next window from those that were: scenarios, their weights, the error to expect.
 
 Public modules, which other rooms import::
 

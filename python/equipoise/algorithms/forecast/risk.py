@@ -12,11 +12,11 @@ import math
 
 import numpy as np
 
-LEAST_EXPONENT, MOST_EXPONENT = 2.0, 32.0
+MIN_EXPONENT, MAX_EXPONENT = 2.0, 32.0
 
 
 def exponents(mean: np.ndarray, noise: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarray:
-    """(L,) exponents of the soft maximum that suit the forecast error of rank loads.
+    """(L,) exponents of the power-sum surrogate that suit the forecast error of rank loads.
 
     Args:
         mean: (L, E) forecast load, where a mean rank has 1.
@@ -27,4 +27,4 @@ def exponents(mean: np.ndarray, noise: np.ndarray, num_slots: int, num_ranks: in
     replicas = np.maximum(mean * (num_slots / num_ranks), 1.0)
     sigma = np.sqrt((noise / replicas).sum(1) / num_ranks)
     scale = round(math.sqrt(2.0 * math.log(max(num_ranks, 2))), 6)
-    return np.clip(scale / np.maximum(sigma, 1e-9), LEAST_EXPONENT, MOST_EXPONENT)
+    return np.clip(scale / np.maximum(sigma, 1e-9), MIN_EXPONENT, MAX_EXPONENT)

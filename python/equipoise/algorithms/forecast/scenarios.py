@@ -5,10 +5,11 @@ weighted by what it says about the next one (window_weights.py). Where there are
 most alike share one, so that rare kinds of load stay apart from common ones (Ward, 1963: each time the two whose union
 loses least).
 
-What differs from one window to the next is split in two: *counting*, whose square grows with an expert's load m (a
-window holds so many tokens), and *drift*, whose square grows with m squared (an expert gains or loses popularity).
-Counting averages out over windows, drift does not: where all is counting, the mean of the windows predicts best, and
-where all is drift, the last one does. A backtest of two or three windows is a noisy choice of decay, and leans on that.
+What differs from one window to the next is split in two: *Poisson noise*, whose square grows with an expert's load m
+(a window holds so many tokens), and *relative noise*, whose square grows with m squared (an expert gains or loses
+popularity). Poisson noise averages out over windows, relative noise does not: where all is Poisson noise, the mean of
+the windows predicts best, and where all is relative noise, the last one does. A backtest of two or three windows is a
+noisy choice of decay, and leans on that.
 The same split says how far off a prediction will be.
 """
 
@@ -29,7 +30,7 @@ from equipoise.algorithms.forecast.window_weights import (
 from equipoise.jit.compile import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
-MOST_WINDOWS = 16  # older ones are left out
+MAX_WINDOWS = 16  # older ones are left out
 
 
 class Scenarios(NamedTuple):
@@ -44,7 +45,7 @@ class Scenarios(NamedTuple):
 
 def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     """Scenarios from (T, L, E) tokens, oldest first; ``total`` is the sum of all ranks' capacity, G when alike."""
-    load = load[-MOST_WINDOWS:]
+    load = load[-MAX_WINDOWS:]
     num_windows, num_layers, num_experts = load.shape
     share = np.empty(load.shape)
     any_load = np.empty(num_layers, dtype=np.bool_)
@@ -54,8 +55,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     first = 0 if mixture else last_shift(distance)
     # Nothing but one window after a shift: those before it still tell how load changes.
     told = share[first:] if first < num_windows - 1 else share[:first]
-    counting, drift = np.zeros(num_layers), np.zeros(num_layers)
-    part = _fit_changes(told, counting, drift) if len(told) > 1 else 0.0
+    poisson, relative = np.zeros(num_layers), np.zeros(num_layers)
+    part = _fit_changes(told, poisson, relative) if len(told) > 1 else 0.0
     share, distance = share[first:], [row[first:] for row in distance[first:]]
     decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else 0.0)
     weight = decayed(len(share), decay)
@@ -67,9 +68,9 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         else:  # not a matrix product: its order of additions, and so its last bits, depend on the machine
             tokens[..., scenario] = sum(weight[window] * share[window] for window in group) / lanes[scenario]
     mean = mean_load(tokens, lanes)
-    # A forecast from several windows has less counting noise of its own, and as much drift as one.
+    # A forecast from several windows has less Poisson noise of its own, and as much relative noise as one.
     own = sum(w * w for w in weight)
-    noise = (0.5 * (1.0 + own) * counting[:, None] + drift[:, None] * mean) * mean
+    noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     return Scenarios(tokens, lanes, noise, any_load, decay)
 
 
@@ -133,12 +134,12 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
 
 
 @kernel
-def _fit_changes(share: np.ndarray, counting: np.ndarray, drift: np.ndarray) -> float:
-    """Splits the squared change of a load m from window to window into ``counting * m + drift * m * m``.
+def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray) -> float:
+    """Splits the squared change of a load m from window to window into ``poisson * m + relative * m * m``.
 
     Least squares of change / m, so that neither the hottest experts nor the coldest decide alone; m is the mean of
     the two windows. Fills both rates, (L,), from each layer's calmest pair of windows: a shift of the workload that
-    was not found is no noise. Returns drift's part of all change, 0 to 1, in all pairs and layers.
+    was not found is no noise. Returns the relative part of all change, 0 to 1, in all pairs and layers.
     """
     num_windows, num_layers, num_experts = share.shape
     pooled = zeros(number(5))
@@ -159,14 +160,14 @@ def _fit_changes(share: np.ndarray, counting: np.ndarray, drift: np.ndarray) -> 
                 pooled[i] += sums[i]
             if sums[4] < least:
                 least = sums[4]
-                part = _drift_part(sums)
-                counting[layer], drift[layer] = (1.0 - part) * sums[4] / sums[1], part * sums[4] / sums[2]
-    return _drift_part(pooled)
+                part = _relative_part(sums)
+                poisson[layer], relative[layer] = (1.0 - part) * sums[4] / sums[1], part * sums[4] / sums[2]
+    return _relative_part(pooled)
 
 
 @helper
-def _drift_part(sums: np.ndarray) -> float:
-    """Drift's part of the squared change, from the sums of 1, m, m * m, change / m and change."""
+def _relative_part(sums: np.ndarray) -> float:
+    """The relative part of the squared change, from the sums of 1, m, m * m, change / m and change."""
     determinant = sums[0] * sums[2] - sums[1] * sums[1]
     if determinant <= 1e-12 * sums[0] * sums[2] or sums[4] <= 0.0:
         return 0.0

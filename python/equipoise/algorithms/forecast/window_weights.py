@@ -25,7 +25,7 @@ LEANING = 0.3  # part by which a backtest's error counts more for a decay that i
 MIXTURE_DECAY = 0.75  # at least; a mix changes as well, slowly
 MIXTURE_LIKENESS = 0.75  # of neighbours' distances to all others: drift has .43 over four windows, draws 1
 MIXTURE_SPREAD = 0.3  # see _spread: drift has .9 to 1, draws that differ in every expert about .6
-LEAST_CHANGES = 1.5  # that matter, for their directions to tell anything
+MIN_CHANGES = 1.5  # that matter, for their directions to tell anything
 _NEGLIGIBLE = 1e-3  # of all weight
 
 
@@ -108,7 +108,7 @@ def _spread(distance: list[list[float]]) -> float:
         return 1.0
     changes = lengths / sum(inner[i][i] ** 2 for i in range(num))
     directions = lengths / sum(product**2 for row in inner for product in row)
-    return (directions - 1.0) / (changes - 1.0) if changes >= LEAST_CHANGES else 1.0
+    return (directions - 1.0) / (changes - 1.0) if changes >= MIN_CHANGES else 1.0
 
 
 @kernel

@@ -1,17 +1,18 @@
-"""algorithms/search
+"""Searches one layer for a placement and shares: numba kernels, from a repaired placement to a balanced one.
 
 Public modules, which other rooms import::
 
-    connect.py       Exchanges that let the hottest ranks hand load on to ranks that it could not reach
-    fresh_plan.py    A plan from nothing: replicas where load and risk are, packed longest-processing-time first
-    layer_state.py   LayerState: one layer's placement with the rank loads that it causes, kept up to date change by ...
-    local_search.py  Local search from the placement in force: the fewest priced changes that balance the load to come
-    move_price.py    What a placement's moves cost, by where each expert was before
-    repair.py        Makes a placement valid before it is searched: no expert lost, no rank with two replicas of one ...
-    shares.py        Shares: how much of a replicated expert's load each of its replicas best takes, for the cost of ...
+    ejection_chain.py  Swaps slots so that the hottest ranks can hand load on to ranks they could not reach
+    layer_state.py     Holds one layer's placement and its rank loads, updated change by change
+    local_search.py    Searches from the placement in force for the fewest priced changes that balance the load to come
+    lpt_packing.py     Packs replicas from scratch, longest processing time first
+    move_price.py      Prices the moves of a placement by where each expert was before
+    repair.py          Restores lost experts, splits co-located replicas
+    shares.py          Optimises the shares of replicas by coordinate descent
 
 Private to this room::
 
-    changes.py       The changes that a local search may make to a placement, what each gains, and making it
-    min_max.py       The exact least maximum of rank load that a fixed placement allows, by choice of shares alone
+    best_change.py     Finds the change between two sets of ranks that lowers the cost most per price
+    changes.py         Evaluates and applies the changes that a local search may make
+    min_max.py         Minimises the maximum rank load of a fixed placement exactly, by choice of shares alone
 """

@@ -1,9 +1,9 @@
-"""The changes that a local search may make to a placement, what each gains, and making it.
+"""Evaluates and applies the changes that a local search may make to a placement.
 
 Two slots of different ranks swap their experts with the shares they have; or a redundant slot is overwritten with a
 replica of another slot's expert, which takes over part of that one's share, while what lay there leaves its share to
-one of its other replicas, the heir. Gains are differences of the cost of layer_state.py; those named first-order and
-most are what dismisses a change before its gain is computed.
+one of its remaining replicas. Gains are differences of the cost of layer_state.py; first-order gains and bounds are
+what dismisses a change before its gain is computed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from equipoise.algorithms.search.layer_state import (
     COST,
     COUNT,
     FIRST,
+    INVERSE_SPEED,
     NOISE,
     SLOPE,
-    SLOWNESS,
     LayerState,
     add_share,
     power,
     refresh,
     relink,
 )
-from equipoise.algorithms.search.shares import best_transfer, marginal, settle
+from equipoise.algorithms.search.shares import best_transfer, marginal, optimise_shares_of
 from equipoise.jit.compile import helper, inlined, number
 
 
@@ -66,22 +66,27 @@ def swap_gain(
     for s in range(NUM_SCENARIOS):
         moved = loads_1[k_1, s] - loads_2[k_2, s]
         gain -= weight[s] * (
-            power(ranks[rank_1, s] - moved * ranks[rank_1, SLOWNESS], doublings)
-            + power(ranks[rank_2, s] + moved * ranks[rank_2, SLOWNESS], doublings)
+            power(ranks[rank_1, s] - moved * ranks[rank_1, INVERSE_SPEED], doublings)
+            + power(ranks[rank_2, s] + moved * ranks[rank_2, INVERSE_SPEED], doublings)
         )
     return gain
 
 
 @helper
-def most_gain(
+def exchange_bound(
     ranks: np.ndarray, weight: np.ndarray, rank_1: int, rank_2: int, loads_2: np.ndarray, k: int, doublings: int
 ) -> float:
-    """Bound on the gain of any exchange between two ranks, when row ``k`` of ``loads_2`` (-1: none) leaves for good.
+    """Upper bound on the gain of any exchange between two ranks, when row ``k`` of ``loads_2`` (-1: none) leaves.
 
-    The cost is convex: the two can do no better than share their load in the proportion of their speeds.
+    The power mean is at least the mean, so two ranks can do no better than to become level::
+
+        gain <= cost_1 + cost_2 - 2 sum_s w_s level_s ** q,    level_s = (tokens_1s + tokens_2s) / (speed_1 + speed_2)
+
+    Exact for ranks of one speed and without a price of risk. Of two speeds the slower one may end a little above the
+    level, and a share that is split carries less risk: then it is an estimate, off by less than what a step must gain.
     """
     gain = ranks[rank_1, COST] + ranks[rank_2, COST]
-    slow_1, slow_2 = ranks[rank_1, SLOWNESS], ranks[rank_2, SLOWNESS]
+    slow_1, slow_2 = ranks[rank_1, INVERSE_SPEED], ranks[rank_2, INVERSE_SPEED]
     for s in range(NUM_SCENARIOS):
         load = ranks[rank_1, s] * slow_2 + ranks[rank_2, s] * slow_1
         if k >= 0:
@@ -91,8 +96,8 @@ def most_gain(
 
 
 @helper
-def find_heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
-    """The replica that takes a slot's share most cheaply when the slot is overwritten; first-order cost (over q)."""
+def cheapest_remaining(state: LayerState, slot: int, size: int) -> tuple[int, float]:
+    """The remaining replica that takes an overwritten slot's share most cheaply; first-order cost (over q)."""
     expert, following, share, replicas, _, ranks, experts, _ = state
     e, part = expert[slot], share[slot]
     best, least = number(-1), np.inf
@@ -108,13 +113,13 @@ def find_heir(state: LayerState, slot: int, size: int) -> tuple[int, float]:
 
 @inlined
 def overwrite_gain(
-    state: LayerState, hot_slot: int, slot: int, heir: int, doublings: int, saved: np.ndarray
+    state: LayerState, hot_slot: int, slot: int, remaining: int, doublings: int, saved: np.ndarray
 ) -> tuple[float, float]:
     """Gain of giving ``slot`` a replica of ``hot_slot``'s expert, and the share that it best takes over."""
     expert, _, share, _, _, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
-    hot, rank, third = hot_slot // size, slot // size, heir // size
-    e, has, freed, heir_share = expert[hot_slot], share[hot_slot], share[slot], share[heir]
+    hot, rank, third = hot_slot // size, slot // size, remaining // size
+    e, has, freed, remaining_share = expert[hot_slot], share[hot_slot], share[slot], share[remaining]
     apart = third != hot and third != rank
     gain = ranks[hot, COST] + ranks[rank, COST]
     if apart:
@@ -122,15 +127,15 @@ def overwrite_gain(
     for s in range(NUM_SCENARIOS):
         saved[0, s], saved[1, s] = ranks[rank, s], ranks[third, s]
     add_share(expert, share, ranks, experts, slot, -freed)
-    add_share(expert, share, ranks, experts, heir, freed)
+    add_share(expert, share, ranks, experts, remaining, freed)
     t = best_transfer(ranks, experts, weight, e, hot, rank, has, 0.0, doublings, number(2))
     for s in range(NUM_SCENARIOS):
-        less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, SLOWNESS]
-        more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, SLOWNESS]
+        less = t * (experts[e, s] + experts[e, NOISE] * (2.0 * has - t)) * ranks[hot, INVERSE_SPEED]
+        more = t * (experts[e, s] + experts[e, NOISE] * t) * ranks[rank, INVERSE_SPEED]
         gain -= weight[s] * (power(ranks[hot, s] - less, doublings) + power(ranks[rank, s] + more, doublings))
         if apart:
             gain -= weight[s] * power(ranks[third, s], doublings)
-    share[slot], share[heir] = freed, heir_share
+    share[slot], share[remaining] = freed, remaining_share
     for s in range(NUM_SCENARIOS):
         ranks[third, s] = saved[1, s]
         ranks[rank, s] = saved[0, s]
@@ -138,12 +143,12 @@ def overwrite_gain(
 
 
 @helper
-def overwrite(state: LayerState, slot: int, heir: int, new: int) -> None:
-    """Gives ``slot`` to the expert ``new``, with no share yet; what was there leaves its share to ``heir``."""
+def overwrite(state: LayerState, slot: int, remaining: int, new: int) -> None:
+    """Gives ``slot`` to the expert ``new``, with no share yet; its old share goes to the slot ``remaining``."""
     expert, following, share, replicas, held, ranks, experts, _ = state
     freed = share[slot]
     add_share(expert, share, ranks, experts, slot, -freed)
-    add_share(expert, share, ranks, experts, heir, freed)
+    add_share(expert, share, ranks, experts, remaining, freed)
     relink(expert, following, replicas, held, slot, new)
     share[slot] = 0.0
 
@@ -162,22 +167,22 @@ def swap(state: LayerState, slot_1: int, slot_2: int) -> None:
 
 
 @inlined
-def apply_change(state: LayerState, slot_1: int, slot_2: int, heir: int, t: float, doublings: int) -> None:
-    """Applies an overwrite (``heir`` names a slot) or a swap (-1), and settles the shares around it."""
+def apply_change(state: LayerState, slot_1: int, slot_2: int, remaining: int, t: float, doublings: int) -> None:
+    """Applies an overwrite (``remaining`` names a slot) or a swap (-1), and optimises the shares around it."""
     expert, _, share, replicas, _, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
-    if heir >= 0:
-        overwrite(state, slot_2, heir, expert[slot_1])
+    if remaining >= 0:
+        overwrite(state, slot_2, remaining, expert[slot_1])
         add_share(expert, share, ranks, experts, slot_1, -t)
         add_share(expert, share, ranks, experts, slot_2, t)
     else:
         swap(state, slot_1, slot_2)
-    for i in range(3 if heir >= 0 else 2):
-        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
+    for i in range(3 if remaining >= 0 else 2):
+        slot = slot_1 if i == 0 else slot_2 if i == 1 else remaining
         refresh(ranks, weight, slot // size, doublings)
-    for i in range(3 if heir >= 0 else 2):
-        slot = slot_1 if i == 0 else slot_2 if i == 1 else heir
+    for i in range(3 if remaining >= 0 else 2):
+        slot = slot_1 if i == 0 else slot_2 if i == 1 else remaining
         first = slot // size * size
         for near in range(first, first + size):
             if replicas[expert[near], COUNT] > 1:
-                settle(state, expert[near], doublings, 1e-3)
+                optimise_shares_of(state, expert[near], doublings, 1e-3)

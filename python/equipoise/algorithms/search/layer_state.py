@@ -1,10 +1,11 @@
-"""LayerState: one layer's placement with the rank loads that it causes, kept up to date change by change.
+"""Holds one layer's placement and its rank loads, updated change by change.
 
-The cost of a placement is a soft maximum over scenarios s and ranks r, ``sum_s weight_s sum_r load_rs ** q``, with
-``q = 2 ** doublings``. A slot that takes the share ``w`` of its expert adds ``w (tokens_s + noise w)`` to its rank,
-divided by the rank's speed. The second term is the price of risk: a rank load with variance v around m has the
-expected power ``m**q (1 + q (q - 1) / 2 v / m**2 + ...)``, which near m = 1 is a load larger by ``(q - 1) / 2 v``; and
-a share w of an expert has ``w**2`` times the expert's variance. It spreads unsteady experts over more replicas.
+The cost of a placement is a power-sum (p-norm) surrogate of the maximum over scenarios s and ranks r,
+``sum_s weight_s sum_r load_rs ** q``, with ``q = 2 ** doublings``. A slot that takes the share ``w`` of its expert adds
+``w (tokens_s + noise w)`` to its rank, divided by the rank's speed. The second term is the price of risk: a rank load
+with variance v around m has the expected power ``m**q (1 + q (q - 1) / 2 v / m**2 + ...)``, which near m = 1 is a load
+larger by ``(q - 1) / 2 v``; and a share w of an expert has ``w**2`` times the expert's variance. It spreads unsteady
+experts over more replicas.
 
 Functions here are numba kernels that a search calls millions of times. They allocate nothing, work on four scenarios
 at a time, and take single arrays rather than the whole state: numba counts a reference for each field it reads.
@@ -21,7 +22,12 @@ from equipoise.jit.compile import helper, int_zeros
 
 TINY = 1e-9
 # Columns of LayerState.ranks; the load per scenario comes first, then the slope per scenario.
-SLOPE, COST, SLOWNESS, RANK_COLUMNS = NUM_SCENARIOS, 2 * NUM_SCENARIOS, 2 * NUM_SCENARIOS + 1, 2 * NUM_SCENARIOS + 2
+SLOPE, COST, INVERSE_SPEED, RANK_COLUMNS = (
+    NUM_SCENARIOS,
+    2 * NUM_SCENARIOS,
+    2 * NUM_SCENARIOS + 1,
+    2 * NUM_SCENARIOS + 2,
+)
 NOISE = NUM_SCENARIOS  # column of LayerState.experts
 FIRST, COUNT = 0, 1  # columns of LayerState.replicas
 
@@ -41,10 +47,10 @@ class LayerState(NamedTuple):
 
 @helper
 def new_state(
-    expert: np.ndarray, share: np.ndarray, experts: np.ndarray, weight: np.ndarray, slowness: np.ndarray
+    expert: np.ndarray, share: np.ndarray, experts: np.ndarray, weight: np.ndarray, inverse_speed: np.ndarray
 ) -> LayerState:
-    """The state of a placement; the arrays are used, not copied. ``slowness`` is 0 for a rank that is gone."""
-    num_slots, num_experts, num_ranks = expert.shape[0], experts.shape[0], slowness.shape[0]
+    """The state of a placement; the arrays are used, not copied. ``inverse_speed`` is 0 for a rank that is gone."""
+    num_slots, num_experts, num_ranks = expert.shape[0], experts.shape[0], inverse_speed.shape[0]
     state = LayerState(
         expert,
         int_zeros(num_slots),
@@ -58,7 +64,7 @@ def new_state(
     for rank in range(num_ranks):
         for column in range(RANK_COLUMNS):
             state.ranks[rank, column] = 0.0
-        state.ranks[rank, SLOWNESS] = slowness[rank]
+        state.ranks[rank, INVERSE_SPEED] = inverse_speed[rank]
     fill(state)
     return state
 
@@ -76,7 +82,7 @@ def fill(state: LayerState) -> None:
         for s in range(NUM_SCENARIOS):
             ranks[rank, s] = 0.0
     for slot in range(expert.shape[0] - 1, -1, -1):
-        if ranks[slot // size, SLOWNESS] > 0.0:
+        if ranks[slot // size, INVERSE_SPEED] > 0.0:
             link(expert, following, replicas, held, slot, expert[slot])
             part = share[slot]
             share[slot] = 0.0
@@ -132,7 +138,7 @@ def add_share(
 ) -> None:
     """Changes a slot's share, and its rank's load with it; ``refresh`` the rank afterwards."""
     rank, e = slot // (share.shape[0] // ranks.shape[0]), expert[slot]
-    slow = ranks[rank, SLOWNESS]
+    slow = ranks[rank, INVERSE_SPEED]
     risk = experts[e, NOISE] * change * (2.0 * share[slot] + change)
     for s in range(NUM_SCENARIOS):
         ranks[rank, s] += (change * experts[e, s] + risk) * slow
@@ -147,7 +153,7 @@ def refresh(ranks: np.ndarray, weight: np.ndarray, rank: int, doublings: int) ->
         load = max(ranks[rank, s], TINY)
         part = weight[s] * power(load, doublings)
         total += part
-        ranks[rank, SLOPE + s] = part / load * ranks[rank, SLOWNESS]
+        ranks[rank, SLOPE + s] = part / load * ranks[rank, INVERSE_SPEED]
     ranks[rank, COST] = total
 
 

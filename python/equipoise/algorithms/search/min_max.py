@@ -1,4 +1,4 @@
-"""The exact least maximum of rank load that a fixed placement allows, by choice of shares alone.
+"""Minimises the maximum rank load of a fixed placement exactly, by choice of shares alone.
 
 The shares that minimise the largest load of a bipartite graph of experts and ranks are a flow. Load goes from the
 hottest rank along a chain of replicas to a cooler one, until the ranks that it can reach are level. Those form the
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.search.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
+from equipoise.algorithms.search.layer_state import COUNT, FIRST, INVERSE_SPEED, LayerState, add_share
 from equipoise.jit.compile import helper, int_zeros, number
 
 _LEVEL = 1e-9  # relative: ranks closer than this are level
@@ -36,14 +36,16 @@ def level_ranks(state: LayerState) -> None:
         coolest, tokens, capacity = hottest, 0.0, 0.0
         for i in range(reach(state, hottest, reached, queue, give, take)):
             rank = queue[i]
-            tokens += ranks[rank, 0] / ranks[rank, SLOWNESS]
-            capacity += 1.0 / ranks[rank, SLOWNESS]
+            tokens += ranks[rank, 0] / ranks[rank, INVERSE_SPEED]
+            capacity += 1.0 / ranks[rank, INVERSE_SPEED]
             if ranks[rank, 0] < ranks[coolest, 0]:
                 coolest = rank
         mean = tokens / capacity
         if top - mean <= _LEVEL * top or coolest == hottest:
             return
-        flow = min((top - mean) / ranks[hottest, SLOWNESS], (mean - ranks[coolest, 0]) / ranks[coolest, SLOWNESS])
+        flow = min(
+            (top - mean) / ranks[hottest, INVERSE_SPEED], (mean - ranks[coolest, 0]) / ranks[coolest, INVERSE_SPEED]
+        )
         rank = coolest
         while rank != hottest:
             flow = min(flow, share[give[rank]] * experts[expert[give[rank]], 0])

@@ -1,11 +1,11 @@
-"""Makes a placement valid before it is searched: no expert lost, no rank with two replicas of one expert."""
+"""Repairs a placement before it is searched: restores lost experts, splits co-located replicas."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from equipoise.algorithms.search.changes import overwrite
-from equipoise.algorithms.search.layer_state import COUNT, FIRST, SLOWNESS, LayerState, add_share
+from equipoise.algorithms.search.layer_state import COUNT, FIRST, INVERSE_SPEED, LayerState, add_share
 from equipoise.algorithms.search.move_price import ON_RANK
 from equipoise.jit.compile import helper, inlined, number
 
@@ -38,7 +38,7 @@ def spread_shares(state: LayerState) -> None:
 
 
 @helper
-def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
+def restore_lost_experts(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
     """Gives each expert without a live replica the live redundant slot that is missed least; returns the moves, or -1.
 
     ``home`` is the (E,) node that an expert has to stay on, or -1. Second replicas on one rank go first, then those
@@ -53,7 +53,7 @@ def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
         best, least = number(-1), np.inf
         for slot in range(expert.shape[0]):
             rank, other = slot // size, expert[slot]
-            if ranks[rank, SLOWNESS] == 0.0 or replicas[other, COUNT] < 2:
+            if ranks[rank, INVERSE_SPEED] == 0.0 or replicas[other, COUNT] < 2:
                 continue
             if home[e] >= 0 and rank // ranks_per_node != home[e]:
                 continue
@@ -62,41 +62,41 @@ def revive(state: LayerState, home: np.ndarray, ranks_per_node: int) -> int:
                 best, least = slot, missed
         if best < 0:
             return -1
-        overwrite(state, best, _any_other(following, replicas, expert[best], best), e)
+        overwrite(state, best, _another_replica(following, replicas, expert[best], best), e)
         add_share(expert, share, ranks, experts, best, 1.0)
         moves += 1
     return moves
 
 
 @helper
-def part_twins(state: LayerState, where: np.ndarray, home: np.ndarray, ranks_per_node: int, room: int) -> None:
+def split_colocated(state: LayerState, origin: np.ndarray, home: np.ndarray, ranks_per_node: int, room: int) -> None:
     """Overwrites a second replica on a rank with the expert that has the most load per replica and is not there.
 
-    At most ``room`` slots change. A twin stays where its rank, or node, has no use for any other expert.
+    At most ``room`` slots change. A replica stays where its rank, or node, has no use for any other expert.
     """
     expert, following, _, replicas, held, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     for slot in range(expert.shape[0]):
-        rank, twin = slot // size, expert[slot]
-        if ranks[rank, SLOWNESS] == 0.0 or held[rank, twin] < 2:
+        rank, other = slot // size, expert[slot]
+        if ranks[rank, INVERSE_SPEED] == 0.0 or held[rank, other] < 2:
             continue
         best, most = number(-1), -1.0
         for e in range(replicas.shape[0]):
             if held[rank, e] > 0 or (home[e] >= 0 and rank // ranks_per_node != home[e]):
                 continue
-            if room <= 0 and where[rank, e] != ON_RANK:
+            if room <= 0 and origin[rank, e] != ON_RANK:
                 continue
             per_replica = _mean(experts, weight, e) / (replicas[e, COUNT] + 1)
             if per_replica > most:
                 best, most = e, per_replica
         if best >= 0:
-            if where[rank, best] != ON_RANK:
+            if origin[rank, best] != ON_RANK:
                 room -= 1
-            overwrite(state, slot, _any_other(following, replicas, twin, slot), best)
+            overwrite(state, slot, _another_replica(following, replicas, other, slot), best)
 
 
 @helper
-def _any_other(following: np.ndarray, replicas: np.ndarray, e: int, slot: int) -> int:
+def _another_replica(following: np.ndarray, replicas: np.ndarray, e: int, slot: int) -> int:
     other = replicas[e, FIRST]
     return following[other] if other == slot else other
 

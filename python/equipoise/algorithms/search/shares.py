@@ -1,4 +1,4 @@
-"""Shares: how much of a replicated expert's load each of its replicas best takes, for the cost of layer_state.py.
+"""Optimises the shares of replicas by coordinate descent on the cost of layer_state.py.
 
 At the optimum one more unit of an expert's share costs the same on each of its replicas that has any. So share goes
 from the dearest replica to the cheapest until they agree, expert after expert; the cost is convex, and it only falls.
@@ -13,9 +13,9 @@ from equipoise.algorithms.search.layer_state import (
     COST,
     COUNT,
     FIRST,
+    INVERSE_SPEED,
     NOISE,
     SLOPE,
-    SLOWNESS,
     TINY,
     LayerState,
     add_share,
@@ -46,17 +46,17 @@ def best_transfer(
     has: float,
     gets: float,
     doublings: int,
-    most_rounds: int,
+    max_rounds: int,
 ) -> float:
     """The part of expert ``e``'s share that best goes from a rank that has ``has`` of it to one that has ``gets``.
 
     Newton's method on a convex function of one number.
     """
     q = float(1 << doublings)
-    slow_1, slow_2 = ranks[source, SLOWNESS], ranks[target, SLOWNESS]
+    slow_1, slow_2 = ranks[source, INVERSE_SPEED], ranks[target, INVERSE_SPEED]
     noise = experts[e, NOISE]
     low, high, t = 0.0, has, 0.0
-    for _ in range(most_rounds):
+    for _ in range(max_rounds):
         slope, curve = 0.0, 0.0
         gone, come = noise * t * (2.0 * has - t), noise * t * (2.0 * gets + t)
         for s in range(NUM_SCENARIOS):
@@ -85,8 +85,8 @@ def best_transfer(
 
 
 @helper
-def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float:
-    """Moves share between the dearest and the cheapest replica of expert ``e`` until they agree; returns the gain."""
+def optimise_shares_of(state: LayerState, e: int, doublings: int, tolerance: float) -> float:
+    """Moves share between the dearest and the cheapest replica of expert ``e`` until they agree; the gain."""
     expert, following, share, replicas, _, ranks, experts, weight = state
     size = expert.shape[0] // ranks.shape[0]
     gain = 0.0
@@ -119,7 +119,7 @@ def settle(state: LayerState, e: int, doublings: int, tolerance: float) -> float
 
 
 @helper
-def settle_all(state: LayerState, doublings: int, rounds: int, tolerance: float) -> None:
+def optimise_shares(state: LayerState, doublings: int, rounds: int, tolerance: float) -> None:
     """Re-solves all shares: round after round over the replicated experts until a round gains next to nothing."""
     replicas, ranks, weight = state.replicas, state.ranks, state.weight
     for rank in range(ranks.shape[0]):
@@ -128,7 +128,7 @@ def settle_all(state: LayerState, doublings: int, rounds: int, tolerance: float)
         gain, total = 0.0, 0.0
         for e in range(replicas.shape[0]):
             if replicas[e, COUNT] > 1:
-                gain += settle(state, e, doublings, tolerance)
+                gain += optimise_shares_of(state, e, doublings, tolerance)
         for rank in range(ranks.shape[0]):
             total += ranks[rank, COST]
         if gain <= tolerance * total:

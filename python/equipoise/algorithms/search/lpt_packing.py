@@ -1,4 +1,4 @@
-"""A plan from nothing: replicas where load and risk are, packed longest-processing-time first."""
+"""Packs replicas from scratch, longest processing time first (LPT; Graham, 1969)."""
 
 from __future__ import annotations
 
@@ -70,13 +70,18 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
 
 @inlined
 def pack(
-    experts: np.ndarray, load: np.ndarray, ranks: np.ndarray, slowness: np.ndarray, slots_per_rank: int, out: np.ndarray
+    experts: np.ndarray,
+    load: np.ndarray,
+    ranks: np.ndarray,
+    inverse_speed: np.ndarray,
+    slots_per_rank: int,
+    out: np.ndarray,
 ) -> None:
     """Packs ``experts`` onto all slots of ``ranks``, no two replicas of one on a rank as long as that is possible.
 
     Args:
         load: (E,) load of each expert, indexed by its id.
-        slowness: (G,) 1 / speed.
+        inverse_speed: (G,) 1 / speed.
         out: (P,) expert of each slot; the slots of ``ranks`` are filled.
     """
     num_slots = ranks.shape[0] * slots_per_rank
@@ -93,7 +98,7 @@ def pack(
             for r in range(ranks.shape[0]):
                 if taken[r] == slots_per_rank:
                     continue
-                after = (rank_load[r] + unit[i]) * slowness[ranks[r]]
+                after = (rank_load[r] + unit[i]) * inverse_speed[ranks[r]]
                 if after < least and not _holds(out, ranks[r] * slots_per_rank, taken[r], experts[i]):
                     best, least = r, after
             if best < 0:

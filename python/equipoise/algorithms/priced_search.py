@@ -1,12 +1,12 @@
 """`equipoise`, the default: joint placement and dispatch weights, from the placement in force, with priced moves.
 
-Per layer: the shares of the placement in force settle on the load to come (scenarios.py); a local search
-(local_search.py) makes the moves that pay; where enough balance is left on the table to pay for it, a plan from
-nothing (fresh_plan.py), its ranks renamed after the old ones (relabel.py), is searched as well, and the better of the
-two wins. Without a placement in force, moves are free and only the plan from nothing is made.
+Per layer: the shares of the placement in force are optimised for the load to come (scenarios.py); a local search
+(local_search.py) makes the moves that pay; where enough balance is left on the table to pay for it, a packing from
+scratch (lpt_packing.py), its ranks renamed after the old ones (relabel.py), is searched as well, and the better of the
+two wins. Without a placement in force, moves are free and only the packing from scratch is searched.
 
 How far off the forecast is (risk.py) sets the price of risk. A single window is no sample to spread risk over: there
-the shares are finished by the exact least maximum for the placement (min_max.py).
+the shares are finished by the exact minimum of the maximum for the placement (min_max.py).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
-from equipoise.algorithms.problem import Placement, PlacementProblem
-from equipoise.algorithms.search.fresh_plan import pack, pack_groups, risk_load
+from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.layer_state import new_state
-from equipoise.algorithms.search.local_search import NUM_COOL, search
-from equipoise.algorithms.search.move_price import ELSEWHERE, origin, spent
-from equipoise.algorithms.search.repair import part_twins, revive, spread_shares
-from equipoise.algorithms.task import NODE_PRICE, Task
+from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
+from equipoise.algorithms.search.lpt_packing import pack, pack_groups, risk_load
+from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins_of, spent
+from equipoise.algorithms.search.repair import restore_lost_experts, split_colocated, spread_shares
+from equipoise.algorithms.task import NODE_PRICE, Layers, Task
 from equipoise.errors import ConfigError
 from equipoise.jit.compile import helper, int_zeros, kernel
 from equipoise.placement.relabel import relabel
 
-STAGES = (2, 3, 5)  # exponents of the soft maximum: 2**2 = 4, then 8, then 32
+STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
-LEAST_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
-SINGLE_LEAST_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
-MOST_COOL = 24  # ranks to put load on that a step looks at; as many then, otherwise a quarter of all at most
+MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
+SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
+MAX_COOL = 24  # ranks to put load on that a step looks at; as many then, otherwise a quarter of all at most
 NO_LIMIT = 1 << 60
 
 
-def solve(problem: PlacementProblem) -> Placement:
+def solve(problem: PlacementProblem) -> Solution:
     """Solves placement and dispatch weights together.
 
     Raises:
@@ -45,17 +45,19 @@ def solve(problem: PlacementProblem) -> Placement:
     placed, share = task.old.copy(), task.old_share.copy()
     if problem.current is not None:
         _improve(task, placed, share, value)
-        # A plan from nothing moves more than half of the slots: below, it could win nevertheless.
+        # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
         retried = np.flatnonzero(value < 1.0 - 0.5 * problem.move_price)
     else:
         retried = np.arange(problem.num_layers)
     if retried.size:
         part = task.take(retried)
-        fresh, enough = _plan_afresh(part)
+        fresh, enough = _pack_from_scratch(part)
         if problem.current is not None:
             nodes, grouped = problem.topology.num_nodes, problem.grouped
             for layer in np.flatnonzero(enough):
-                fresh[layer] = relabel(fresh[layer], part.old[layer], nodes, part.slowness, NODE_PRICE, grouped)
+                fresh[layer] = relabel(
+                    fresh[layer], part.old[layer], nodes, part.layers.inverse_speed, NODE_PRICE, grouped
+                )
         fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
         _improve(part, fresh, fresh_share, fresh_value)
         better = enough & (fresh_value > value[retried])
@@ -80,43 +82,35 @@ def compile_search(problem: PlacementProblem) -> None:
     _improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))
 
 
-def compile_fresh_plan(problem: PlacementProblem) -> None:
-    """Compiles the plan from nothing, and scenarios, without the search."""
-    _plan_afresh(Task.of(problem))
+def compile_packing(problem: PlacementProblem) -> None:
+    """Compiles the packing from scratch, and scenarios, without the search."""
+    _pack_from_scratch(Task.of(problem))
 
 
-def _plan_afresh(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """(L, P) experts, placed from nothing; (L,) bool, False where a node has too few live slots for its groups."""
+def _pack_from_scratch(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """(L, P) experts, packed from scratch; (L,) bool, False where a node has too few live slots for its groups."""
     fresh, enough = task.old.copy(), np.zeros(len(task.old), dtype=np.bool_)
-    task.run(_fresh_layers, fresh, enough, task.experts, task.weight, task.slowness, *task.shape)
+    task.run(_pack_layers, fresh, enough, task.layers)
     return fresh, enough
 
 
 def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
     """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
     problem, from_nothing = task.problem, task.problem.current is None
-    num_slots, limit = problem.topology.num_slots, problem.max_moves_per_layer
+    topology, limit = problem.topology, problem.max_moves_per_layer
     several = problem.load.shape[0] > 1
-    task.run(
-        _improve_layers,
-        task.old,
-        placed,
-        share,
-        value,
-        task.experts,
-        task.weight,
-        task.any_load,
-        task.slowness,
-        *task.shape,
-        task.prices,
-        problem.move_price / num_slots,
-        NO_LIMIT if limit is None or from_nothing else limit,
+    moves = MoveTerms(
+        task.prices, problem.move_price / topology.num_slots, NO_LIMIT if limit is None or from_nothing else limit
+    )
+    options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
-        max(24, problem.topology.num_ranks // 2) if from_nothing and several else num_slots,
-        LEAST_GAIN if several or not from_nothing else SINGLE_LEAST_GAIN,
-        max(NUM_COOL, min(MOST_COOL, problem.topology.num_ranks // 4) if several or not from_nothing else MOST_COOL),
+        max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
+        MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
+        max(NUM_COOL, min(MAX_COOL, topology.num_ranks // 4) if several or not from_nothing else MAX_COOL),
+        topology.ranks_per_node if task.num_groups else topology.num_ranks,
     )
+    task.run(_improve_layers, task.old, placed, share, value, task.layers, moves, options)
 
 
 @kernel
@@ -127,45 +121,39 @@ def _improve_layers(
     placed: np.ndarray,
     share: np.ndarray,
     value: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    any_load: np.ndarray,
-    slowness: np.ndarray,
-    ranks_per_node: int,
-    num_groups: int,
-    prices: np.ndarray,
-    slot_price: float,
-    limit: int,
-    stages: np.ndarray,
-    max_steps: int,
-    least_gain: float,
-    most_cool: int,
+    layers: Layers,
+    moves: MoveTerms,
+    options: SearchOptions,
 ) -> None:
     """Repairs and searches rows first..last-1 of ``placed`` and ``share`` (L, P), in place.
 
     ``value`` (L,) holds what a layer has to beat and takes what it reached: -inf where no valid plan is within the
     limit, or none that could beat it.
     """
-    num_ranks, num_experts = slowness.shape[0], experts.shape[1]
-    domain = ranks_per_node if num_groups > 0 else num_ranks
+    experts, inverse_speed, ranks_per_node, num_groups = (
+        layers.experts,
+        layers.inverse_speed,
+        layers.ranks_per_node,
+        layers.num_groups,
+    )
+    prices, slot_price, limit = moves
+    num_ranks, num_experts = inverse_speed.shape[0], experts.shape[1]
     for layer in range(first, last):
         to_beat = value[layer]
         value[layer] = -np.inf
-        where = origin(old[layer], num_experts, num_ranks, ranks_per_node)
+        origin = origins_of(old[layer], num_experts, num_ranks, ranks_per_node)
         home, whole = _home_of_experts(placed[layer], num_groups, num_ranks // ranks_per_node, num_experts)
-        state = new_state(placed[layer], share[layer], experts[layer], weight, slowness)
-        moves = revive(state, home, ranks_per_node)
-        if moves < 0 or not (whole or limit < NO_LIMIT):
+        state = new_state(placed[layer], share[layer], experts[layer], layers.weight, inverse_speed)
+        made = restore_lost_experts(state, home, ranks_per_node)
+        if made < 0 or not (whole or limit < NO_LIMIT):
             continue
-        part_twins(state, where, home, ranks_per_node, limit - moves)
+        split_colocated(state, origin, home, ranks_per_node, limit - made)
         spread_shares(state)
-        price, moves = spent(state.expert, where, prices)
-        if moves > limit or 1.0 - slot_price * price <= to_beat:
+        price, made = spent(state.expert, origin, prices)
+        if made > limit or 1.0 - slot_price * price <= to_beat:
             continue
-        if any_load[layer] or prices[ELSEWHERE] == 0.0:
-            value[layer] = search(
-                state, where, prices, slot_price, domain, limit, stages, max_steps, least_gain, most_cool
-            )
+        if layers.any_load[layer] or prices[ELSEWHERE] == 0.0:
+            value[layer] = search(state, origin, moves, options)
         else:
             value[layer] = 1.0  # no token was seen: nothing speaks for a change
 
@@ -193,24 +181,15 @@ def _home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_ex
 
 
 @kernel
-def _fresh_layers(
-    first: int,
-    last: int,
-    placed: np.ndarray,
-    enough: np.ndarray,
-    experts: np.ndarray,
-    weight: np.ndarray,
-    slowness: np.ndarray,
-    ranks_per_node: int,
-    num_groups: int,
-) -> None:
-    """Plans rows first..last-1 of ``placed`` from nothing; ``enough`` is False where a node has too few live slots."""
-    num_experts, num_ranks = experts.shape[1], slowness.shape[0]
-    domain = ranks_per_node if num_groups > 0 else num_ranks
+def _pack_layers(first: int, last: int, placed: np.ndarray, enough: np.ndarray, layers: Layers) -> None:
+    """Packs rows first..last-1 of ``placed`` from scratch; ``enough`` is False where a node has too few live slots."""
+    experts, inverse_speed, num_groups = layers.experts, layers.inverse_speed, layers.num_groups
+    num_experts, num_ranks = experts.shape[1], inverse_speed.shape[0]
+    domain = layers.ranks_per_node if num_groups > 0 else num_ranks
     size, num_domains = placed.shape[1] // num_ranks, num_ranks // domain
     ranks, mine = int_zeros(domain), int_zeros(num_experts)
     for layer in range(first, last):
-        load = risk_load(experts[layer], weight)
+        load = risk_load(experts[layer], layers.weight)
         node_of = int_zeros(num_experts)
         if num_groups > 0:
             node_of = pack_groups(load, num_groups, num_domains)
@@ -218,7 +197,7 @@ def _fresh_layers(
         for block in range(num_domains):
             num_live, num_mine = 0, 0
             for rank in range(block * domain, (block + 1) * domain):
-                if slowness[rank] > 0.0:
+                if inverse_speed[rank] > 0.0:
                     ranks[num_live] = rank
                     num_live += 1
             for e in range(num_experts):
@@ -228,4 +207,4 @@ def _fresh_layers(
             if num_live * size < num_mine:
                 enough[layer] = False
             else:
-                pack(mine[:num_mine], load, ranks[:num_live], slowness, size, placed[layer])
+                pack(mine[:num_mine], load, ranks[:num_live], inverse_speed, size, placed[layer])

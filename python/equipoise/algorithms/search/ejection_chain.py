@@ -1,4 +1,4 @@
-"""Exchanges that let the hottest ranks hand load on to ranks that it could not reach.
+"""Swaps slots so that the hottest ranks can hand load on to ranks they could not reach (an ejection chain's step).
 
 Once the shares of a placement are exact (min_max.py), what keeps the maximum up is a closed set of ranks: all replicas
 of the experts with a share there lie there. No choice of shares helps, and an exchange of two slots with the shares
@@ -12,19 +12,19 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.search.changes import swap
-from equipoise.algorithms.search.layer_state import COUNT, SLOWNESS, LayerState, power
+from equipoise.algorithms.search.layer_state import COUNT, INVERSE_SPEED, LayerState, power
 from equipoise.algorithms.search.min_max import level_ranks, reach
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 
 ENOUGH = 5e-3  # above the mean: where the hottest rank is closer than that, nothing is tried
 _NUM_COOL = 8  # ranks outside of the set that are tried, the coolest first
 _NUM_TRIES = 24  # slots of the set that each of their slots is exchanged with
-_LEAST_GAIN = 1e-4  # of the cost, sum load ** 64; ranks that are as hot and stay so must not hide a gain
+_MIN_GAIN = 1e-4  # of the cost, sum load ** 64; ranks that are as hot and stay so must not hide a gain
 _DOUBLINGS = 6
 
 
 @inlined
-def connect(state: LayerState, exchanges: bool) -> None:
+def eject(state: LayerState, exchanges: bool) -> None:
     """Lowers the maximum load of the first scenario by shares and, if allowed, by exchanges while they gain; in place.
 
     Other loads change only along the way; ``cost`` and ``slope`` are left stale.
@@ -48,7 +48,7 @@ def connect(state: LayerState, exchanges: bool) -> None:
         for _ in range(_NUM_COOL):
             coolest = number(-1)
             for rank in range(num_ranks):
-                outside = reached[rank] == 0 and ranks[rank, SLOWNESS] > 0.0
+                outside = reached[rank] == 0 and ranks[rank, INVERSE_SPEED] > 0.0
                 if outside and (coolest < 0 or ranks[rank, 0] < ranks[coolest, 0]):
                     coolest = rank
             if coolest < 0:
@@ -72,7 +72,7 @@ def _exchange_that_gains(
         old_share[near] = share[near]
     for rank in range(ranks.shape[0]):
         old_load[rank] = ranks[rank, 0]
-    most = _cost(ranks) * (1.0 - _LEAST_GAIN)
+    most = _cost(ranks) * (1.0 - _MIN_GAIN)
     tries = 0
     for i in range(num_hot):
         rank = hot[i]
