@@ -2,9 +2,9 @@
 
 Each step looks at the slots of the hottest ranks against those of the coolest ones and applies the change that lowers
 the cost (layer_state.py) most per price: two slots swap their experts, or a redundant slot is overwritten with a
-replica of a hot rank's expert, whose best share is solved along with it. The cost is convex, so a first-order gain bounds what
-a change can gain, and most are dismissed by it (best_change.py). After each change the shares of the replicated experts
-around it are optimised again. A change that undoes a move gives its price back.
+replica of a hot rank's expert, whose best share is solved along with it. The cost is convex, so a first-order gain
+bounds what a change can gain, and most are dismissed by it (best_change.py). After each change the shares of the
+replicated experts around it are optimised again. A change that undoes a move gives its price back.
 
 The search walks on a little past the point where moves pay, and the best placement on its way wins: the one with the
 largest expected balance minus price. So each prefix of the walk is a budget that was tried.
