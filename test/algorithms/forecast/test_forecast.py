@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from equipoise.algorithms.forecast.risk import LEAST_EXPONENT, MOST_EXPONENT, exponents
+from equipoise.algorithms.forecast.risk import MAX_EXPONENT, MIN_EXPONENT, exponents
 from equipoise.algorithms.forecast.scenarios import _group, make_scenarios, mean_load
 from equipoise.algorithms.forecast.window_weights import (
     DECAYS,
@@ -193,7 +193,7 @@ def test_exponent_fits_the_error_of_a_rank_load():
     mean = np.ones((3, 16))  # one expert a rank
     noise = np.array([[0.0], [0.04], [9.0]]) * mean
     found = exponents(mean, noise, num_slots=16, num_ranks=16)
-    assert found == pytest.approx([MOST_EXPONENT, math.sqrt(2 * math.log(16)) / 0.2, LEAST_EXPONENT], rel=1e-5)
+    assert found == pytest.approx([MAX_EXPONENT, math.sqrt(2 * math.log(16)) / 0.2, MIN_EXPONENT], rel=1e-5)
     # Two replicas of each, on ranks of their own: errors of two halves, where there was one of the whole.
     halves = exponents(mean, noise, num_slots=32, num_ranks=16)
     assert halves[1] == pytest.approx(found[1] * math.sqrt(2), rel=1e-5)
