@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +44,10 @@ class EplbConfig:
 
     eplb_max_moves_per_layer: int | None = None
     """Hard limit on the slots of a layer that may receive another expert in one rebalance."""
+
+    eplb_move_price: float = 0.12
+    """Balancedness that moving every slot of a layer within its node must gain to be worth it; a lower price moves
+    more for a little more balance."""
 
     eplb_verification: Verification = "canary"
     """`canary`: each expert's id travels with its weights and is checked before a layer commits; `checksum`: a 64-bit
@@ -96,6 +101,8 @@ class EplbConfig:
         _require(0 < duty <= 1, "eplb_transfer_duty", duty, "in (0, 1]")
         redundant = self.ep_num_redundant_experts
         _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
+        price = self.eplb_move_price
+        _require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
         for name in ("eplb_max_moves_per_layer", "eplb_staging_bytes"):
             value = getattr(self, name)
             _require(
@@ -215,6 +222,9 @@ class ReplayConfig:
     max_moves_per_layer: int | None = None
     """Hard limit on slots changed per layer and plan."""
 
+    move_price: float = EplbConfig.eplb_move_price
+    """Balancedness that moving every slot of a layer within its node must gain to be worth it."""
+
     expert_bytes: int | None = None
     """Bytes of one expert of one layer, to turn moves into bytes."""
 
@@ -224,6 +234,7 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_nodes", "window", "rebalance_every", "tokens_per_step"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(0 <= self.move_price < math.inf, "move_price", self.move_price, "finite and not negative")
         _require(self.history is None or self.history >= 1, "history", self.history, "at least 1, or None")
         redundant = self.num_redundant_experts
         _require(redundant >= 0, "num_redundant_experts", redundant, "at least 0")

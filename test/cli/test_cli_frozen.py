@@ -32,6 +32,7 @@ SERVE = {
     "--eplb-rebalance-layers-per-chunk": 1,
     "--eplb-min-rebalancing-utilization-threshold": 1.0,
     "--eplb-max-moves-per-layer": None,
+    "--eplb-move-price": 0.12,
     "--eplb-verification": "canary",
     "--eplb-staging-bytes": None,
     "--eplb-transfer-timeout": 60.0,
@@ -61,6 +62,7 @@ REPLAY = {
     "--history": None,
     "--rebalance-every": 1,
     "--max-moves-per-layer": None,
+    "--move-price": 0.12,
     "--expert-bytes": None,
     "--tokens-per-step": 128,
 }

@@ -22,3 +22,6 @@ class RebalanceBody(StrictBody):
 
     max_moves_per_layer: int | None = None
     """Hard limit on the slots of a layer that may receive another expert."""
+
+    move_price: float | None = None
+    """Balancedness that moving every slot of a layer within its node must gain; None: the one of --eplb-move-price."""

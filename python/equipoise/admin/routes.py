@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -58,7 +59,9 @@ def _add_balancing(router: APIRouter, control: Control) -> None:
             raise ConfigError(
                 f"max_moves_per_layer must be at least 0, got {asked.max_moves_per_layer}", field="max_moves_per_layer"
             )
-        command = Rebalance(asked.algorithm, asked.dry_run, asked.max_moves_per_layer)
+        if asked.move_price is not None and not 0 <= asked.move_price < math.inf:
+            raise ConfigError(f"move_price must be finite and at least 0, got {asked.move_price}", field="move_price")
+        command = Rebalance(asked.algorithm, asked.dry_run, asked.max_moves_per_layer, asked.move_price)
         report: RebalanceReport = await _shielded(control(command))
         if report.outcome == "failed":
             failure = error_body(report.error or report.reason, "TransferError")

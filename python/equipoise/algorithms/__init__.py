@@ -1,12 +1,13 @@
 """Placement algorithms: one solver per file, one registry, one conformance suite that all of them pass.
 
-A new algorithm is a function from :class:`~equipoise.algorithms.problem.PlacementProblem` to
-:class:`~equipoise.algorithms.problem.Solution` and a line in ``registry.py``.
+A new algorithm is a file and a line in ``registry.py``: a function from
+:class:`~equipoise.algorithms.problem.PlacementProblem` to :class:`~equipoise.algorithms.problem.Solution`. One of
+another package is registered by decorator or entry point.
 
 Public modules, which other rooms import::
 
     rebalance.py      Computes a placement for the load to come: the one function that callers use
-    registry.py       Registers placement algorithms: what each is called, and what sets it apart
+    registry.py      Registers placement algorithms, own and others: one frozen record each
     warm_up.py        Compiles the solvers' kernels: in parts, as a program of its own, or all in this process
 
 Private to this room::

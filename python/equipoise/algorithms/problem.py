@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from equipoise.config import EplbConfig
 from equipoise.errors import ConfigError, PlacementError
 from equipoise.topology import EpTopology
 
 if TYPE_CHECKING:  # solvers know numpy only: the process that compiles them need not load torch
     from equipoise.placement.metadata import ExpertLocationMetadata
 
-DEFAULT_MOVE_PRICE = 0.12
+DEFAULT_MOVE_PRICE = EplbConfig.eplb_move_price
+
+DispatchKind = Literal["even", "weights", "batch"]
+"""How tokens are split over replicas: alike; by shares solved with the plan; by shares solved on each batch."""
+DISPATCH_KINDS: tuple[DispatchKind, ...] = get_args(DispatchKind)
 
 
 class Solution(NamedTuple):
@@ -38,6 +43,8 @@ class PlacementProblem:
         rank_capacity: (G,) float64 relative speed of each rank, 0 for a rank that is gone; None: all alike.
         move_price: balance that moving every slot of a layer within its node would have to gain to be worth it.
         num_threads: threads that solve layers side by side; the answer does not depend on it.
+        dispatch: the kind of dispatch that will use the placement.
+        tokens_per_step: tokens that the ranks of a forward pass route together; None: not known.
     """
 
     load: np.ndarray
@@ -48,6 +55,8 @@ class PlacementProblem:
     rank_capacity: np.ndarray | None
     move_price: float
     num_threads: int
+    dispatch: DispatchKind = "weights"
+    tokens_per_step: int | None = None
 
     @classmethod
     def check(
@@ -61,6 +70,8 @@ class PlacementProblem:
         rank_capacity: npt.ArrayLike | None,
         move_price: float,
         num_threads: int,
+        dispatch: DispatchKind = "weights",
+        tokens_per_step: int | None = None,
     ) -> PlacementProblem:
         """Builds a problem from what a caller handed in; ``load`` from ``as_load_array``.
 
@@ -68,46 +79,60 @@ class PlacementProblem:
             ConfigError: too few slots, groups that do not divide the experts, a negative limit, price or capacity.
             PlacementError: ``current`` has another topology or other sizes than the load.
         """
-        if load.ndim == 2:
-            load = load[None]
-        num_layers, num_experts = load.shape[1:]
+        problem = cls(
+            np.ascontiguousarray(load[None] if load.ndim == 2 else load),
+            topology,
+            current,
+            num_groups,
+            max_moves_per_layer,
+            _checked_capacity(rank_capacity, topology, load.shape[-1]),
+            move_price,
+            num_threads,
+            dispatch,
+            tokens_per_step,
+        )
+        problem._check_sizes()
+        problem._check_options()
+        return problem
+
+    def _check_sizes(self) -> None:
+        num_layers, num_experts, topology = self.num_layers, self.num_logical_experts, self.topology
         if topology.num_slots < num_experts:
             raise ConfigError(
                 f"{num_experts} logical experts do not fit into {topology.num_slots} slots "
                 f"({topology.num_ranks} ranks of slots_per_rank={topology.slots_per_rank})",
                 field="slots_per_rank",
             )
-        if num_groups is not None and (num_groups < 1 or num_experts % num_groups):
+        if self.num_groups is not None and (self.num_groups < 1 or num_experts % self.num_groups):
             raise ConfigError(
-                f"num_groups must divide the {num_experts} logical experts, got num_groups={num_groups}",
+                f"num_groups must divide the {num_experts} logical experts, got num_groups={self.num_groups}",
                 field="num_groups",
             )
-        if max_moves_per_layer is not None and max_moves_per_layer < 0:
-            raise ConfigError(
-                f"max_moves_per_layer must not be negative, got {max_moves_per_layer}", field="max_moves_per_layer"
-            )
-        if not (np.isfinite(move_price) and move_price >= 0):
-            raise ConfigError(f"move_price must be finite and not negative, got {move_price}", field="move_price")
-        if num_threads < 1:
-            raise ConfigError(f"num_threads must be at least 1, got {num_threads}", field="num_threads")
-        if current is not None:
-            theirs = (current.topology, current.num_layers, current.num_logical_experts)
+        if self.current is not None:
+            theirs = (self.current.topology, self.current.num_layers, self.current.num_logical_experts)
             if theirs != (topology, num_layers, num_experts):
                 raise PlacementError(
                     f"current does not fit the problem: (topology, layers, logical experts) is {theirs}, "
                     f"asked for {(topology, num_layers, num_experts)}",
                     field="current",
                 )
-        return cls(
-            np.ascontiguousarray(load),
-            topology,
-            current,
-            num_groups,
-            max_moves_per_layer,
-            _checked_capacity(rank_capacity, topology, num_experts),
-            float(move_price),
-            num_threads,
+
+    def _check_options(self) -> None:
+        limit, price, threads, tokens = (
+            self.max_moves_per_layer,
+            self.move_price,
+            self.num_threads,
+            self.tokens_per_step,
         )
+        for good, name, value, must in (
+            (limit is None or limit >= 0, "max_moves_per_layer", limit, "not be negative"),
+            (np.isfinite(price) and price >= 0, "move_price", price, "be finite and not negative"),
+            (threads >= 1, "num_threads", threads, "be at least 1"),
+            (self.dispatch in DISPATCH_KINDS, "dispatch", self.dispatch, f"be one of {', '.join(DISPATCH_KINDS)}"),
+            (tokens is None or tokens >= 1, "tokens_per_step", tokens, "be at least 1"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} must {must}, got {value!r}", field=name)
 
     @property
     def num_layers(self) -> int:

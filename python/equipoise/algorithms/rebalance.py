@@ -1,16 +1,21 @@
-"""The one function that callers use: from load and the placement in force to the placement to come."""
+"""Computes a placement for the load to come: the one function that callers use."""
 
 from __future__ import annotations
+
+import logging
 
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
-from equipoise.algorithms.registry import solver
+from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, DispatchKind, PlacementProblem
+from equipoise.algorithms.registry import Algorithm, find_algorithm
+from equipoise.errors import ConfigError
 from equipoise.jit.threads import available_cpus
 from equipoise.placement.balancedness import LoadLike, as_load_array
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
+
+_log = logging.getLogger("equipoise.algorithms")
 
 
 def rebalance_experts(
@@ -23,6 +28,8 @@ def rebalance_experts(
     max_moves_per_layer: int | None = None,
     rank_capacity: npt.ArrayLike | None = None,
     move_price: float = DEFAULT_MOVE_PRICE,
+    dispatch: DispatchKind = "weights",
+    tokens_per_step: int | None = None,
     num_threads: int | None = None,
 ) -> ExpertLocationMetadata:
     """Computes a placement for the load to come from the load that was.
@@ -39,6 +46,9 @@ def rebalance_experts(
             whose plan an algorithm cannot shorten keeps its current placement. Without ``current`` it says nothing.
         rank_capacity: (G,) relative speed of each rank; 0 for a rank that is gone.
         move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it.
+        dispatch: how tokens will be split over replicas. ``even``: alike, as engines do that know no weights;
+            ``weights``: by the shares that are planned here; ``batch``: by shares solved anew on each batch.
+        tokens_per_step: tokens that a forward pass routes, all ranks together: the noise of a batch, for ``batch``.
         num_threads: layers solved side by side; None: one thread per CPU this process may use.
 
     Returns:
@@ -57,18 +67,50 @@ def rebalance_experts(
         max_moves_per_layer=max_moves_per_layer,
         rank_capacity=rank_capacity,
         move_price=move_price,
+        dispatch=dispatch,
+        tokens_per_step=tokens_per_step,
         num_threads=available_cpus() if num_threads is None else num_threads,
     )
-    placed, weights = solver(algorithm)(problem)
-    if current is not None and max_moves_per_layer is not None:
-        placed = _within_limit(placed, problem)
+    chosen = find_algorithm(algorithm)
+    _check_support(chosen, problem)
+    placed, weights = chosen.solve(problem)
+    placed = _within_limit(placed, problem)
     return ExpertLocationMetadata.from_physical_to_logical(
         placed, problem.num_logical_experts, topology, dispatch_weights=weights
     )
 
 
+def _check_support(algorithm: Algorithm, problem: PlacementProblem) -> None:
+    """
+    Raises:
+        ConfigError: the algorithm cannot honour the kind of dispatch, or ranks of different speed.
+    """
+    if problem.dispatch not in algorithm.dispatch:
+        raise ConfigError(
+            f"{algorithm.name} plans for dispatch {', '.join(algorithm.dispatch)}, got dispatch={problem.dispatch!r}",
+            field="dispatch",
+        )
+    capacity = problem.rank_capacity
+    if capacity is not None and not algorithm.rank_capacity and (capacity != capacity[0]).any():
+        raise ConfigError(
+            f"{algorithm.name} knows only ranks of one speed, got rank_capacity={capacity.tolist()}; "
+            f"equipoise and reweight honour it",
+            field="rank_capacity",
+        )
+    if problem.num_groups not in (None, 1) and problem.topology.num_nodes > 1:
+        if not algorithm.groups:
+            _log.warning("%s ignores num_groups=%d: experts go to any node", algorithm.name, problem.num_groups)
+        elif not problem.grouped:
+            _log.warning(
+                "num_groups=%d cannot be kept whole on num_nodes=%d, which does not divide it: experts go to any node",
+                problem.num_groups,
+                problem.topology.num_nodes,
+            )
+
+
 def _within_limit(placed: np.ndarray, problem: PlacementProblem) -> np.ndarray:
-    current = problem.current_map
-    assert current is not None
-    over = (placed != current).sum(1) > problem.max_moves_per_layer
-    return np.where(over[:, None], current, placed)
+    """``placed`` (L, P), where a layer with more changes than are allowed keeps the placement in force."""
+    current, limit = problem.current_map, problem.max_moves_per_layer
+    if current is None or limit is None:
+        return placed
+    return np.where(((placed != current).sum(1) > limit)[:, None], current, placed)

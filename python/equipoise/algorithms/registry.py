@@ -1,45 +1,106 @@
-"""The registry of placement algorithms: what each is called, and what sets it apart."""
+"""Registers placement algorithms, the package's own and those of others: one frozen record each.
+
+The package's own are a line each in :data:`OWN`. One of another package is a function under the decorator
+:func:`register`, in a module that is imported by hand, or named by an entry point, which every process finds::
+
+    [project.entry-points."equipoise.algorithms"]
+    mine = "my_package.placement"
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 
 from equipoise.algorithms import deepseek, priced_search, reweight
-from equipoise.algorithms.problem import PlacementProblem, Solution
+from equipoise.algorithms.problem import DISPATCH_KINDS, DispatchKind, PlacementProblem, Solution
 from equipoise.errors import ConfigError
 
-Solver = Callable[[PlacementProblem], Solution]
-
-SOLVERS: MappingProxyType[str, Solver] = MappingProxyType(
-    {
-        "deepseek": deepseek.solve_global,
-        "deepseek_hierarchical": deepseek.solve_hierarchical,
-        "equipoise": priced_search.solve,
-        "reweight": reweight.solve,
-    }
-)
-_BY_NODES = frozenset({"deepseek_hierarchical"})
-_BY_ONE_WINDOW = frozenset({"deepseek", "deepseek_hierarchical"})
+ENTRY_POINTS = "equipoise.algorithms"
 HISTORY = 8  # windows that tell drift, shifts and mixtures apart, see window_weights.py; more add little
+AUTO = "equipoise"
+
+Solver = Callable[[PlacementProblem], Solution]
+_log = logging.getLogger("equipoise.algorithms")
 
 
-def plans_by_nodes(name: str) -> bool:
-    """Whether an algorithm assigns experts to nodes first, even where the model names no groups.
+@dataclass(frozen=True)
+class Algorithm:
+    """A placement algorithm and what sets it apart.
 
-    What it keeps together on a node must stay together: ranks may not be renamed across nodes.
+    Attributes:
+        name: what the command line, the server and the replay call it.
+        solve: from a checked problem to a solution; pure.
+        by_nodes: it assigns experts to nodes first, even where the model names no groups. What it keeps together on a
+            node must stay together: ranks may not be renamed across nodes.
+        groups: it keeps the expert groups of ``num_groups`` whole on nodes.
+        history: past windows that it is best given. The published planners add up what they get, and look at one.
+        dispatch: kinds of dispatch that a plan of it makes sense for.
+        rank_capacity: it honours ranks that are slower than others, or gone.
     """
-    return name in _BY_NODES
+
+    name: str
+    solve: Solver
+    by_nodes: bool = False
+    groups: bool = True
+    history: int = HISTORY
+    dispatch: tuple[DispatchKind, ...] = DISPATCH_KINDS
+    rank_capacity: bool = True
 
 
-def history_of(name: str) -> int:
-    """Past windows that an algorithm is best given: the published planners add up what they get, and look at one."""
-    return 1 if name in _BY_ONE_WINDOW else HISTORY
+OWN = (
+    Algorithm("deepseek", deepseek.solve_global, groups=False, history=1, rank_capacity=False),
+    Algorithm("deepseek_hierarchical", deepseek.solve_hierarchical, by_nodes=True, history=1, rank_capacity=False),
+    Algorithm("equipoise", priced_search.solve),
+    Algorithm("reweight", reweight.solve, dispatch=("weights",)),
+)
+_known = {algorithm.name: algorithm for algorithm in OWN}
+
+
+def register(
+    name: str,
+    *,
+    by_nodes: bool = False,
+    groups: bool = False,
+    history: int = HISTORY,
+    dispatch: tuple[DispatchKind, ...] = DISPATCH_KINDS,
+    rank_capacity: bool = False,
+) -> Callable[[Solver], Solver]:
+    """Decorates a function from problem to solution, and registers it; arguments as in :class:`Algorithm`.
+
+    In this process alone: an engine's ranks are processes of their own, and find an algorithm by its entry point.
+
+    Raises:
+        ConfigError: another function has that name already, or the name is ``auto``.
+    """
+
+    def decorate(solve: Solver) -> Solver:
+        algorithm = Algorithm(name, solve, by_nodes, groups, history, dispatch, rank_capacity)
+        known = _known.setdefault(name, algorithm)
+        if name == "auto" or known.solve is not solve:
+            raise ConfigError(f"an algorithm named {name!r} is registered already", field="algorithm")
+        return solve
+
+    return decorate
+
+
+@cache
+def _load_entry_points() -> None:
+    """Imports what installed packages offer, once; a package that fails is named in the log and left out."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # a stranger's module may raise anything
+            _log.warning("algorithms of entry point %s = %s left out: %s", entry.name, entry.value, error)
 
 
 def available_algorithms() -> list[str]:
     """Names that :func:`rebalance_experts` takes besides ``auto``, sorted."""
-    return sorted(SOLVERS)
+    _load_entry_points()
+    return sorted(_known)
 
 
 def check_algorithm(name: str, *, field: str = "algorithm") -> None:
@@ -47,15 +108,16 @@ def check_algorithm(name: str, *, field: str = "algorithm") -> None:
     Raises:
         ConfigError: ``name`` is neither ``auto`` nor one of :func:`available_algorithms`; the message lists them.
     """
-    if name != "auto" and name not in SOLVERS:
+    if name != "auto" and name not in available_algorithms():
         known = ", ".join(["auto", *available_algorithms()])
         raise ConfigError(f"{field} must be one of {known}, got {name!r}", field=field)
 
 
-def solver(name: str) -> Solver:
-    """
+def find_algorithm(name: str) -> Algorithm:
+    """The record of an algorithm; that of the default one for ``auto``.
+
     Raises:
         ConfigError: as :func:`check_algorithm`.
     """
     check_algorithm(name)
-    return SOLVERS["equipoise" if name == "auto" else name]
+    return _known[AUTO] if name == "auto" else _known[name]

@@ -11,7 +11,7 @@ import numpy as np
 
 from equipoise.algorithms import priced_search
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
-from equipoise.algorithms.registry import SOLVERS
+from equipoise.algorithms.registry import OWN
 from equipoise.jit.compile import without_loop_vectors
 from equipoise.jit.warming import compile_side_by_side
 from equipoise.topology import EpTopology
@@ -27,9 +27,9 @@ def compile_search() -> None:
 def compile_all_but_search() -> None:
     """Compiles, or loads from the cache, the solvers' other kernels."""
     problem = _small_problem()
-    for name, solve in SOLVERS.items():
-        if name != "equipoise":
-            solve(problem)
+    for algorithm in OWN:
+        if algorithm.solve is not priced_search.solve:
+            algorithm.solve(problem)
     priced_search.compile_packing(problem)
 
 

@@ -59,6 +59,7 @@ def run_replay(
                     expert_bytes=config.expert_bytes,
                     num_groups=config.num_groups,
                     max_moves_per_layer=config.max_moves_per_layer,
+                    move_price=config.move_price,
                     baselines=baselines,
                     on_window=lambda: progress.advance(task),
                 )

@@ -41,6 +41,7 @@ class Rebalance:
     algorithm: str | None = None  # None: the one the engine was started with
     dry_run: bool = False  # plan and report, change nothing
     max_moves_per_layer: int | None = None  # None: the engine's
+    move_price: float | None = None  # None: the engine's
     window_steps: int | None = None  # plan from the last so many steps; None: --eplb-rebalance-num-iterations
     force: bool = False  # carry the plan out even if it gains nothing on the window it was made from
 

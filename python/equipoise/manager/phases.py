@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -113,6 +114,8 @@ class Rebalancing:
             value, least = getattr(request, name), int(name == "window_steps")
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}", field=name)
+        if request.move_price is not None and not 0 <= request.move_price < math.inf:
+            raise ConfigError(f"move_price must be finite and at least 0, got {request.move_price}", field="move_price")
         self._request, self._answer = request, answer
 
     def end_step(self, *, counted: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.algorithms.rebalance import rebalance_experts
-from equipoise.algorithms.registry import plans_by_nodes
+from equipoise.algorithms.registry import find_algorithm
 from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
 from equipoise.manager.commands import Rebalance
@@ -96,6 +96,7 @@ def plan_rebalance(
     if decision.action == "skip" or mean_before is None:
         return result(decision, before)
     limit = request.max_moves_per_layer if request else None
+    price = request.move_price if request else None
     start = clock()
     try:
         planned = rebalance_experts(
@@ -105,11 +106,12 @@ def plan_rebalance(
             current=current,
             num_groups=num_groups,
             max_moves_per_layer=limit if limit is not None else config.eplb_max_moves_per_layer,
+            move_price=price if price is not None else config.eplb_move_price,
         )
     except InvalidInputError as error:
         return result(Decision("skip", "planning failed"), before, error=str(error), seconds=clock() - start)
     # Names of slots and ranks change nothing for the load, but much for what must move.
-    grouped = num_groups is not None or plans_by_nodes(algorithm)
+    grouped = num_groups is not None or find_algorithm(algorithm).by_nodes
     planned = align_placement(current, planned, relabel="nodes" if grouped else "ranks")
     seconds = clock() - start
     after = balancedness(load, planned).numpy()

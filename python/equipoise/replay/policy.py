@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.config import EplbConfig
 from equipoise.placement.metadata import ExpertLocationMetadata
 
 
@@ -34,6 +35,7 @@ class AlgorithmPolicy:
     name: str  # of the algorithm
     num_groups: int | None = None
     max_moves_per_layer: int | None = None
+    move_price: float = EplbConfig.eplb_move_price
 
     def plan(self, history: np.ndarray, current: ExpertLocationMetadata) -> ExpertLocationMetadata:
         return rebalance_experts(
@@ -43,4 +45,5 @@ class AlgorithmPolicy:
             current=current,
             num_groups=self.num_groups,
             max_moves_per_layer=self.max_moves_per_layer,
+            move_price=self.move_price,
         )

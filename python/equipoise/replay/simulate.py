@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.algorithms.rebalance import rebalance_experts
-from equipoise.algorithms.registry import HISTORY, available_algorithms, history_of
+from equipoise.algorithms.registry import HISTORY, available_algorithms, find_algorithm
+from equipoise.config import EplbConfig
 from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError
 from equipoise.load.trace import LoadTrace
 from equipoise.load.windows import Windows, cut_windows
@@ -53,6 +54,7 @@ def replay(
     expert_bytes: int | None = None,
     num_groups: int | None = None,
     max_moves_per_layer: int | None = None,
+    move_price: float = EplbConfig.eplb_move_price,
     oracle_algorithms: Sequence[str] | None = None,
     baselines: Baselines | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -66,11 +68,11 @@ def replay(
         policy: an algorithm's name, or an object that plans.
         window: steps in a load window. A trace's last, partial window is left out.
         history: most windows a plan looks back on; what suits the algorithm if None, see
-            :func:`~equipoise.algorithms.history_of`.
+            :class:`~equipoise.algorithms.registry.Algorithm`.
         rebalance_every: windows between two plans.
         initial: the first placement; the trivial one if None.
         expert_bytes: bytes of one expert of one layer, to turn moves into bytes.
-        num_groups, max_moves_per_layer: for a policy given by name, see ``rebalance_experts``.
+        num_groups, max_moves_per_layer, move_price: for a policy given by name, see ``rebalance_experts``.
         oracle_algorithms: what the oracle chooses from; every algorithm that can plan for this topology if None.
         baselines: from an earlier :func:`score_baselines` of the same windows, to spare the work.
         clock: seconds, to time the planning with.
@@ -87,10 +89,10 @@ def replay(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
     if history is None:
-        history = history_of(policy) if isinstance(policy, str) else HISTORY
+        history = find_algorithm(policy).history if isinstance(policy, str) else HISTORY
     windows = trace if isinstance(trace, Windows) else cut_windows(_as_list(trace), window)
     start = _initial_placement(windows, topology) if initial is None else initial
-    chosen = AlgorithmPolicy(policy, num_groups, max_moves_per_layer) if isinstance(policy, str) else policy
+    chosen = AlgorithmPolicy(policy, num_groups, max_moves_per_layer, move_price) if isinstance(policy, str) else policy
     if baselines is None:
         baselines = score_baselines(
             windows, topology, initial=start, num_groups=num_groups, oracle_algorithms=oracle_algorithms
