@@ -34,6 +34,7 @@ ROOMS = (
     "engine/demo_model",
     "engine/model",
     "engine",
+    "hosts/sglang",
     "hosts",
     "server",
     "replay",

@@ -92,7 +92,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            ("", "Expected one of {serve, replay, explain-transfer}"),
+            ("", "Expected one of {serve, replay, explain-transfer, doctor}"),
             ("nope", "nope"),
             ("serve", "--model-path"),
             ("serve --model-path m --ep-size four", "--ep-size"),

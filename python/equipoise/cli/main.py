@@ -121,10 +121,26 @@ class ExplainTransfer:
         )
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check the flags of another engine's launch for what balancing would run into; exit code 1 if there is any."""
+
+    launch: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="sglang [FLAGS ...]")]
+    """The engine, then the flags as they follow `sglang serve`."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from equipoise.cli.doctor import run_doctor
+
+        return run_doctor(self.launch, os.environ, Console())
+
+
 _Command = (
     Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[ExplainTransfer, tyro.conf.subcommand("explain-transfer")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
@@ -135,6 +151,8 @@ def parse(arguments: Sequence[str]) -> Subcommand:
         InvalidInputError: an option that is unknown, missing or has a value that cannot work.
         SystemExit: ``--help`` was printed (code 0).
     """
+    if list(arguments[:1]) == ["doctor"] and not {"-h", "--help"} & set(arguments):
+        return Doctor(tuple(arguments[1:]))  # flags of another program, which are not parsed here
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -191,7 +209,7 @@ def _as_input_error(exit_: SystemExit, said: str, arguments: Sequence[str]) -> I
         if isinstance(cause, InvalidInputError):
             return _naming_the_flag(cause)
         cause = cause.__context__
-    command = next((name for name in ("serve", "replay", "explain-transfer") if name in arguments[:1]), None)
+    command = next((name for name in ("serve", "replay", "explain-transfer", "doctor") if name in arguments[:1]), None)
     where = f"equipoise {command} --help" if command else "equipoise --help"
     return ConfigError(f"{_first_section(said)}; see {where}")
 

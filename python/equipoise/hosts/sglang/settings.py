@@ -1,0 +1,79 @@
+"""What an operator sets for the plugin: its level, and the options that SGLang has no flag for."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from equipoise.errors import ConfigError
+
+Level = Literal["off", "algorithm", "manager", "full"]
+
+LEVEL_VARIABLE = "EQUIPOISE_SGLANG"
+FILE_VARIABLE = "EQUIPOISE_CONFIG"
+
+OWN_OPTIONS = (
+    "eplb_transfer_mode",
+    "eplb_max_moves_per_layer",
+    "eplb_verification",
+    "eplb_staging_bytes",
+    "eplb_transfer_timeout",
+    "eplb_transfer_duty",
+    "profile",
+)
+"""Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags."""
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """
+    Attributes:
+        level: ``full``: our manager, planner and updater; ``manager``: our manager and planner, SGLang's mover;
+            ``algorithm``: our planner alone, under ``--eplb-algorithm equipoise``; ``off``: nothing.
+        given: whether the operator chose the level, or it is the default.
+        options: of :class:`EplbConfig`, by field name, from the file.
+    """
+
+    level: Level = "full"
+    given: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_settings(environment: Mapping[str, str]) -> PluginSettings:
+    """Reads ``EQUIPOISE_SGLANG`` and the TOML file that ``EQUIPOISE_CONFIG`` names; the variable wins over the file.
+
+    The file may hold ``level = "..."`` and a table ``[eplb]`` with :data:`OWN_OPTIONS`.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown level, table or option.
+    """
+    level: str | None = None
+    options: dict[str, Any] = {}
+    if path := environment.get(FILE_VARIABLE):
+        content = _read_toml(Path(path))
+        level, options = content.pop("level", None), content.pop("eplb", {})
+        _refuse_unknown(content, ("level", "eplb"), path)
+        if not isinstance(options, dict):
+            raise ConfigError(f"{path}: eplb must be a table, got {options!r}", field="eplb")
+        _refuse_unknown(options, OWN_OPTIONS, f"{path} [eplb]")
+    level = environment.get(LEVEL_VARIABLE) or level
+    if level is not None and level not in get_args(Level):
+        known = ", ".join(get_args(Level))
+        raise ConfigError(f"{LEVEL_VARIABLE} must be one of {known}, got {level!r}", field=LEVEL_VARIABLE)
+    return PluginSettings(cast(Level, level or "full"), level is not None, options)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{FILE_VARIABLE}={path} cannot be read: {error}", field=FILE_VARIABLE) from error
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}; known are {', '.join(known)}", field=name)
