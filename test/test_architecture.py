@@ -19,6 +19,7 @@ ROOMS = (
     "jit",
     "placement",
     "formats",
+    "formats/readers",
     "distributed",
     "load",
     "dispatch",

@@ -84,7 +84,7 @@ def test_unusable_files_are_named(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     for old, new, words in (
-        (good, load, "NEW .*must hold physical_to_logical_map, not load"),
+        (good, load, "NEW: .*load.json: holds no physical_to_logical_map"),
         (good, other, "OLD has shape"),
         (broken, good, "OLD: .*broken.json"),
         (good, tmp_path / "absent.json", "NEW: .*absent.json"),

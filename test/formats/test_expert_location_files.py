@@ -15,10 +15,9 @@ from equipoise.formats.expert_location import (
     LoadStart,
     MapStart,
     TrivialStart,
-    load_expert_location,
-    read_init_expert_location,
     save_expert_location,
 )
+from equipoise.formats.readers.placements import load_expert_location, read_init_expert_location, read_placement
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -107,11 +106,8 @@ def test_recorded_load_in_sglang_form_always_has_steps(tmp_path, name, num_steps
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "exactly one of"),
-        ({"physical_to_logical_map": P2L, "logical_count": [[1]]}, "exactly one of"),
-        ({"physical_to_logical_map": P2L, "comment": "x"}, "exactly one of"),
-        ({"rank": 0, "logical_count": [[1]]}, "exactly one of"),
-        ([P2L], "must hold an object"),
+        ({}, "logical_count"),
+        ({"rank": 0, "other": [[1]]}, "other"),
         ({"physical_to_logical_map": [[0, 1], [0]]}, "different lengths"),
         ({"physical_to_logical_map": [0, 1]}, "2 dimensions"),
         ({"physical_to_logical_map": [[0.5, 1.0]]}, "must hold integers"),
@@ -120,8 +116,8 @@ def test_recorded_load_in_sglang_form_always_has_steps(tmp_path, name, num_steps
         ({"logical_count": [[1, -2]]}, "-2"),
         ({"logical_count": [[0, 0]]}, "zero everywhere"),
         ({"logical_count": [[1, float("nan")]]}, "nan"),
-        ({"logical_count": [[[[1]]]]}, "3 dimensions"),
-        ({"logical_count": []}, "3 dimensions"),
+        ({"logical_count": [[[[1]]]]}, "2 or 3 dimensions"),
+        ({"logical_count": []}, "2 or 3 dimensions"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["json", "pt"])
@@ -139,10 +135,10 @@ def test_wrong_content_is_a_placement_error_that_names_the_file(tmp_path, conten
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"{", "neither JSON nor"),
-        (b"\xff\xfe\x00", "neither JSON nor"),
-        (b"[" * 100_000, "neither JSON nor"),
-        (b"9" * 10_000, "neither JSON nor"),
+        (b"{", "JSON that is truncated"),
+        (b"\xff\xfe\x00", "of no known kind"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"9" * 10_000, "neither JSON, YAML nor CSV"),
         (b"PK\x03\x04 and nothing else", "truncated or damaged"),
     ],
 )
@@ -165,7 +161,7 @@ def test_a_tensor_that_is_no_array(tmp_path):
 
 
 def test_a_missing_file_says_what_would_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"`trivial` or a \.json/\.pt file; .*tirvial: no such file"):
+    with pytest.raises(ConfigError, match=r"`trivial`, JSON or a file of .*tirvial: no such file"):
         read_init_expert_location("tirvial")
     with pytest.raises(ConfigError, match="directory"):
         read_init_expert_location(str(tmp_path))
@@ -199,7 +195,6 @@ def test_a_map_that_does_not_fit_the_model(arguments, message):
     [
         ({"version": 2}, "version"),
         ({"format": "other"}, "format"),
-        ({"comment": 1}, "unknown keys"),
         ({"num_ranks": 0}, "num_ranks"),
         ({"num_logical_experts": True}, "num_logical_experts"),
         ({"num_logical_experts": 5}, "misses experts"),
@@ -220,3 +215,70 @@ def test_a_placement_that_cannot_be_written(tmp_path):
     metadata = ExpertLocationMetadata.from_physical_to_logical(P2L, 4, TOPOLOGY)
     with pytest.raises(OSError, match="No such file"):
         save_expert_location(metadata, tmp_path / "missing" / "p.json")
+
+
+def test_unknown_keys_are_named_and_ignored(tmp_path):
+    for content in ({"physical_to_logical_map": P2L, "comment": "x"}, {"logical_count": [[1, 2]], "comment": "x"}):
+        start = read_init_expert_location(write(tmp_path / "map.json", content))
+        assert start.notes == ("keys comment are ignored",)
+
+
+def test_inline_json_as_sglang_takes_it():
+    start = read_init_expert_location(json.dumps({"physical_to_logical_map": P2L}))
+    assert start.physical_to_logical_map.tolist() == P2L
+    load = read_init_expert_location('{"logical_count": [[3, 4]]}')
+    assert load.logical_count.tolist() == [[[3, 4]]]
+    with pytest.raises(PlacementError, match=r"\(inline JSON\)"):
+        read_init_expert_location('{"other": 1}')
+
+
+def test_a_server_starts_from_any_recording(tmp_path):
+    np.save(tmp_path / "counts.npy", np.arange(8).reshape(2, 4))
+    (tmp_path / "counts.csv").write_text("layer,expert,count\n0,0,1\n0,1,2\n")
+    assert read_init_expert_location(str(tmp_path / "counts.npy")).logical_count.tolist() == [
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
+    ]
+    assert read_init_expert_location(str(tmp_path / "counts.csv")).logical_count.tolist() == [[[1, 2]]]
+
+
+def test_placements_of_the_neighbours(tmp_path):
+    from equipoise.formats.readers.tensorrt_llm import write_assignments
+    from equipoise.formats.readers.vllm_ascend import write_expert_map
+
+    ascend = read_placement(write(tmp_path / "ascend.json", write_expert_map(np.array(P2L), 3, [0, 1])))
+    assert (ascend.physical_to_logical_map.tolist(), ascend.topology) == (P2L, EpTopology(3, 1, 2))
+    path = tmp_path / "trtllm.yaml"
+    path.write_text(write_assignments(np.array(P2L), [3, 4]))
+    assert read_placement(path).physical_to_logical_map.tolist() == P2L
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_slots: 3\ninitial_global_assignments:\n  0: [0, 1]\n", "num_slots=3"),
+        ("initial_global_assignments:\n  0: [0, x]\n", r"\[0\]\[1\] must be an integer"),
+        ("initial_global_assignments: &a\n  0: [0]\nother: *a\n", "aliases"),
+        ("initial_global_assignments: [1]\n", "must map layers"),
+        ("initial_global_assignments: {0: [0}\n", "truncated or damaged"),
+    ],
+)
+def test_wrong_assignments(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InvalidInputError, match=message):
+        read_placement(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_layer_count": 2}, "moe_layer_count is 2"),
+        ({"layer_list": {}}, "must be a list of layers"),
+        ({"layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0, -1]}]}]}, "device_expert must be"),
+        ({"layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0]}, {"device_expert": [1, 2]}]}]}, "same"),
+        ({"layer_list": [{"layer_id": 0, "device_count": 3, "device_list": [{"device_expert": [0]}]}]}, "device_count"),
+    ],
+)
+def test_wrong_expert_maps(tmp_path, change, message):
+    content = {"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0, 1]}]}]}
+    with pytest.raises(InvalidInputError, match=message):
+        read_placement(write(tmp_path / "map.json", {**content, **change}))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.errors import ConfigError, InvalidInputError, PlacementError
-from equipoise.formats.expert_location import MapStart, load_expert_location, read_init_expert_location
+from equipoise.formats.readers.placements import read_placement
 from equipoise.topology import EpTopology
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.types import LayerTransferPlan, SlotCase, TransferBatch, TransferPlan
@@ -123,7 +123,7 @@ def explain_transfer(
         PlacementError: a file cannot be read, or the placements do not fit together.
         ConfigError: slots that do not divide over the ranks, or a layer that does not exist.
     """
-    (old, known), (new, _) = read_placement(old_path, "OLD"), read_placement(new_path, "NEW")
+    (old, known), (new, _) = placement_file(old_path, "OLD"), placement_file(new_path, "NEW")
     if old.shape != new.shape:
         raise PlacementError(f"OLD has shape {old.shape}, NEW has {new.shape}", field="NEW")
     num_ranks = num_ranks if num_ranks is not None else known.num_ranks if known else None
@@ -152,25 +152,17 @@ def explain_transfer(
     return 0
 
 
-def read_placement(path: str | os.PathLike[str], name: str) -> tuple[np.ndarray, EpTopology | None]:
+def placement_file(path: str | os.PathLike[str], name: str) -> tuple[np.ndarray, EpTopology | None]:
     """(L, P) int64 from a placement file, with its topology if it is one of our own.
 
     Raises:
         PlacementError: it cannot be read, or holds load instead of a map; the message names the file.
     """
     try:
-        metadata = load_expert_location(path)
-    except InvalidInputError:
-        pass  # SGLang's format, or nothing at all: the next reader says which
-    else:
-        return metadata.physical_to_logical_map.numpy(), metadata.topology
-    try:
-        start = read_init_expert_location(os.fspath(path))
+        start = read_placement(path)
     except InvalidInputError as error:
         raise PlacementError(f"{name}: {error}", field=name) from None
-    if not isinstance(start, MapStart):
-        raise PlacementError(f"{name} {os.fspath(path)}: must hold physical_to_logical_map, not load", field=name)
-    return start.physical_to_logical_map, None
+    return start.physical_to_logical_map, start.topology
 
 
 def _place(slot: int, topology: EpTopology) -> str:

@@ -1,11 +1,17 @@
-"""Files of recorded load and of expert placements: our own, and those of the neighbours. See :mod:`.raw_trace`.
+"""Files: containers told apart by content, our own formats, and what every reader returns. Readers are in readers/.
 
 Public modules, which other rooms import::
 
-    archive.py          Zip archives of arrays (.npz, torch.save) from people we do not know: nothing is unpacked bef...
+    archive.py          Zip archives of arrays from strangers: nothing is unpacked before its size is known
     atomic_file.py      A file is written whole or not at all
-    expert_location.py  Files of expert placements: our own JSON, and what SGLang's ``--init-expert-location`` takes
-    raw_trace.py        What every reader of recorded load returns, before LoadTrace checks it
-    sglang.py           SGLang's recorder dumps (``torch.save``): stat and per_pass, as of SGLang 0.5.23
-    tokens.py           The npz traces of published routing studies: one row per token (``topk``), or one per subject...
+    container.py        What kind of file a path is: opened once, nothing executed
+    expert_location.py  What an engine can start with, and our own file of a placement
+    numbers.py          Numbers checked for shape, size, sign and overflow
+    raw_trace.py        What every reader of recorded load returns
+    trace_file.py       Equipoise's trace format and its writer
+    trace_reader.py     Reads Equipoise's trace format, memory-mapped
+
+Private to this room::
+
+    text.py             JSON, one JSON value a line, YAML or CSV, told apart by content
 """

@@ -19,7 +19,8 @@ import numpy as np
 from equipoise.errors import TraceError
 
 MAX_BYTES = 2 << 30
-"""Most bytes that a file may take in memory: 18 000 steps of DeepSeek-V3 (58 layers of 256 experts)."""
+"""Most bytes that packed content may take in memory: 18 000 steps of DeepSeek-V3 (58 layers of 256 experts). Content
+that lies unpacked in its file, as torch.save writes it, may be as large as the file is: it asks for nothing more."""
 
 MAX_EXPERTS = 1 << 16
 """Most experts of a layer. An id above it is garbage, and would make a count array of its size."""
@@ -60,7 +61,7 @@ def open_archive(path: Path) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise TraceError(f"the archive is truncated or damaged ({error})") from None
     unpacked = sum(info.file_size for info in archive.infolist())
-    if unpacked > MAX_BYTES:
+    if unpacked > max(MAX_BYTES, path.stat().st_size):
         archive.close()
         raise TraceError(f"{unpacked} bytes when unpacked, more than the limit of {MAX_BYTES >> 20} MiB")
     return archive

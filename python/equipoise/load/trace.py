@@ -1,37 +1,22 @@
-"""LoadTrace: recorded expert load, with a file format of its own that also opens the neighbours' files.
-
-The file is an .npz (a zip of plain arrays: numpy.load reads it) whose member ``header`` is JSON as UTF-8 bytes:
-``{"format": "equipoise.load_trace", "version": 1, "arrays": [...], "metadata": {...}}``. The other members are the
-array fields below that ``arrays`` lists, in the smallest signed integers that hold them. Nothing is ever unpickled.
-"""
+"""LoadTrace: recorded expert load, whatever recorded it."""
 
 from __future__ import annotations
 
 import os
-import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from equipoise.errors import TraceError
-from equipoise.formats.archive import (
-    MAX_EXPERTS,
-    array_names,
-    open_archive,
-    read_array,
-    read_json,
-    require_size,
-    write_archive,
-)
+from equipoise.formats.archive import MAX_EXPERTS, write_archive
 from equipoise.formats.atomic_file import write_whole
-from equipoise.formats.raw_trace import RawTrace
-from equipoise.formats.sglang import load_torch_file, read_per_pass, read_stat
-from equipoise.formats.tokens import read_frequency_trace, read_token_trace
-
-FORMAT = "equipoise.load_trace"
-VERSION = 1
+from equipoise.formats.numbers import as_counts, exact_sum
+from equipoise.formats.raw_trace import RawTrace, ReadOptions
+from equipoise.formats.readers.own import NPZ_FORMAT, NPZ_VERSION
+from equipoise.formats.readers.registry import read_recordings
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +24,23 @@ class LoadTrace:
     """Tokens per logical expert, layer and step, oldest step first.
 
     Attributes:
-        logical_count: (T, L, E) int64. A token that chose K experts counts K times, once for each. T may be 0.
+        logical_count: (T, L, E) int32 or int64, or float64 where the recording has fractions; often a view of a mapped
+            file. A token that chose K experts counts K times, once for each. T may be 0.
         forward_pass_ids: (T,) int64, the engine's number of each step; 0, 1, 2, ... if not given.
-        physical_count: (T, L, P) int64 tokens per slot, or None where only logical counts were recorded.
+        physical_count: (T, L, P) tokens per slot, or None where only logical counts were recorded.
         physical_to_logical_map: (L, P) int64, the placement at the end of the recording, or None.
         metadata: JSON values: where the trace comes from (``source``) and whatever its writer adds.
+        layer_ids: (L,) int64, the model's numbers of the MoE layers; 0, 1, 2, ... if not given.
+        phases: (T,) ints, see :data:`~equipoise.formats.raw_trace.PHASE_NAMES`, or None.
+        timestamps: (T,) float64 seconds, or None.
+        rank_count: (T, R, L, E) tokens of each source rank, or None where they are not known apart.
+        topk_ids: (tokens, L, K) logical experts of each token, -1 for none, or None.
+        token_offsets: (T + 1,) first token of each step; with ``topk_ids``.
+        found: what the file was, in a few words.
+        notes: what was guessed, dropped or ignored while reading, a sentence each.
 
     Raises:
-        TraceError: a field has the wrong shape, or a count is negative, NaN or not a whole number.
+        TraceError: a field has the wrong shape, or a count is negative, NaN or infinite.
     """
 
     logical_count: np.ndarray
@@ -54,28 +48,45 @@ class LoadTrace:
     physical_count: np.ndarray | None = None
     physical_to_logical_map: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    layer_ids: np.ndarray = None  # type: ignore[assignment]  # replaced in __post_init__
+    phases: np.ndarray | None = None
+    timestamps: np.ndarray | None = None
+    rank_count: np.ndarray | None = None
+    topk_ids: np.ndarray | None = None
+    token_offsets: np.ndarray | None = None
+    found: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = _whole_numbers(self.logical_count, "logical_count", 3)
+        counts = _counts(self.logical_count, "logical_count", 3)
         num_steps, num_layers, num_experts = counts.shape
         if not (num_layers and 0 < num_experts <= MAX_EXPERTS):
             raise TraceError(f"logical_count must have layers and experts, got shape {counts.shape}")
-        ids = np.arange(num_steps) if self.forward_pass_ids is None else self.forward_pass_ids
-        ids = _whole_numbers(ids, "forward_pass_ids", 1)
-        _require_shape("forward_pass_ids", ids.shape, (num_steps,))
-        object.__setattr__(self, "logical_count", counts)
-        object.__setattr__(self, "forward_pass_ids", ids)
+        set_ = object.__setattr__
+        set_(self, "logical_count", counts)
+        for name, size in (("forward_pass_ids", num_steps), ("layer_ids", num_layers)):
+            ids = np.arange(size) if getattr(self, name) is None else getattr(self, name)
+            ids = _counts(ids, name, 1).astype(np.int64)
+            _require_shape(name, ids.shape, (size,))
+            set_(self, name, ids)
         if self.physical_count is not None:
-            physical = _whole_numbers(self.physical_count, "physical_count", 3)
+            physical = _counts(self.physical_count, "physical_count", 3)
             _require_shape("physical_count", physical.shape, (num_steps, num_layers, physical.shape[2]))
-            object.__setattr__(self, "physical_count", physical)
+            set_(self, "physical_count", physical)
         if self.physical_to_logical_map is not None:
-            p2l = _whole_numbers(self.physical_to_logical_map, "physical_to_logical_map", 2)
+            p2l = _counts(self.physical_to_logical_map, "physical_to_logical_map", 2).astype(np.int64)
             num_slots = p2l.shape[1] if self.physical_count is None else self.physical_count.shape[2]
             _require_shape("physical_to_logical_map", p2l.shape, (num_layers, num_slots))
             if p2l.size and p2l.max() >= num_experts:
                 raise TraceError(f"physical_to_logical_map holds expert {p2l.max()} of {num_experts} logical experts")
-            object.__setattr__(self, "physical_to_logical_map", p2l)
+            set_(self, "physical_to_logical_map", p2l)
+        for name in ("phases", "timestamps"):
+            if getattr(self, name) is not None:
+                _require_shape(name, np.shape(getattr(self, name)), (num_steps,))
+        if self.rank_count is not None:
+            _require_shape(
+                "rank_count", self.rank_count.shape, (num_steps, self.rank_count.shape[1], *counts.shape[1:])
+            )
 
     @property
     def num_steps(self) -> int:
@@ -89,45 +100,54 @@ class LoadTrace:
     def num_logical_experts(self) -> int:
         return self.logical_count.shape[2]
 
+    def total(self, steps: slice = slice(None)) -> np.ndarray:
+        """(L, E) int64 or float64: the load of some steps."""
+        return exact_sum(self.logical_count[steps])
+
+    def take(self, steps: np.ndarray | slice) -> LoadTrace:
+        """The trace of some of the steps, in the order asked for; token ids are left behind."""
+        per_step = ("logical_count", "forward_pass_ids", "physical_count", "phases", "timestamps", "rank_count")
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values.update({name: values[name][steps] for name in per_step if values[name] is not None})
+        return LoadTrace(**{**values, "topk_ids": None, "token_offsets": None})
+
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, tokens_per_step: int = 128, num_logical_experts: int | None = None
+        cls,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        tokens_per_step: int = 128,
+        num_logical_experts: int | None = None,
+        read_as: str = "auto",
     ) -> LoadTrace:
         """Reads recorded load, whatever wrote it; the content decides, not the file name.
 
-        Known are our own dumps; SGLang's stat and per_pass dumps, all-zero steps dropped, where a directory stands for
-        the per_pass files of all ranks; npz files of single tokens (``topk``) or of subjects (``freq``).
+        :data:`equipoise.formats.readers.registry.READERS` lists the formats.
 
         Args:
-            path: the file, or the directory of per_pass files.
+            path: a file, a directory of per-rank files, or the files of one recording.
             tokens_per_step: for single tokens: how many consecutive ones make a step.
-            num_logical_experts: for single tokens: E, where the highest id seen might be smaller.
+            num_logical_experts: E, where the highest id seen might be smaller.
+            read_as: ``counts`` or ``tokens``, for an array that could be either.
 
         Raises:
-            TraceError: the file is missing, damaged, too large, hostile or of no known kind; the message names it.
+            TraceError: missing, damaged, too large, hostile, of no known kind, or more than one recording; the message
+                names the file.
         """
-        target = Path(path)
-        try:
-            raw = _read(target, tokens_per_step, num_logical_experts)
-            return cls(
-                raw.logical_count,
-                raw.forward_pass_ids,  # type: ignore[arg-type]
-                raw.physical_count,
-                raw.physical_to_logical_map,
-                raw.metadata,
-            )
-        except TraceError as error:
-            raise TraceError(f"trace {target}: {error}", field="trace") from None
-        except OSError as error:
-            raise TraceError(f"trace {target}: cannot be read: {error.strerror or error}", field="trace") from None
-        except Exception as error:  # the parsers below us raise many types for damaged bytes
-            reason = " ".join(str(error).split())[:200]
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        traces = open_traces(
+            paths, tokens_per_step=tokens_per_step, num_logical_experts=num_logical_experts, read_as=read_as
+        )
+        if len(traces) > 1:
             raise TraceError(
-                f"trace {target}: truncated or damaged ({type(error).__name__}: {reason})", field="trace"
-            ) from error
+                f"trace {Path(paths[0])}: {len(traces)} recordings that are not of one run; open them one by one",
+                field="trace",
+            )
+        return traces[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the trace, whole or not at all.
+        """Writes the trace as the .npz that a server dumps, whole or not at all: a zip of plain arrays, which
+        ``numpy.load`` reads, with a member ``header`` of JSON. Counts take the smallest signed integers that hold them.
 
         Raises:
             OSError: the file cannot be written.
@@ -138,7 +158,7 @@ class LoadTrace:
             for name in ("logical_count", "forward_pass_ids", "physical_count", "physical_to_logical_map")
             if (array := getattr(self, name)) is not None
         }
-        header = {"format": FORMAT, "version": VERSION, "arrays": sorted(arrays), "metadata": self.metadata}
+        header = {"format": NPZ_FORMAT, "version": NPZ_VERSION, "arrays": sorted(arrays), "metadata": self.metadata}
         try:
             with write_whole(path) as file:
                 write_archive(file, header, arrays)
@@ -146,83 +166,55 @@ class LoadTrace:
             raise TraceError(f"trace {Path(path)}: metadata is not JSON: {error}", field="metadata") from error
 
 
-def _read(path: Path, tokens_per_step: int, num_logical_experts: int | None) -> RawTrace:
-    if path.is_dir():
-        files = sorted(path.glob("*.pt"))
-        if not files:
-            raise TraceError("is a directory without .pt files; name a file, or a directory of per_pass dumps")
-        return read_per_pass([_per_pass_pack(file) for file in files])
-    with open_archive(path) as archive:
-        names = array_names(archive)
-        if "header" in names:
-            return _read_own(archive)
-        if "topk" in names:
-            return read_token_trace(archive, tokens_per_step, num_logical_experts)
-        if "freq" in names:
-            return read_frequency_trace(archive)
-        if names:
-            raise TraceError(f"an .npz file needs `topk` or `freq`, this one has {sorted(names)[:8]}")
-        if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise TraceError("a zip archive, but neither an .npz file nor one that torch.save wrote")
-    pack = load_torch_file(path)
-    keys = sorted(map(str, pack))[:8] if isinstance(pack, dict) else type(pack).__name__
-    if isinstance(pack, dict) and "logical_count" in pack:
-        return read_stat(pack)
-    if isinstance(pack, dict) and {"records", "last_physical_to_logical_map"} <= pack.keys():
-        return read_per_pass([pack])
-    raise TraceError(
-        f"neither a stat dump (`logical_count`) nor a per_pass dump (`records`, `last_physical_to_logical_map`): {keys}"
-    )
+def open_traces(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    tokens_per_step: int = 128,
+    num_logical_experts: int | None = None,
+    read_as: str = "auto",
+) -> list[LoadTrace]:
+    """Reads one or more recordings; files of one recording become one trace, see :meth:`LoadTrace.open`.
+
+    A trace whose number of experts was guessed takes the largest number of the others.
+
+    Raises:
+        TraceError: a file cannot be read, or the recordings are of different models; the message names the files.
+    """
+    options = ReadOptions(tokens_per_step, num_logical_experts, read_as)
+    found = read_recordings([Path(path) for path in paths], options)
+    most = max(raw.logical_count.shape[2] for _, raw in found)
+    guessed = [any("guessed" in note for note in raw.notes) for _, raw in found]
+    if any(g and raw.logical_count.shape[2] < most for g, (_, raw) in zip(guessed, found, strict=True)):
+        found = read_recordings([Path(path) for path in paths], ReadOptions(tokens_per_step, most, read_as))
+    traces = [_trace(files[0], raw) for files, raw in found]
+    for (files, _), trace in zip(found, traces, strict=True):
+        expected, got = ((t.num_layers, t.num_logical_experts) for t in (traces[0], trace))
+        if expected != got:
+            raise TraceError(
+                f"trace {files[0]} has (layers, experts) = {got}, {found[0][0][0]} has {expected}: not the same model",
+                field="trace",
+            )
+    return traces
 
 
-def _per_pass_pack(file: Path) -> dict[str, Any]:
+def _trace(path: Path, raw: RawTrace) -> LoadTrace:
+    values = {each.name: getattr(raw, each.name) for each in fields(raw)}
     try:
-        pack = load_torch_file(file)
+        return LoadTrace(**values)
     except TraceError as error:
-        raise TraceError(f"{file.name}: {error}") from None
-    if not isinstance(pack, dict) or not {"records", "last_physical_to_logical_map"} <= pack.keys():
-        raise TraceError(f"{file.name} is not a per_pass dump (`records`, `last_physical_to_logical_map`)")
-    return pack
+        raise TraceError(f"trace {path}: {error}", field="trace") from None
 
 
-def _read_own(archive: zipfile.ZipFile) -> RawTrace:
-    header = read_json(archive, "header")
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise TraceError(f"its header does not say format {FORMAT!r}")
-    if header.get("version") != VERSION:
-        raise TraceError(f"version {header.get('version')!r} of the format; this program reads version {VERSION}")
-    metadata = header.get("metadata")
-    if not isinstance(metadata, dict):
-        raise TraceError("metadata must be a JSON object")
-    names = array_names(archive) - {"header"}
-    if header.get("arrays") != sorted(names):  # a member whose name was damaged would be missed silently
-        raise TraceError(f"its header lists the arrays {header.get('arrays')}, it holds {sorted(names)}")
-    return RawTrace(
-        read_array(archive, "logical_count"),
-        read_array(archive, "forward_pass_ids"),
-        read_array(archive, "physical_count") if "physical_count" in names else None,
-        read_array(archive, "physical_to_logical_map") if "physical_to_logical_map" in names else None,
-        metadata,
-    )
-
-
-def _whole_numbers(value: np.ndarray, name: str, num_dims: int) -> np.ndarray:
+def _counts(value: np.ndarray, name: str, num_dims: int) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim != num_dims or array.dtype.kind not in "iuf":
         raise TraceError(
             f"{name} must be numbers in {num_dims} dimensions, got {array.dtype} of shape {array.shape}", field=name
         )
-    require_size(name, array.shape)
-    good = array >= 0
-    if array.dtype.kind == "f":
-        with np.errstate(invalid="ignore"):
-            good &= (array == np.rint(array)) & (array < 2.0**63)
-    elif array.dtype.kind == "u" and array.dtype.itemsize == 8:
-        good &= array < 2**63
-    if not good.all():
-        where = tuple(int(i) for i in np.argwhere(~good)[0])
-        raise TraceError(f"{name}{list(where)} is {array[where]}, must be a whole number of at least 0", field=name)
-    return array.astype(np.int64)
+    try:
+        return as_counts(array, name)
+    except TraceError as error:
+        raise TraceError(str(error), field=name) from None
 
 
 def _require_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -232,5 +224,7 @@ def _require_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...])
 
 def _narrowed(array: np.ndarray) -> np.ndarray:
     """The same numbers in the smallest signed integers: a dump of int64 would be mostly zero bytes to pack."""
+    if array.dtype.kind == "f":
+        return array
     top = int(array.max(initial=0))
     return array.astype(next(t for t in (np.int8, np.int16, np.int32, np.int64) if top <= np.iinfo(t).max))

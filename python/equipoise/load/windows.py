@@ -58,7 +58,7 @@ def cut_windows(traces: Sequence[LoadTrace], steps_per_window: int) -> Windows:
             )
         left_out += trace.num_steps % steps_per_window
         for start in range(0, trace.num_steps - steps_per_window + 1, steps_per_window):
-            window = trace.logical_count[start : start + steps_per_window].sum(0)
+            window = trace.total(slice(start, start + steps_per_window))
             if not window.any():
                 empty += 1
                 continue

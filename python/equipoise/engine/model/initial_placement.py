@@ -5,7 +5,8 @@ from __future__ import annotations
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.config import ServeConfig
 from equipoise.errors import ConfigError, PlacementError
-from equipoise.formats.expert_location import LoadStart, MapStart, read_init_expert_location
+from equipoise.formats.expert_location import LoadStart, MapStart
+from equipoise.formats.readers.placements import read_init_expert_location
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 

@@ -1,0 +1,19 @@
+"""One reader a format, a registry that finds it by content. A new format is a file here and a line in registry.py.
+
+Public modules, which other rooms import::
+
+    own.py             Equipoise's trace file and the .npz of a server's dump
+    placements.py      Placements of every kind, and whatever else an engine may start with
+    registry.py        Which reader takes a file, and which files are one recording
+
+Private to this room::
+
+    arrays.py          Arrays without a story: counts or token ids
+    padding.py         Ids that fill up a row and name no choice of a router
+    sglang.py          SGLang stat dumps: a ring put in order
+    sglang_records.py  SGLang per_pass and per_token dumps of all ranks
+    text_counts.py     CSV, JSON, JSON lines
+    tensorrt_llm.py    TensorRT-LLM: statistics of ranks, YAML assignments
+    tokens.py          Token ids, and shares of subjects
+    vllm_ascend.py     vLLM-Ascend: expert maps and load views
+"""
