@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from equipoise.algorithms.rebalance import rebalance_experts
-from equipoise.algorithms.registry import history_of
+from equipoise.algorithms.registry import find_algorithm
 from equipoise.algorithms.warm_up import warm_up
 from equipoise.hosts.sglang.hook_targets import Hook, HookTarget
 from equipoise.hosts.sglang.launch_check import own_algorithms
@@ -128,13 +128,19 @@ def plan_maps(
     start = time.perf_counter()
     num_experts = steps.shape[2]
     live = None if current is None else ExpertLocationMetadata.from_physical_to_logical(current, num_experts, topology)
-    windows = windows_of_steps(np.roll(steps, -oldest_step, axis=0), history_of(algorithm)) // counted_times
+    windows = windows_of_steps(np.roll(steps, -oldest_step, axis=0), find_algorithm(algorithm).history) // counted_times
     if not windows.any() and live is not None:
         planned = live
     else:
         load = windows if windows.any() else np.ones((1, *steps.shape[1:]), dtype=np.int64)
         planned = rebalance_experts(
-            load, topology, algorithm=algorithm, current=live, num_groups=num_groups, num_threads=num_threads
+            load,
+            topology,
+            algorithm=algorithm,
+            current=live,
+            num_groups=num_groups,
+            dispatch="weights" if weighted else "even",
+            num_threads=num_threads,
         )
     p2l = planned.physical_to_logical_map.numpy()
     tables = [

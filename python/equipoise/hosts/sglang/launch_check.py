@@ -8,6 +8,9 @@ from equipoise.algorithms.registry import available_algorithms
 from equipoise.hosts.sglang.findings import Finding, Launch
 from equipoise.hosts.sglang.placement_check import check_given_map, check_slots
 
+SGLANGS_ALGORITHMS = frozenset(
+    f"{name}{suffix}" for name in ("deepseek", "deepseek_vec", "elasticity_aware") for suffix in ("", "_hierarchical")
+)
 PLUGIN_NAME = "equipoise"  # of the entry point in pyproject.toml
 
 
@@ -170,7 +173,7 @@ def _quantisation(launch: Launch) -> Iterator[Finding]:
 
 def own_algorithms() -> list[str]:
     """Names that are ours alone; SGLang keeps those that both have."""
-    return [name for name in available_algorithms() if not name.startswith("deepseek")]
+    return [name for name in available_algorithms() if name not in SGLANGS_ALGORITHMS]
 
 
 def _flag(name: str) -> str:
