@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup kernels demo test check format soak clean bench-algorithms bench-transfer bench-stall
+.PHONY: help setup kernels demo test check format soak clean api dist bench-algorithms bench-transfer bench-stall
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -50,8 +50,16 @@ bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own cod
 bench-stall: $(READY)  ## how long forward passes wait for a rebalance, in each transfer mode
 	$(BIN)/python benchmark/engine_stall.py $(ARGS)
 
-soak: $(READY)  ## the long versions of the randomised tests
+soak: $(READY)  ## the long tests: randomised ones at length, every benchmark and document's command in a new clone
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)
 
+api: $(READY)  ## write docs/api.md again from the public names
+	$(BIN)/python scripts/make_api_page.py
+
+dist: $(READY)  ## build the sdist and the wheel, and try the wheel
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python scripts/check_release.py
+
 clean:  ## remove the virtual environment and everything that was made
-	rm -rf $(VENV) out build .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .hypothesis
