@@ -33,6 +33,7 @@ ROOMS = (
     "manager",
     "admin",
     "engine/demo_model",
+    "engine/checkpoint",
     "engine/model",
     "engine",
     "hosts/sglang",

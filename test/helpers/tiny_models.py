@@ -15,77 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from helpers.model_zoo import COMMON, FURTHER, MOST_USED
+
 EOS, PAD = "<eos>", "<pad>"
 
-_COMMON: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
-_MLA: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1,
-}
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {
-        "head_dim": 12,
-        "moe_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-    },
-    "qwen2_moe": {
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "mlp_only_layers": [1],
-    },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
-    "deepseek_v2": {**_MLA, "n_group": None, "topk_group": None, "topk_method": "greedy"},
-    "deepseek_v3": {**_MLA, "q_lora_rank": 16, "n_group": 4, "topk_group": 2},
-    "gemma4_text": {
-        "head_dim": 12,
-        "global_head_dim": 12,
-        "enable_moe_block": True,
-        "num_experts": 8,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 24,
-        "hidden_size_per_layer_input": 0,
-        "sliding_window": 8,
-    },
-    "gpt_oss": {
-        "head_dim": 12,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 128,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-        },
-    },
-}
+FAMILIES = MOST_USED
+_ZOO = {**MOST_USED, **FURTHER}
 
 
 def make_tiny_model(directory: Path, family: str = "qwen3_moe", seed: int = 0, **config_overrides: Any) -> Path:
@@ -98,15 +33,15 @@ def make_tiny_model(directory: Path, family: str = "qwen3_moe", seed: int = 0, *
     tokenizer = byte_tokenizer()
     max_shard_size = config_overrides.pop("max_shard_size", "5GB")
     fields = {
-        **_COMMON,
-        **FAMILIES[family],
+        **COMMON,
+        **_ZOO[family],
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
         **config_overrides,
     }
-    config = AutoConfig.for_model(family, **fields)
+    config = AutoConfig.for_model(family.partition(":")[0], **fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equipoise.config import ServeConfig
+from equipoise.engine.checkpoint.files import load_tokenizer, model_directory
 from equipoise.engine.messages import (
     Abort,
     Control,
@@ -23,7 +24,6 @@ from equipoise.engine.messages import (
     ToEngine,
     Tokens,
 )
-from equipoise.engine.model.files import load_tokenizer, model_directory
 from equipoise.engine.processes import CLOSE_SECONDS, EngineProcesses
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError

@@ -9,9 +9,9 @@ from multiprocessing.connection import Connection
 import torch
 
 from equipoise.config import EngineConfig
+from equipoise.engine.checkpoint.files import load_tokenizer
 from equipoise.engine.messages import Abort, Control, FromEngine, Ready, Reply, Stop, Submit, ToEngine, Tokens
 from equipoise.engine.model.blueprint import ModelBlueprint
-from equipoise.engine.model.files import load_tokenizer
 from equipoise.engine.model.step_batch import StepBatch
 from equipoise.engine.requests import TokenEvent
 from equipoise.engine.sampler import Sampler

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
+from equipoise.engine.checkpoint.files import load_tokenizer, model_directory
+from equipoise.engine.checkpoint.reader import Checkpoint
 from equipoise.engine.model.blueprint import ModelBlueprint
-from equipoise.engine.model.checkpoint import Checkpoint
-from equipoise.engine.model.files import load_tokenizer, model_directory
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.model.weights import WeightLoader
 from equipoise.errors import ConfigError, InvalidInputError, ModelError, PlacementError
@@ -173,7 +173,7 @@ class TestRefusals:
     @pytest.mark.parametrize("config", ["", "[1]", '{"model_type": "no_such_model"}', "{}"])
     def test_broken_config(self, config: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(config)
-        self.refused(tmp_path, "config.json cannot be used|cannot be built")
+        self.refused(tmp_path, "config.json (cannot be used|is not JSON|must hold a JSON object)")
 
     @pytest.mark.parametrize(
         ("family", "fields", "match"),
@@ -195,8 +195,8 @@ class TestRefusals:
 
     def test_quantised(self, qwen: Path, tmp_path: Path) -> None:
         model = copy_of(qwen, tmp_path / "m")
-        rewrite_config(model, quantization_config={"quant_method": "mxfp4"})
-        self.refused(model, "quantised.*mxfp4")
+        rewrite_config(model, quantization_config={"quant_method": "awq"})
+        self.refused(model, "quant_method must be one of fp8, mxfp4 .* says awq")
 
     def test_no_weights(self, qwen: Path, tmp_path: Path) -> None:
         model = copy_of(qwen, tmp_path / "m")

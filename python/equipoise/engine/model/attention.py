@@ -1,7 +1,7 @@
 """Attention over a packed step, registered with transformers as an attention implementation.
 
-transformers builds no mask for an implementation it has no mask function for, and passes the model's own scaling,
-sliding window and sinks along; the layout of the step comes as the keyword ``step_layout``.
+transformers passes the model's own scaling and sinks along, and in place of a mask what our mask function made
+(visibility.py); the layout of the step comes as the keyword ``step_layout``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from equipoise.engine.model.contexts import contexts_of
 from equipoise.engine.model.step_batch import StepLayout
+from equipoise.engine.model.visibility import CAUSAL, UNKNOWN, Visibility, visibility_of_mask
 
 ATTENTION_NAME = "equipoise_packed"
 
 
 def register_attention() -> None:
-    """Makes ``attn_implementation=ATTENTION_NAME`` known to transformers in this process."""
+    """Make ``attn_implementation=ATTENTION_NAME`` known to transformers in this process."""
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, visibility_of_mask)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
 
 
@@ -27,7 +30,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Visibility | None,
     *,
     step_layout: StepLayout,
     scaling: float | None = None,
@@ -42,33 +45,42 @@ def packed_attention(
     Args:
         query: (1, Hq, T, D) of the new tokens. key: (1, Hk, C, D), value: (1, Hk, C, Dv) of all contexts, Hk
             dividing Hq.
-        sliding_window: tokens that a token may look back on, itself included.
+        attention_mask: what each token may attend to. None from models that build no mask through transformers.
+        sliding_window: tokens that a token may look back on, itself included. Looked at only without a mask: there
+            it cannot be known whether it holds.
         s_aux: (Hq,) logits of the attention sinks.
 
     Returns:
         (1, T, Hq, Dv), and no weights.
     """
-    if attention_mask is not None or position_bias is not None or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError("attention with a mask or bias of its own")
+    if position_bias is not None or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError("attention that is not causal, or with a bias")
+    if attention_mask is None and sliding_window is not None:
+        raise NotImplementedError("a sliding window without a mask function")
+    if not isinstance(attention_mask, Visibility | None):
+        raise NotImplementedError("attention with a mask of its own")
+    visibility = attention_mask or CAUSAL
+    if visibility == UNKNOWN:
+        raise NotImplementedError("attention with a mask that is neither causal, nor sliding, nor chunked")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     outputs = []  # each (tokens, Hq, Dv)
     for run in step_layout.runs:
-        window = sliding_window if sliding_window is None or sliding_window < run.width else None
-        first = run.first_visible(window)
+        visible = visibility.within(run.width)
+        first = run.first_visible(visible)
         keys, values = (contexts_of(run, first, states) for states in (key, value))
         # (Hq, rows * length, D) -> (rows, Hq, length, D)
         tokens = query[0, :, run.query_start : run.query_start + run.num_rows * run.length]
         queries = tokens.unflatten(1, (run.num_rows, run.length)).transpose(0, 1)
-        if run.whole_prompt and window is None and s_aux is None and softcap is None:
+        if run.whole_prompt and visible == CAUSAL and s_aux is None and softcap is None:
             out = _whole_prompt(queries, keys, values, scale)
         else:
-            out = _attend(queries, keys, values, step_layout.mask(run, window), scale, s_aux, softcap)
+            out = _attend(queries, keys, values, step_layout.mask(run, visible), scale, s_aux, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
 def _whole_prompt(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Plain causal attention, which has kernels that need no mask."""
+    """Attend causally, with kernels that need no mask."""
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -107,7 +119,7 @@ def _spelled_out(
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """What no kernel does: like ``_attend``."""
+    """Attend with sinks or a soft cap, which no kernel does: like ``_attend``."""
     batch, num_heads, length, _ = query.shape
     folded = (batch, key.shape[1], -1)  # the queries of all heads that share a key head side by side
     logits = (query.reshape(*folded, query.shape[3]) @ key.transpose(2, 3)).float() * scale

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from equipoise.algorithms.registry import check_algorithm
 from equipoise.config import EngineConfig, ServeConfig
+from equipoise.engine.checkpoint.files import model_directory
+from equipoise.engine.checkpoint.model_config import one_line, read_config
+from equipoise.engine.checkpoint.reader import Checkpoint
 from equipoise.engine.model.attention import ATTENTION_NAME, register_attention
-from equipoise.engine.model.checkpoint import Checkpoint
 from equipoise.engine.model.experts import experts_are_replaceable, find_experts, num_experts_of
-from equipoise.engine.model.files import model_directory
 from equipoise.engine.model.initial_placement import first_placement
 from equipoise.engine.model.row_experts import ROW_EXPERTS_NAME, register_row_experts
 from equipoise.errors import ConfigError, ModelError
@@ -25,7 +26,7 @@ from equipoise.topology import EpTopology
 
 # Frequencies that follow the longest sequence of a batch: requests in a packed step would change each other's.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-_LAYER_TYPES = ("full_attention", "sliding_attention", "dense", "moe", "sparse")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "dense", "moe", "sparse")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelBlueprint:
         check_algorithm(config.eplb.eplb_algorithm, field="eplb_algorithm")
         directory = model_directory(config.engine.model_path)
         device_type = _device_type(config.engine)
-        model_config = _read_config(directory)
+        model_config = read_config(directory)
         dtype = _dtype(config.engine, device_type, model_config)
         model = _build_on_meta(model_config, dtype, device_type)
         _refuse_unsupported(model, model_config)
@@ -87,20 +88,6 @@ class ModelBlueprint:
         )
 
 
-def _read_config(directory: Path) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises what the field in question happens to raise
-        raise ModelError(
-            f"{directory / 'config.json'} cannot be used: {_one_line(error)}", field="model_path"
-        ) from None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"quantised checkpoints cannot be served yet: {directory} uses {method}", field="model_path")
-    return config
-
-
 def _device_type(config: EngineConfig) -> str:
     if config.device == "cpu":
         return "cpu"
@@ -123,9 +110,11 @@ def _build_on_meta(config: Any, dtype: torch.dtype, device_type: str) -> Any:
     register_attention()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+            )
     except Exception as error:  # an unknown architecture, a field it cannot work with
-        raise ModelError(f"{config.model_type} cannot be built: {_one_line(error)}", field="model_path") from None
+        raise ModelError(f"{config.model_type} cannot be built: {one_line(error)}", field="model_path") from None
     if device_type == "cuda" and dtype != torch.bfloat16 and model._can_set_experts_implementation():
         # Grouped matrix products, the default, exist on CUDA for bfloat16 only.
         model.set_experts_implementation("eager")
@@ -171,8 +160,3 @@ def _eos_token_ids(directory: Path, text_config: Any) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."

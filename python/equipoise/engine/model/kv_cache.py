@@ -59,7 +59,14 @@ class RowKvCache(Cache):
         return StepContexts(keys, self._layout), StepContexts(values, self._layout)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the interface of transformers
-        return 0  # positions are given with every step; a packed step has no one length
+        # Positions are given with every step, and no mask is built from sizes: a packed step has no one length.
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002 - likewise
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - likewise
+        return 0
 
     def _new_storage(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = states.shape

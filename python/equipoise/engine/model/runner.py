@@ -8,8 +8,8 @@ import torch
 from torch.profiler import record_function
 
 from equipoise.config import EplbConfig, ServeConfig
+from equipoise.engine.checkpoint.reader import Checkpoint
 from equipoise.engine.model.blueprint import ModelBlueprint
-from equipoise.engine.model.checkpoint import Checkpoint
 from equipoise.engine.model.experts import EpContext, EpExperts
 from equipoise.engine.model.kv_cache import RowKvCache
 from equipoise.engine.model.step_batch import StepBatch

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from equipoise.engine.model.visibility import Visibility
+
 # Unused entries that attention reads rather than make one more call. On accelerators a launch costs more than any
 # reading; on CPUs a call costs about as much as so many entries (measured with key heads of 2 x 32 and 4 x 64).
 _PADDING_WORTH_A_CALL = {"cpu": 128}
@@ -75,9 +77,9 @@ class Run:
     def whole_prompt(self) -> bool:
         return 1 < self.length == self.width
 
-    def first_visible(self, window: int | None) -> int:
-        """The first entry that any of its tokens may look at, if they look back on ``window`` tokens."""
-        return 0 if window is None else max(0, min(segment.start for segment in self.segments) + 1 - window)
+    def first_visible(self, visibility: Visibility) -> int:
+        """The first entry that any of its tokens may attend to."""
+        return visibility.first(min(segment.start for segment in self.segments))
 
 
 @dataclass
@@ -88,7 +90,7 @@ class StepLayout:
     rows: torch.Tensor  # (T,) cache rows that the new tokens go to
     last_tokens: torch.Tensor  # (num sampled,) tokens of the step whose logits are wanted
     runs: tuple[Run, ...]  # in the order of the segments
-    _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, Visibility], torch.Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def build(cls, batch: StepBatch, device: torch.device) -> StepLayout:
@@ -108,22 +110,21 @@ class StepLayout:
         """C, of all contexts."""
         return self.runs[-1].context_start + self.runs[-1].num_rows * self.runs[-1].width
 
-    def mask(self, run: Run, window: int | None) -> torch.Tensor | None:
-        """(rows, 1, length, width - first visible) bool, True where a token may look; None: everywhere."""
-        key = (run.query_start, window)
+    def mask(self, run: Run, visibility: Visibility) -> torch.Tensor | None:
+        """(rows, 1, length, width - first visible) bool, True where a token may attend; None: everywhere."""
+        key = (run.query_start, visibility)
         if key not in self._masks:
-            self._masks[key] = self._make_mask(run, window)
+            self._masks[key] = self._make_mask(run, visibility)
         return self._masks[key]
 
-    def _make_mask(self, run: Run, window: int | None) -> torch.Tensor | None:
+    def _make_mask(self, run: Run, visibility: Visibility) -> torch.Tensor | None:
         if run.length == 1 and all(segment.end == run.width for segment in run.segments):
             return None
         device = self.position_ids.device
-        entry = torch.arange(run.first_visible(window), run.width, device=device)
+        entry = torch.arange(run.first_visible(visibility), run.width, device=device)
         tokens = slice(run.query_start, run.query_start + run.num_rows * run.length)
         position = self.position_ids[0, tokens].view(run.num_rows, 1, run.length, 1)
-        mask = entry <= position
-        return mask if window is None else mask & (entry > position - window)
+        return visibility.mask(position, entry)
 
 
 def _runs(segments: Sequence[Segment], padding_worth_a_call: float) -> tuple[Run, ...]:

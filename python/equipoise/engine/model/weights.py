@@ -1,19 +1,22 @@
-"""Loading what one rank needs of a checkpoint into a model built on the meta device."""
+"""Loads what one rank needs of a checkpoint into a model built on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from equipoise.engine.model.checkpoint import Checkpoint
-from equipoise.engine.model.conversion import CheckpointConversion
+from equipoise.engine.checkpoint.conversion import CheckpointConversion
+from equipoise.engine.checkpoint.reader import Checkpoint
 from equipoise.engine.model.experts import num_experts_of
 from equipoise.errors import ModelError
 from equipoise.transfer.memory.pool import ExpertPool
+
+_log = logging.getLogger("equipoise.engine")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class LoadReport:
 
 
 class WeightLoader:
-    """Fills a meta model for one rank.
+    """Fill a meta model for one rank.
 
     Args:
         model: a transformers model on the meta device, its experts modules still whole.
@@ -54,7 +57,7 @@ class WeightLoader:
         with_head: bool,
         pool: ExpertPool | None = None,
     ) -> LoadReport:
-        """Reads and places all parameters and buffers. Afterwards each experts module has one expert per slot.
+        """Read and place all parameters and buffers. Afterwards each experts module has one expert per slot.
 
         Args:
             slots: per MoE layer, the logical expert of each of this rank's slots.
@@ -72,12 +75,19 @@ class WeightLoader:
             for layer, (name, module) in enumerate(self._experts)
             for parameter, _ in module.named_parameters(recurse=False)
         }
-        tied = self._model.all_tied_weights_keys
-        wanted = {name for name in self._shapes if name not in tied and (with_head or self._in_base_model(name))}
+        needed = {name for name in self._shapes if with_head or self._in_base_model(name)}
+        tied = {target: origin for target, origin in self._model.all_tied_weights_keys.items() if target in needed}
+        # A tied pair is read as far as the checkpoint has it: it may hold either, or both.
+        stored = self._conversion.parameters
+        wanted = needed | {
+            target for target, origin in self._model.all_tied_weights_keys.items() if origin not in stored
+        }
         placed: set[str] = set()
         for name in self._conversion.parameters:
             if name in wanted and name not in expert_layer:
                 placed |= self._place(self._conversion.make(name), device)
+        if with_head:  # one rank says it
+            self._log_unused()
         dense_bytes = self._checkpoint.bytes_read
         for name, layer in expert_layer.items():
             if name in self._conversion.parameters:
@@ -86,15 +96,38 @@ class WeightLoader:
                 placed |= self._place(
                     self._conversion.make_experts(name, count, held), device, held=len(held), rows=rows
                 )
-        if missing := sorted(wanted - placed, key=dot_natural_key):
+        placed |= self._tie(tied, placed)
+        if missing := sorted(needed - placed, key=dot_natural_key):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}{more}", field="model_path")
         for (_, module), held in zip(self._experts, slots, strict=True):
             module.num_experts = len(held) if pool is None else pool.num_rows  # type: ignore[assignment]
-        for target, origin in tied.items():
-            if target in self._shapes and (with_head or self._in_base_model(target)):
-                self._set(target, self._model.get_parameter(origin))
         return LoadReport(self._checkpoint.bytes_read, self._checkpoint.bytes_read - dense_bytes)
+
+    def _log_unused(self) -> None:
+        unused = self._conversion.unused_keys
+        if unused:
+            names = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+            _log.warning("the model has no use for %d tensors of the checkpoint: %s", len(unused), names)
+
+    def _tie(self, tied: Mapping[str, str], placed: set[str]) -> set[str]:
+        """Let pairs that the configuration ties share one tensor, unless the checkpoint holds two that differ.
+
+        Returns:
+            The parameters that have got their tensor by it.
+        """
+        gained = set()
+        for target, origin in tied.items():
+            if target in placed and origin in placed:
+                head, embedding = self._model.get_parameter(target), self._model.get_parameter(origin)
+                if not torch.equal(head, embedding):
+                    _log.warning("%s is kept: config.json ties it to %s, but the file holds another", target, origin)
+                    continue
+            source, taker = (target, origin) if target in placed and origin not in placed else (origin, target)
+            if source in placed:
+                self._set(taker, self._model.get_parameter(source))
+                gained.add(taker)
+        return gained
 
     def _place(
         self,

@@ -7,6 +7,7 @@ are, but fed with the tensors of the wanted experts only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,7 +24,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from equipoise.engine.model.checkpoint import Checkpoint
+from equipoise.engine.checkpoint.quantization import (
+    QUANTIZED_DTYPES,
+    dequantizer,
+    holds_quantized_data,
+    with_partial_blocks,
+)
+from equipoise.engine.checkpoint.reader import Checkpoint
 from equipoise.errors import ModelError
 
 
@@ -49,13 +56,20 @@ class CheckpointConversion:
 
     Attributes:
         parameters: names of those that the checkpoint has tensors for, in natural order of its keys.
+        unused_keys: tensors that the model has no use for, but for those that its family is known to leave out.
+
+    Raises:
+        ModelError: a part of a quantised weight would be left out, or taken for the weight itself.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self._model = model
         self._checkpoint = checkpoint
+        self._quantizer = dequantizer(model.config)
+        self.unused_keys: list[str] = []
         self._sources = self._match()
         self.parameters = self._sources.keys()
+        self._refuse_quantized_leftovers()
 
     def make(self, name: str) -> dict[str, torch.Tensor]:
         """A parameter, and what else the same tensors give, by name; on the CPU, of the checkpoint's dtype.
@@ -93,8 +107,9 @@ class CheckpointConversion:
         return self._convert(name, source.transform, source.keys, lambda key: self._checkpoint.read_rows(key, held))
 
     def _match(self) -> dict[str, _Source]:
-        """Sorts the checkpoint's keys by the parameter they belong to; keys the model has no use for are left out."""
-        transforms = get_model_conversion_mapping(self._model)
+        """Sort the checkpoint's keys by the parameter they belong to; the others become ``unused_keys``."""
+        transforms = with_partial_blocks(get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer))
+        ignored = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_unexpected or ()]
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -105,12 +120,35 @@ class CheckpointConversion:
             if name not in known and key in known:
                 name, pattern = key, None
             if name not in known:
+                if not any(pattern.search(key) for pattern in ignored):
+                    self.unused_keys.append(key)
                 continue
             if name not in sources:
                 transform = WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
                 sources[name] = _Source(transform)
             sources[name].keys.setdefault(pattern or key, []).append(key)
         return sources
+
+    def _refuse_quantized_leftovers(self) -> None:
+        """A scale that no conversion takes, or raw fp8 without one: the weight would load, and answer garbage."""
+        used = [
+            key
+            for source in self._sources.values()
+            if isinstance(source.transform, WeightRenaming) or self._quantizer is None
+            for keys in source.keys.values()
+            for key in keys
+        ]
+        for key in [*self.unused_keys, *used]:
+            if holds_quantized_data(key, self._checkpoint.dtype(key)) and not self._is_parameter(key):
+                raise ModelError(
+                    f"{key} ({self._checkpoint.dtype(key)}) is part of a quantised weight, but config.json has no "
+                    "quantization_config that says how to read it",
+                    field="model_path",
+                )
+
+    def _is_parameter(self, key: str) -> bool:
+        """Whether the model itself has a full-precision parameter of this name, which merely ends like a scale."""
+        return self._checkpoint.dtype(key) not in QUANTIZED_DTYPES and key in self._model.state_dict()
 
     def _convert(
         self,

@@ -1,4 +1,4 @@
-"""A directory of safetensors files, read tensor by tensor and row by row, counting the bytes."""
+"""Reads a directory's safetensors files tensor by tensor and row by row, counting the bytes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class Checkpoint:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """In the words of safetensors: ``F32``, ``BF16``, ``F8_E4M3``, ``U8``, ..."""
+        return str(self._slice(key).get_dtype())
 
     def read(self, key: str) -> torch.Tensor:
         return self._counted(self._slice(key)[...])

@@ -1,4 +1,4 @@
-"""The directory of a model, and its tokenizer: what the launcher needs without importing the model itself."""
+"""Finds the directory of a model, and loads its tokenizer; does not import the model itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_tokenizer(directory: Path) -> Any:
     if not any(path.is_file() for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise ModelError(f"no tokenizer in {directory}", field="model_path")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what the file in question happens to raise
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"no usable tokenizer in {directory}: {line}", field="model_path") from None
