@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class ModelRunner:
         self._experts = [module for _, module in blueprint.experts]
         self._names = [name for name, _ in blueprint.experts]
         self._cache = RowKvCache(config.engine.max_running_requests, blueprint.max_model_len)
+        self._cache_keyword = cache_keyword(self._model)
         self._pool: ExpertPool | None = None
         self.load_report = self._load(blueprint, config.eplb)
 
@@ -82,7 +84,7 @@ class ModelRunner:
         inputs = {
             "input_ids": torch.tensor([batch.token_ids], dtype=torch.int64).to(self._device, non_blocking=True),
             "position_ids": layout.position_ids,
-            "past_key_values": self._cache,
+            self._cache_keyword: self._cache,
             "use_cache": True,
             "step_layout": layout,
         }
@@ -91,3 +93,9 @@ class ModelRunner:
             return None
         logits: torch.Tensor = self._model(**inputs, logits_to_keep=layout.last_tokens).logits
         return logits[0].float().cpu()
+
+
+def cache_keyword(model: Any) -> str:
+    """Name by which a model's forward takes its cache: transformers renames ``past_key_values``, which 5.40 refuses."""
+    parameters = inspect.signature(type(model.base_model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
