@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 import neighbours
+from equipoise.config import Verification
 from equipoise.distributed.communicator import PeerTensor, Pending, TorchCommunicator
 from equipoise.placement.alignment import slot_order
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.memory.pool import ExpertPool
-from equipoise.transfer.memory.verification import Verification
 from equipoise.transfer.planning.plan import plan_transfer
 from helpers.placements import pooled
 
@@ -98,7 +98,8 @@ class EquipoiseMover:
             new = np.take_along_axis(new, order, axis=1)
         plan = plan_transfer(self._now, new, self._topology, max_staged_experts=self._updater.max_staged_experts)
         for layer in plan.layers:
-            self._updater.migrate_layer(layer, on_commit=lambda _: None)
+            for batch in layer.batches:
+                self._updater.commit(self._updater.stage(layer.layer_id, batch))
         self._now = new
         return new
 

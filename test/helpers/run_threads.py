@@ -1,4 +1,7 @@
-"""Runs a function on several ranks, each a thread of this process with an in-memory communicator."""
+"""Runs a function on several ranks, each a thread of this process with an in-memory communicator.
+
+The communicator checks that all ranks call the same collectives; see lockstep.py.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,24 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
+from equipoise.distributed.communicator import Communicator
+from equipoise.distributed.in_memory import InMemoryHub
+from helpers.lockstep import LockstepCommunicator
 
 
-def run_threads(fn: Callable[[InMemoryCommunicator], Any], world_size: int, timeout: float = 60.0) -> list[Any]:
+def run_threads(fn: Callable[[Communicator], Any], world_size: int, timeout: float = 60.0) -> list[Any]:
     """Calls ``fn(communicator)`` per rank; returns results by rank, an exception where a rank raised one."""
     results: list[Any] = [TimeoutError("did not finish")] * world_size
 
-    def body(communicator: InMemoryCommunicator) -> None:
+    def body(communicator: Communicator) -> None:
         try:
             results[communicator.rank] = fn(communicator)
         except BaseException as error:
             results[communicator.rank] = error
 
     threads = [
-        threading.Thread(target=body, args=(each,), daemon=True) for each in InMemoryHub(world_size).communicators()
+        threading.Thread(target=body, args=(LockstepCommunicator(each),), daemon=True)
+        for each in InMemoryHub(world_size).communicators()
     ]
     for thread in threads:
         thread.start()
@@ -29,7 +35,7 @@ def run_threads(fn: Callable[[InMemoryCommunicator], Any], world_size: int, time
     return results
 
 
-def results_of(fn: Callable[[InMemoryCommunicator], Any], world_size: int, timeout: float = 60.0) -> list[Any]:
+def results_of(fn: Callable[[Communicator], Any], world_size: int, timeout: float = 60.0) -> list[Any]:
     """As :func:`run_threads`, but raises the first rank's exception if there is one."""
     results = run_threads(fn, world_size, timeout)
     for rank, result in enumerate(results):

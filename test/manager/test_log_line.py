@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from equipoise.manager.commands import LayerProfile
 from equipoise.manager.log_line import describe
+from equipoise.transfer.execution.profile import LayerProfile
 from helpers.fake_engine import REPORT
 
 
@@ -22,7 +22,10 @@ def test_one_line_says_what_moved_or_why_nothing_did() -> None:
 
 
 def test_the_profile_is_a_table_with_a_line_per_commit() -> None:
-    layers = [LayerProfile(3, 0.001, 0.002, 0.003, 4096, 5), LayerProfile(9, 0.01, 0.02, 0.03, 8192, 6)]
+    layers = [
+        LayerProfile(3, 0.001, 0.002, 0.003, 4096, 5, 1024, 9999),
+        LayerProfile(9, 0.01, 0.02, 0.03, 8192, 6, 1024, 9999),
+    ]
     report = dataclasses.replace(REPORT, profile=dataclasses.replace(REPORT.profile, layers=layers))
     first, *rows = describe(report, profile=True).splitlines()
     assert first == describe(report, profile=False)

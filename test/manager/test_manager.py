@@ -17,8 +17,9 @@ from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
 from equipoise.errors import ConfigError
 from equipoise.manager.commands import DumpRecording, GetStatus, GetSteps, Rebalance, RebalanceReport, StartRecording
 from equipoise.manager.manager import EplbManager, Ticket
-from equipoise.transfer.execution.faults import Fault, ScheduledFaults
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.memory.store import ExpertWeights
+from helpers.faults import Fault, FaultyCommunicator, FaultyMemory, ScheduledFaults, memory_of
 from helpers.run_threads import results_of
 
 TOPOLOGY = EpTopology(4, 2, 3)
@@ -29,7 +30,8 @@ class Host:
     """Nearly all tokens of its steps go to experts 4 and 5, which only the first node holds at first."""
 
     def __init__(self, communicator: InMemoryCommunicator, transfers: InMemoryHub | None, **given: Any) -> None:
-        hooks = {name: given.pop(name) for name in ("faults", "on_report", "num_groups", "wall_clock") if name in given}
+        hooks = {name: given.pop(name) for name in ("on_report", "num_groups", "wall_clock") if name in given}
+        self.faults = ScheduledFaults(given.pop("faults", []), communicator.rank)
         rank = communicator.rank
         self.metadata = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, TOPOLOGY, max_replicas=5)
         held = self.metadata.physical_to_logical_map[:, list(TOPOLOGY.slots_of_rank(rank))]
@@ -40,12 +42,16 @@ class Host:
             self,
             self.metadata,
             communicator,
-            transfer_communicator=None if transfers is None else transfers.communicator(rank),
+            transfer_communicator=(
+                None if transfers is None else FaultyCommunicator(transfers.communicator(rank), self.faults)
+            ),
             **hooks,
         )
 
-    def expert_weights(self) -> list[list[torch.Tensor]]:
-        return self.weights
+    def expert_weights(self) -> ExpertWeights:
+        if not self.faults.num_left:
+            return self.weights
+        return FaultyMemory(memory_of(self.weights, "checksum"), self.faults)  # type: ignore[return-value]
 
     def step(self) -> None:
         for layer in range(LAYERS):
@@ -71,11 +77,11 @@ class Host:
 
 
 def on_ranks(body: Callable[[Host], Any], **given: Any) -> list[Any]:
-    """``body`` on every rank with a host of its own; ``faults`` and ``on_report`` may be functions of the rank."""
+    """``body`` on every rank with a host of its own; ``on_report`` is a function of the rank."""
     transfers = InMemoryHub(TOPOLOGY.num_ranks)
 
     def run(communicator: InMemoryCommunicator) -> Any:
-        mine = {name: of(communicator.rank) if name in ("faults", "on_report") else of for name, of in given.items()}
+        mine = {name: of(communicator.rank) if name == "on_report" else of for name, of in given.items()}
         host = Host(communicator, transfers, **mine)
         try:
             return body(host)
@@ -117,7 +123,7 @@ def test_checks_and_timeouts_are_those_of_the_options(kind: Any, phase: Any, sai
 
     results = on_ranks(
         body,
-        faults=lambda rank: ScheduledFaults([Fault(kind, sender, phase, layer=0) for sender in range(4)], rank),
+        faults=[Fault(kind, sender, phase, layer=0) for sender in range(4)],
         eplb_verification="checksum",
         eplb_transfer_timeout=0.5,
     )

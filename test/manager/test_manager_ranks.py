@@ -26,7 +26,7 @@ from equipoise.manager.commands import (
     StopRecording,
 )
 from equipoise.manager.manager import EplbManager, Ticket
-from equipoise.transfer.execution.faults import Fault, FaultInjector, ScheduledFaults
+from helpers.faults import Fault, FaultyCommunicator, ScheduledFaults
 from helpers.run_ranks import run_ranks
 
 LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
@@ -35,7 +35,7 @@ LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
 class Host:
     """A minimal engine: random skewed routing in place of a model, and the check of what a forward pass would see."""
 
-    def __init__(self, rank: int, world_size: int, faults: FaultInjector | None = None, **options: Any) -> None:
+    def __init__(self, rank: int, world_size: int, faults: tuple[Fault, ...] = (), **options: Any) -> None:
         topology = EpTopology.for_experts(EXPERTS, REDUNDANT, world_size, num_nodes=2)
         self.metadata = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, topology, max_replicas=REDUNDANT + 1)
         mine = self.metadata.physical_to_logical_map[:, list(topology.slots_of_rank(rank))]
@@ -57,8 +57,7 @@ class Host:
             self,
             self.metadata,
             self.communicator,
-            transfer_communicator=for_transfers,
-            faults=faults,
+            transfer_communicator=FaultyCommunicator(for_transfers, ScheduledFaults(faults, rank)),
         )
         self.manager.warm_up()
         self.random = torch.Generator().manual_seed(rank)
@@ -197,8 +196,7 @@ def test_what_holds_a_rebalance_back_is_said() -> None:
 
 
 def fail_in_the_middle(rank: int, world_size: int, mode: str, fault: Fault) -> dict[str, Any]:
-    faults = ScheduledFaults([fault], rank)
-    host = Host(rank, world_size, faults, eplb_transfer_mode=mode, eplb_transfer_timeout=2.0)
+    host = Host(rank, world_size, (fault,), eplb_transfer_mode=mode, eplb_transfer_timeout=2.0)
     for _ in range(4):
         host.step(hot=1)
     before = host.metadata.physical_to_logical_map.clone()

@@ -14,8 +14,8 @@ from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.errors import TransferError
 from equipoise.manager.migration import Migration, MigrationBroken
-from equipoise.transfer.execution.profile import LayerTransferReport
-from equipoise.transfer.execution.runner import PollResult
+from equipoise.transfer.execution.profile import LayerProfile
+from equipoise.transfer.execution.runner import TransferState
 from equipoise.transfer.planning.plan import TransferBatch, TransferPlan
 
 TOPOLOGY = EpTopology(2, 2, 5)
@@ -39,12 +39,12 @@ class Runner:
     def start(self, plan: TransferPlan) -> None:
         self.batches = [(layer.layer_id, batch) for layer in plan.layers for batch in layer.batches]
 
-    def poll(self, _communicator: object) -> PollResult:
+    def poll(self, _communicator: object) -> TransferState:
         if self.error is not None:
-            return "broken"
-        return "ready" if self.staged > 0 else "working"
+            return TransferState.BROKEN
+        return TransferState.READY if self.staged > 0 else TransferState.WORKING
 
-    def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> LayerTransferReport:
+    def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> LayerProfile:
         if self.committed == self.fails_at:
             self.batches = []
             raise TransferError("voted down")
@@ -52,15 +52,15 @@ class Runner:
         on_commit(layer_id, batch)
         self.staged -= 1
         self.committed += 1
-        return LayerTransferReport(
+        return LayerProfile(
             layer_id=layer_id,
-            rank=0,
             num_rounds=1,
             transfer_seconds=0.5,
             verify_seconds=0.25,
             commit_seconds=0.125,
             peak_staging_bytes=100 + layer_id,
-            bytes_over_ranks=np.array([[10, 7, 5, 3], [layer_id, 0, 0, 0]]),
+            bytes_received=7,
+            expert_bytes=10 + layer_id,
         )
 
     def close(self) -> None:
@@ -177,7 +177,13 @@ def test_bytes_and_staging_of_all_commits_add_up() -> None:
     scene = Scene("sync")
     scene.begin()
     scene.migration.advance(idle=False)
-    assert scene.migration.bytes_over_ranks().tolist() == [[30, 21, 15, 9], [0 + 1 + 3, 0, 0, 0]]
+    expected = np.zeros((2, 4), dtype=np.int64)  # each rank is a node: all that is sent crosses
+    for layer in scene.plan.layers:
+        for transfer in layer.batches[0].transfers:
+            expected[TOPOLOGY.rank_of_slot(transfer.source_slot), [0, 2]] += 10 + layer.layer_id
+            expected[TOPOLOGY.rank_of_slot(transfer.destination_slot), [1, 3]] += 10 + layer.layer_id
+    assert expected.sum() > 0
+    assert scene.migration.bytes_over_ranks().tolist() == expected.tolist()
     assert scene.migration.peak_staging_bytes == 103
     profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in scene.migration.profiles]
     assert profiles == [(layer, 0.5, 0.25, 0.125) for layer in (0, 1, 3)]
@@ -212,7 +218,7 @@ def test_a_vote_that_leaves_the_runner_broken_says_both() -> None:
     scene.runner.fails_at = 0
     scene.begin()
 
-    def broken_by_then(on_commit: object) -> LayerTransferReport:
+    def broken_by_then(on_commit: object) -> LayerProfile:
         del on_commit
         scene.runner.error = "no group of ranks is left"
         raise TransferError("voted down")
@@ -226,7 +232,7 @@ def test_ranks_that_cannot_agree_any_more_end_it_for_good() -> None:
     scene = Scene()
     scene.begin()
 
-    def lost(_communicator: object) -> PollResult:
+    def lost(_communicator: object) -> TransferState:
         raise TransferError("rank 3 has failed or left")
 
     scene.runner.poll = lost  # type: ignore[method-assign]

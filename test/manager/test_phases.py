@@ -13,9 +13,10 @@ from equipoise import EpTopology, ExpertLocationMetadata
 from equipoise.config import EplbConfig
 from equipoise.errors import ConfigError, PhaseError, TransferError
 from equipoise.manager.background_planner import PlanningFailed
-from equipoise.manager.commands import LayerProfile, Rebalance, RebalanceReport
+from equipoise.manager.commands import Rebalance, RebalanceReport
 from equipoise.manager.migration import MigrationBroken
 from equipoise.manager.phases import Rebalancing
+from equipoise.transfer.execution.profile import LayerProfile
 
 TOPOLOGY = EpTopology(2, 1, 5)
 PERIOD = 3
@@ -74,7 +75,7 @@ class Migration:
         self.begun: list[Any] = []
         self.layers_pending = 0
         self.peak_staging_bytes = 77
-        self.profiles = [LayerProfile(0, 0.1, 0.2, 0.3, 4, 5)]
+        self.profiles = [LayerProfile(0, 0.1, 0.2, 0.3, 4, 5, 4, 0)]
         self.on_advance: Callable[[], None] = lambda: None
 
     def begin(self, target: Any, plan: Any) -> None:

@@ -1,25 +1,24 @@
-"""How ranks talk: one protocol, implemented over torch.distributed here and in memory in in_memory_communicator.py.
-
-Two kinds of traffic are kept apart. **Bulk**: :meth:`Communicator.exchange`, expert weights between pairs of ranks.
-**Control**: small collectives by which ranks agree. A bulk transfer that fails or times out may leave its transport
-unusable (gloo closes the connections); the control group survives that, so the ranks can still vote, and
-:meth:`Communicator.rebuild` makes a new bulk group, or both anew if a vote has broken off too.
-"""
+"""Implements a communicator over ``torch.distributed`` process groups: gloo, or NCCL with gloo for control."""
 
 from __future__ import annotations
 
+import logging
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from equipoise.distributed.protocol import Communicator, PeerTensor, Pending
 from equipoise.distributed.small_sums import PostedSum, sum_by_way_of_rank_0_
-from equipoise.errors import TransferError, transport_error
+from equipoise.errors import ConfigError, TransferError, transport_error
 
-PeerTensor = tuple[int, torch.Tensor]
+__all__ = ["Communicator", "PeerTensor", "Pending", "TorchCommunicator"]
+
+logger = logging.getLogger("equipoise.distributed")
 
 # Sums of at most this many bytes over at most this many ranks are not left to the group's ring; see small_sums.py.
 SMALL_SUM_BYTES = 4096
@@ -28,106 +27,50 @@ SMALL_SUM_RANKS = 64
 BULK_TAG = 0
 
 
-class Pending(Protocol):
-    """Messages under way."""
+def abort_group(group: dist.ProcessGroup) -> None:
+    """Ends whatever an NCCL group has under way, kernels included. Gloo has nothing to abort: its sockets are closed.
 
-    def wait(self, timeout: float) -> None:
-        """Returns when all of them are through.
-
-        Raises:
-            TransferTimeout: they are not, after ``timeout`` seconds.
-            TransferError: they never will be.
-        """
-        ...
-
-
-@runtime_checkable
-class Communicator(Protocol):
-    """Point-to-point transfers and small collectives among ``world_size`` ranks.
-
-    Ranks are those of the group, 0 to ``world_size - 1``. Collectives are called by every rank in the same order.
-    Every call ends within its timeout (seconds), with a result or with a :class:`~equipoise.errors.TransferError`:
-    a :class:`~equipoise.errors.TransferTimeout` where a peer did not answer in time.
+    Hazard: a receive that nobody will answer spins on the GPU, and may write to staging that the next batch reuses.
     """
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
-        """Starts to send and receive contiguous tensors of any dtype; none may be touched until it has been waited for.
-
-        Messages between two ranks arrive in the order in which they were sent; both sides name the same number of
-        bytes. A tensor may be sent to several peers. What was posted first is waited for first.
-        """
-        ...
-
-    def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
-        """Posts and waits."""
-        ...
-
-    def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
-        """Replaces ``tensor`` by its sum over all ranks."""
-        ...
-
-    def post_sum(self, tensor: torch.Tensor, timeout: float = 600.0) -> Pending:
-        """Starts to replace a CPU ``tensor`` by its sum over all ranks, beside what the caller does until it waits.
-
-        Args:
-            tensor: not to be touched until it has been waited for.
-            timeout: seconds that the slowest rank may take until it joins.
-        """
-        ...
-
-    def all_gather_object(self, value: Any, timeout: float = 60.0) -> list[Any]:
-        """Every rank's ``value`` (picklable), in rank order."""
-        ...
-
-    def broadcast_object(self, value: Any, src: int, timeout: float = 60.0) -> Any:
-        """The ``value`` of rank ``src``; what the others pass is ignored."""
-        ...
-
-    def barrier(self, timeout: float = 60.0) -> None:
-        """Returns once every rank has called it."""
-        ...
-
-    def rebuild(self, *, control: bool = False) -> None:
-        """Collective. Replaces the bulk transport after a failure; messages of before are lost.
-
-        Args:
-            control: the control group as well. No thread of any rank may be in one of its collectives.
-
-        Raises:
-            TransferError: this communicator cannot.
-        """
-        ...
+    if group is not dist.group.WORLD and dist.get_backend(group) == "nccl":
+        dist.distributed_c10d._abort_process_group(group)
 
 
 class _TorchPending:
-    def __init__(self, works: list[dist.Work], what: str) -> None:
+    """Works under way.
+
+    Args:
+        on_cuda: NCCL measures a timeout from the post, not from the wait: what has passed by then is added to it.
+    """
+
+    def __init__(self, works: list[dist.Work], what: str, *, on_cuda: bool = False) -> None:
         self._works = works
         self._what = what
+        self._posted = time.monotonic() if on_cuda else None
 
     def wait(self, timeout: float) -> None:
+        passed = 0.0 if self._posted is None else time.monotonic() - self._posted
         try:
             for work in self._works:
-                work.wait(timedelta(seconds=timeout))
+                work.wait(timedelta(seconds=timeout + passed))
         except RuntimeError as error:
             raise transport_error(error, self._what, timeout) from error
 
 
 class TorchCommunicator:
-    """Over ``torch.distributed`` process groups that the host hands in: gloo or NCCL.
+    """Talks over ``torch.distributed`` process groups that the host hands in: gloo or NCCL.
 
     Args:
-        group: carries the bulk. With a gloo group, tensors live on the CPU; with NCCL, on ``device``.
+        group: carries the bulk. With a gloo group, tensors live on the CPU; with NCCL, on ``device``. A group for
+            transfers over NCCL comes from :func:`~equipoise.distributed.groups.new_transfer_group`.
         device: where the bulk tensors live.
         control_group: a gloo group of the same ranks for the collectives on CPU tensors and objects; ``group``
-            itself if None. Apart from ``group``, it survives a failed transfer.
+            itself if None, which NCCL cannot serve. Apart from ``group``, it survives a failed transfer.
         new_group: makes a fresh bulk group of the same ranks, called by all of them; None: cannot be rebuilt.
         new_control_group: the same for the control group.
+
+    Raises:
+        ConfigError: a device other than the CPU without a control group that carries CPU tensors.
     """
 
     def __init__(
@@ -139,11 +82,18 @@ class TorchCommunicator:
         new_group: Callable[[], dist.ProcessGroup] | None = None,
         new_control_group: Callable[[], dist.ProcessGroup] | None = None,
     ) -> None:
+        self.device = torch.device(device)
+        if self.device.type != "cpu" and (control_group is None or dist.get_backend(control_group) == "nccl"):
+            raise ConfigError(
+                f"control_group is needed for bulk on {self.device}: NCCL carries no CPU tensors, so hand in a gloo "
+                "group of the same ranks",
+                field="control_group",
+            )
         self._group = group
         self._control = control_group if control_group is not None else group
         self._new_group = new_group
         self._new_control_group = new_control_group
-        self.device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None  # on which messages were last posted
 
     @property
     def rank(self) -> int:
@@ -153,6 +103,22 @@ class TorchCommunicator:
     def world_size(self) -> int:
         return self._group.size()
 
+    @property
+    def knows_streams(self) -> bool:
+        return self.device.type == "cuda"
+
+    def reserve(self, num_bytes: int, in_flight: int) -> None:
+        """Messages go from and to the tensors themselves: nothing is needed."""
+
+    def connect(self, timeout: float = 60.0) -> None:
+        # NCCL connects two ranks at their first message. Where only some ranks of a group send the first one, the rest
+        # would be missing from a rendezvous that no timeout covers, so everyone takes part here, in a ring.
+        sent, landed = (torch.zeros(1, dtype=torch.uint8, device=self.device) for _ in range(2))
+        for distance in range(1, self.world_size):
+            dst, src = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+            self.exchange([(dst, sent)], [(src, landed)], timeout)
+        self.barrier(timeout)  # nobody uses the connections before everybody has them
+
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
         self.post(sends, recvs).wait(timeout)
 
@@ -160,7 +126,7 @@ class TorchCommunicator:
         peers = sorted({peer for peer, _ in [*sends, *recvs]})
         what = f"transfer between rank {self.rank} and ranks {peers}"
         try:
-            return _TorchPending(self._start(sends, recvs) if peers else [], what)
+            return _TorchPending(self._start(sends, recvs) if peers else [], what, on_cuda=self.knows_streams)
         except RuntimeError as error:
             raise transport_error(error, what, 0.0) from error
 
@@ -168,13 +134,16 @@ class TorchCommunicator:
         if self.device.type == "cpu":  # gloo: straight to the group, at a third of the cost of a P2POp each
             works = [self._group.recv([tensor], peer, BULK_TAG) for peer, tensor in recvs]
             return works + [self._group.send([tensor], peer, BULK_TAG) for peer, tensor in sends]
+        self._stream = torch.cuda.current_stream(self.device)
         ops = [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for peer, tensor in recvs]
         ops += [dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer) for peer, tensor in sends]
         return dist.batch_isend_irecv(ops)
 
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
+        if self.world_size == 1:
+            return
         on_cpu = tensor.device.type == "cpu"
-        if on_cpu and tensor.nbytes <= SMALL_SUM_BYTES and 1 < self.world_size <= SMALL_SUM_RANKS:
+        if on_cpu and tensor.nbytes <= SMALL_SUM_BYTES and self.world_size <= SMALL_SUM_RANKS:
             sum_by_way_of_rank_0_(self._control, tensor, timeout)
             return
         options = dist.AllreduceOptions()
@@ -220,13 +189,20 @@ class TorchCommunicator:
             raise TransferError("the transfer's process group is broken, and its host gave no way to make a new one")
         if control and self._new_control_group is None:
             raise TransferError("the transfer's control group is broken, and its host gave no way to make a new one")
+        logger.warning("rank %d makes new %s", self.rank, "bulk and control groups" if control else "bulk groups")
         try:
             if control and self._new_control_group is not None:
                 self._control = self._new_control_group()
+            # On all ranks, not only on those that noticed the failure, and before anything new is made: the messages of
+            # the old group would otherwise wait on the device for good, beside those of the new one.
+            abort_group(self._group)
+            if self._stream is not None:
+                self._stream.synchronize()
+            self.barrier()
             self._group = self._new_group()
         except RuntimeError as error:
             raise transport_error(error, f"new process groups on rank {self.rank}", 0.0) from error
-        self.barrier()  # nobody uses them before everybody has them
+        self.connect()
 
     def _broadcast(self, tensor: torch.Tensor, src: int, timeout: float) -> None:
         options = dist.BroadcastOptions()

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the communicator of tests, and of a host with one process and several devices."""
+"""Connects ranks that are threads of one process: for tests, and for a host with one process and several devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from equipoise.distributed.communicator import PeerTensor, Pending
+from equipoise.distributed.protocol import PeerTensor, Pending
 from equipoise.errors import TransferError, TransferTimeout
 
 _Collective = tuple[int, int]  # how often the ranks have started over, number since
@@ -74,14 +74,26 @@ class InMemoryCommunicator:
     def world_size(self) -> int:
         return self._hub.world_size
 
+    @property
+    def knows_streams(self) -> bool:
+        return False
+
+    def reserve(self, num_bytes: int, in_flight: int) -> None:
+        """Messages are copied where they are: nothing is needed."""
+
+    def connect(self, timeout: float = 60.0) -> None:
+        self.barrier(timeout)
+
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
         self.post(sends, recvs).wait(timeout)
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> Pending:
         hub = self._hub
+        messages = [(peer, _bytes_of(tensor).clone()) for peer, tensor in sends]
+        _finish_stream([tensor for _, tensor in messages])  # the receiver copies on a stream of its own
         with hub.condition:
-            for peer, tensor in sends:
-                hub.boxes[self._rank, peer].append(_bytes_of(tensor).clone())
+            for peer, message in messages:
+                hub.boxes[self._rank, peer].append(message)
             hub.condition.notify_all()
         return _InMemoryPending(self, recvs)
 
@@ -100,6 +112,7 @@ class InMemoryCommunicator:
                     f"rank {self._rank} expected {target.numel()} bytes from rank {peer}, got {message.numel()}"
                 )
             target.copy_(message)
+            _finish_stream([target])  # or the message's memory could be handed out again before it has been read
 
     def all_reduce_sum_(self, tensor: torch.Tensor, timeout: float = 60.0) -> None:
         tensor.copy_(torch.stack(self._gather(tensor.clone(), timeout)).sum(0))
@@ -154,3 +167,9 @@ class InMemoryCommunicator:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def _finish_stream(tensors: Sequence[torch.Tensor]) -> None:
+    """Waits for what the current stream of each CUDA device among them was told to do."""
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()

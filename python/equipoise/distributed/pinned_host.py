@@ -1,7 +1,8 @@
-"""For GPUs that cannot reach each other: bulk tensors travel through pinned host memory over a CPU communicator.
+"""Carries bulk tensors of a device through pinned host memory, over a communicator of the CPU.
 
-The way is device -> pinned host -> wire -> pinned host -> device. Host buffers are kept and reused; there are
-two for each exchange in flight, as large as the largest one.
+The way is device -> pinned host -> wire -> pinned host -> device. It needs no kernel on the device, so it cannot get in
+the way of a forward pass's collectives: the safe transport where NCCL overlapped with serving is not. Host buffers are
+kept and reused; there are two for each exchange in flight, as large as the largest one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from equipoise.distributed.communicator import Communicator, PeerTensor, Pending
+from equipoise.distributed.protocol import Communicator, PeerTensor, Pending
 
 
 class PinnedHostCommunicator:
@@ -28,7 +29,7 @@ class PinnedHostCommunicator:
         self.device = torch.device(device)
         self._free: list[torch.Tensor] = []
         self.host_bytes = 0
-        """Pinned memory allocated so far."""
+        """Pinned memory held, in bytes."""
 
     @property
     def rank(self) -> int:
@@ -37,6 +38,19 @@ class PinnedHostCommunicator:
     @property
     def world_size(self) -> int:
         return self._inner.world_size
+
+    @property
+    def knows_streams(self) -> bool:
+        return False
+
+    def reserve(self, num_bytes: int, in_flight: int) -> None:
+        # Hazard: pinning takes tens of milliseconds and synchronises the device, so not beside a forward pass.
+        missing = 2 * in_flight - len(self._free)
+        for _ in range(missing):
+            self._free.append(self._allocate(num_bytes))
+
+    def connect(self, timeout: float = 60.0) -> None:
+        self._inner.connect(timeout)
 
     def exchange(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], timeout: float) -> None:
         self.post(sends, recvs).wait(timeout)
@@ -82,16 +96,31 @@ class PinnedHostCommunicator:
 
     def give_back(self, buffer: _HostBuffer) -> None:
         """Keeps a buffer for the next exchange."""
-        self._free.append(buffer.memory)
+        if buffer.memory.numel():
+            self._free.append(buffer.memory)
 
     def _take_buffer(self, messages: Sequence[PeerTensor]) -> _HostBuffer:
-        """A free buffer, or a larger one in its place, with a part for each message."""
+        """Takes the smallest free buffer that fits, or one in place of the largest, with a part for each message."""
         sizes = [tensor.numel() * tensor.element_size() for _, tensor in messages]
-        memory = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
-        if sum(sizes) > memory.numel():
-            self.host_bytes += sum(sizes) - memory.numel()
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        return _HostBuffer(memory, list(memory[: sum(sizes)].split(sizes)) if sizes else [])
+        if not sizes:
+            return _HostBuffer(torch.empty(0, dtype=torch.uint8), [])
+        self._free.sort(key=torch.Tensor.numel)
+        fitting = next((i for i, memory in enumerate(self._free) if memory.numel() >= sum(sizes)), None)
+        if fitting is not None:
+            memory = self._free.pop(fitting)
+        else:
+            if self._free:
+                self.host_bytes -= self._held(self._free.pop().numel())
+            memory = self._allocate(sum(sizes))
+        return _HostBuffer(memory, list(memory[: sum(sizes)].split(sizes)))
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        self.host_bytes += self._held(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def _held(self, num_bytes: int) -> int:
+        """Bytes that a buffer takes: torch rounds pinned ones up to a power of two."""
+        return 1 << (num_bytes - 1).bit_length() if self.device.type == "cuda" and num_bytes else num_bytes
 
 
 @dataclass(frozen=True, eq=False)

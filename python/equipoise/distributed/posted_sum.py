@@ -1,10 +1,10 @@
-"""A sum over all ranks that travels between two polls of a host, beside its forward pass."""
+"""Sums over all ranks between two polls of a host, overlapped with its forward pass."""
 
 from __future__ import annotations
 
 import torch
 
-from equipoise.distributed.communicator import Communicator, Pending
+from equipoise.distributed.protocol import Communicator, Pending
 
 _SLOWEST_STEP_SECONDS = 600.0
 """How long a rank may take from one poll to the next."""

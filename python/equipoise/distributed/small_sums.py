@@ -1,4 +1,4 @@
-"""Sums of a few bytes over all ranks, over gloo and around its ring.
+"""Sums a few bytes over all ranks, over gloo but not by its ring.
 
 In a ring every sum wakes every process 2 (G - 1) times, and a rank that has died is noticed by its neighbours only. So
 a sum that is waited for goes by way of rank 0, and one that is posted from every rank to every other.
@@ -58,7 +58,7 @@ def sum_by_way_of_rank_0_(group: dist.ProcessGroup, tensor: torch.Tensor, timeou
 
 
 class PostedSum:
-    """A sum under way: every rank sends its part to every other, and adds up what it has got when it waits.
+    """Holds a sum under way: every rank sends its part to every other, and adds up what it has got when it waits.
 
     A part starts with eight bytes: 0, or 1 + the rank that its sender has lost. A rank that fails here sends that as
     its next part, so that nobody waits for it, however far the others have got.
@@ -73,10 +73,9 @@ class PostedSum:
         self._tensor = tensor
         self._peers = [peer for peer in range(group.size()) if peer != group.rank()]
         self._end = _LOST_BYTES + tensor.nbytes
-        row_bytes = (
-            -(-self._end // _LOST_BYTES) * _LOST_BYTES
-        )  # every row starts where its first eight bytes can be read
-        self._parts = torch.zeros(group.size(), row_bytes, dtype=torch.uint8)
+        # Every rank's part starts where its first eight bytes can be read as one integer.
+        part_bytes = -(-self._end // _LOST_BYTES) * _LOST_BYTES
+        self._parts = torch.zeros(group.size(), part_bytes, dtype=torch.uint8)
         mine = self._parts[group.rank()]
         mine[_LOST_BYTES : self._end].view(tensor.dtype).copy_(tensor.view(-1))
         self._receives = [group.recv([self._parts[peer]], peer, _POSTED_TAG) for peer in self._peers]
@@ -91,17 +90,18 @@ class PostedSum:
                 work.wait(limit)
                 lost = int(self._parts[waits_for, :_LOST_BYTES].view(torch.int64))
                 if lost:
-                    self._say_goodbye(lost - 1)
+                    self._announce_loss(lost - 1)
                     raise TransferError(f"rank {lost - 1} has failed or left")
             for work in self._sends:
                 work.wait(limit)
         except RuntimeError as error:
-            self._say_goodbye(waits_for)
+            self._announce_loss(waits_for)
             raise transport_error(error, f"sum on rank {self._group.rank()} with rank {waits_for}", timeout) from error
         values = self._parts[:, _LOST_BYTES : self._end].contiguous().view(self._tensor.dtype)
         self._tensor.copy_(values.sum(0, dtype=values.dtype).view(self._tensor.shape))
 
-    def _say_goodbye(self, lost: int) -> None:
+    def _announce_loss(self, lost: int) -> None:
+        """Sends the number of the lost rank to all others, as this rank's next part."""
         part = torch.zeros_like(self._parts[0])
         part[:_LOST_BYTES].view(torch.int64).fill_(1 + lost)
         for peer in self._peers:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from equipoise.transfer.execution.profile import LayerProfile
+
 Phase = Literal["collecting", "planning", "migrating", "failed"]
 Action = Literal["skip", "reweight", "migrate"]
 Outcome = Literal["skipped", "dry_run", "committed", "failed"]
@@ -85,18 +87,6 @@ class DumpReply:
     path: str  # absolute
     num_steps: int
     num_tokens: int  # token-expert assignments of one layer, summed over steps; the largest layer
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """One commit of one layer, on rank 0; a layer has several where a staging budget splits it."""
-
-    layer_id: int
-    transfer_seconds: float
-    verify_seconds: float  # checks and the vote of all ranks
-    commit_seconds: float
-    bytes_received: int
-    num_rounds: int
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from equipoise.manager.planning import PlannedRebalance
 from equipoise.manager.recording import LoadRecording
 from equipoise.manager.warm_up import compile_kernels_in_background, load_compiled_kernels
 from equipoise.placement.metadata import ExpertLocationMetadata
-from equipoise.transfer.execution.faults import FaultInjector
 from equipoise.transfer.execution.runner import InlineRunner
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS
@@ -79,7 +78,6 @@ class EplbManager:
         clock: seconds, monotonic.
         wall_clock: seconds since the epoch, for file names.
         on_report: told of every rebalance that ends, requested or not, on every rank.
-        faults: what goes wrong on purpose while experts move.
 
     Raises:
         ConfigError: an unknown algorithm, weights or budgets that cannot be used, no communicator for mode ``async``.
@@ -97,7 +95,6 @@ class EplbManager:
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
         on_report: Callable[[RebalanceReport], None] | None = None,
-        faults: FaultInjector | None = None,
     ) -> None:
         check_algorithm(config.eplb_algorithm, field="eplb_algorithm")
         beside = config.eplb_transfer_mode == "async"
@@ -123,7 +120,6 @@ class EplbManager:
             staging_bytes=config.eplb_staging_bytes,
             timeout=config.eplb_transfer_timeout,
             duty=config.eplb_transfer_duty if beside else 1.0,
-            faults=faults,
         )
         stall_timeout = config.eplb_transfer_timeout + VOTE_GRACE_SECONDS + _STALL_SLACK_SECONDS
         self._runner = (

@@ -11,10 +11,9 @@ from equipoise.config import TransferMode
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import TransferError
-from equipoise.manager.commands import LayerProfile
 from equipoise.placement.metadata import ExpertLocationMetadata
-from equipoise.transfer.execution.profile import LayerTransferReport
-from equipoise.transfer.execution.runner import TransferRunner
+from equipoise.transfer.execution.profile import LayerProfile, experts_over_ranks
+from equipoise.transfer.execution.runner import TransferRunner, TransferState
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 _IDLE_WAIT_SECONDS = 0.001
@@ -55,7 +54,8 @@ class Migration:
         self._limit = None if mode == "sync" else layers_per_chunk
         self._sleep = sleep
         self._target: ExpertLocationMetadata | None = None
-        self._report: LayerTransferReport | None = None
+        self._experts: np.ndarray | None = None  # sent and received by all ranks in the batch that committed last
+        self._bytes = self._no_bytes()
         self.layers_pending = 0
         self.profiles: list[LayerProfile] = []
 
@@ -69,7 +69,7 @@ class Migration:
         """
         moving = {layer.layer_id for layer in plan.layers} if plan is not None else set()
         self._commit_target(target, [layer for layer in range(target.num_layers) if layer not in moving])
-        self._target, self._report, self.profiles = target, None, []
+        self._target, self._bytes, self.profiles = target, self._no_bytes(), []
         self.layers_pending = len(moving)
         if plan is not None and plan.layers:
             self._runner.start(plan)
@@ -89,50 +89,42 @@ class Migration:
             except TransferError as error:
                 self.layers_pending = 0
                 raise MigrationBroken(f"the ranks cannot agree any more: {error}") from error
-            if state == "broken":
+            if state == TransferState.BROKEN:
                 self.layers_pending = 0
                 raise MigrationBroken(self._runner.error or "the transfer of another rank is broken")
-            if state != "ready":
+            if state != TransferState.READY:
                 if idle:
                     self._sleep(_IDLE_WAIT_SECONDS)
                 break
             try:
-                self._add(self._runner.commit(self._commit_batch))
+                profile = self._runner.commit(self._commit_batch)
             except TransferError as error:
                 self.layers_pending = 0
                 if self._runner.error is not None:
                     raise MigrationBroken(f"{self._runner.error} (after: {error})") from error
                 raise
+            assert self._experts is not None
+            self.profiles.append(profile)
+            self._bytes += profile.expert_bytes * self._experts
             commits += 1
         return not self._runner.active
 
     def bytes_over_ranks(self) -> np.ndarray:
         """(G, 4) int64: what each rank sent, received, sent to and received from other nodes for committed layers."""
-        if self._report is None:
-            return np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
-        return self._report.bytes_over_ranks
+        return self._bytes
 
     @property
     def peak_staging_bytes(self) -> int:
         """Of this rank."""
-        return 0 if self._report is None else self._report.peak_staging_bytes
+        return max((profile.peak_staging_bytes for profile in self.profiles), default=0)
 
-    def _add(self, report: LayerTransferReport) -> None:
-        self._report = report if self._report is None else self._report + report
-        self.profiles.append(
-            LayerProfile(
-                layer_id=report.layer_id,
-                transfer_seconds=report.transfer_seconds,
-                verify_seconds=report.verify_seconds,
-                commit_seconds=report.commit_seconds,
-                bytes_received=report.bytes_received,
-                num_rounds=report.num_rounds,
-            )
-        )
+    def _no_bytes(self) -> np.ndarray:
+        return np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
 
     def _commit_batch(self, layer_id: int, batch: TransferBatch) -> None:
         """The weights of a layer have just changed on all ranks: its maps follow before anything else runs."""
         assert self._target is not None
+        self._experts = experts_over_ranks(batch, self._metadata.topology)
         if np.array_equal(batch.new_map, self._target.physical_to_logical_map[layer_id].numpy()):
             self._commit_target(self._target, [layer_id])
             self.layers_pending -= 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from equipoise.manager.commands import LayerProfile, RebalanceProfile
+from equipoise.manager.commands import RebalanceProfile
 from equipoise.manager.planning import PlannedRebalance
+from equipoise.transfer.execution.profile import LayerProfile
 
 
 class RebalanceTimer:

@@ -12,6 +12,7 @@ from equipoise.errors import TransferError, TransferTimeout
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.planning.plan import plan_transfer
+from helpers.migrate import migrate_layer
 from helpers.placements import (
     WEIGHT_SPECS,
     live_weights,
@@ -56,7 +57,7 @@ def walk_through_placements(rank: int, world_size: int, num_placements: int, see
             plan = plan_transfer(now, target, topology, num_logical_experts=num_experts, max_staged_experts=budget)
             updater.agree_on(plan)
             for layer in plan.layers:
-                updater.migrate_layer(layer, on_commit=lambda _: None)
+                migrate_layer(updater, layer)
                 in_batches += len(layer.batches) > 1
             expected = rank_weights(target, rank, topology, specs)
             for layer_id, tensors in enumerate(live_weights(weights)):
@@ -101,11 +102,11 @@ def lose_a_message(rank: int, world_size: int) -> str:
 
     communicator.post = lossy
     with pytest.raises(TransferError) as caught:
-        updater.migrate_layer(layer)
+        migrate_layer(updater, layer)
     for tensor, expected in zip(weights[0], rank_weights(old, rank, topology)[0], strict=False):
         assert same_bytes(tensor, expected)
-    assert updater.broken is None
-    updater.migrate_layer(layer)
+    assert updater.error is None
+    migrate_layer(updater, layer)
     for tensor, expected in zip(weights[0], rank_weights(new, rank, topology)[0], strict=False):
         assert same_bytes(tensor, expected)
     return type(caught.value).__name__

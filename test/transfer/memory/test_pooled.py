@@ -26,7 +26,7 @@ def pool_of(held: list[list[int]], num_spare: int) -> ExpertPool:
 
 
 def memory_of(pool: ExpertPool, *, with_canary: bool = False) -> PooledExperts:
-    return PooledExperts(pool, pool.slots_per_rank, "canary" if with_canary else "off", rounds_in_flight=2)
+    return PooledExperts(pool, pool.slots_per_rank, "canary" if with_canary else "off", num_send_buffers=2)
 
 
 def experts_in(pool: ExpertPool, layer_id: int) -> list[int]:
@@ -145,7 +145,7 @@ def test_unusable_pools_are_refused(tensors, words):
 
 def test_a_pool_for_another_topology_is_refused():
     with pytest.raises(ConfigError, match="slots_per_rank=2, the topology 3"):
-        PooledExperts(pool_of([[0, 1]], 1), 3, "off", rounds_in_flight=1)
+        PooledExperts(pool_of([[0, 1]], 1), 3, "off", num_send_buffers=1)
 
 
 def test_a_row_of_another_layer_is_not_to_be_had():

@@ -10,52 +10,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 
 from equipoise.distributed.communicator import Communicator, Pending
-from equipoise.transfer.execution.faults import FaultInjector
 from equipoise.transfer.memory.store import ExpertStore
 from equipoise.transfer.planning.rank_program import RankProgram, Round, is_staging, staging_index
 
 
-class SideStream:
-    """On a CPU it does nothing.
-
-    Staging runs on a stream of its own, beside the forward pass, and waits for the last commit, which read the staging
-    slots and wrote the live ones. A commit runs on the caller's stream after staging has finished.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last_commit: torch.cuda.Event | None = None
-
-    def overlapped(self) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        if self._last_commit is not None:
-            self._stream.wait_event(self._last_commit)
-        return torch.cuda.stream(self._stream)
-
-    def finish(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def committed(self) -> None:
-        if self._stream is not None:
-            self._last_commit = torch.cuda.Event()
-            self._last_commit.record()
-
-
 class Throttle:
-    """Rests after each round for as long as the duty asks.
+    """Sleeps after each round for as long as the duty cycle asks.
 
-    What a round takes includes waiting for peers, and they rest too: resting in proportion to it would make the ranks
+    What a round takes includes waiting for peers, and they sleep too: sleeping in proportion to it would make the ranks
     wait for each other longer and longer. So the work itself is taken from the bytes and the fastest byte seen so far.
 
     Args:
-        duty: share of the time, in (0, 1], that may go to transfers; 1: never rests.
+        duty: duty cycle, the share of the time, in (0, 1], that may go to transfers; 1: never sleeps.
     """
 
     def __init__(self, duty: float, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -77,15 +45,13 @@ _MIN_WAIT_SECONDS = 0.001
 
 
 class TransferPipeline:
-    """From live slots of this rank, and from its staging where it relays, to the staging of others.
+    """Brings experts from live slots of this rank, and from its staging where it relays, to the staging of others.
 
     Args:
         communicator: reaches the other ranks.
-        store: the experts of this rank; it has an send_buffer for each round in flight.
-        stream: on which the store packs what is sent.
-        faults: what goes wrong on purpose.
+        store: the experts of this rank; it has a send buffer for each round in flight.
         rounds_in_flight: rounds of which the rank may be in the middle; with a ``duty`` below 1 it is 1.
-        duty: share of the time, in (0, 1], that may go to transfers.
+        duty: duty cycle of transfers, in (0, 1].
         clock: seconds, monotonic.
         sleep: for ``duty``.
     """
@@ -94,8 +60,6 @@ class TransferPipeline:
         self,
         communicator: Communicator,
         store: ExpertStore,
-        stream: SideStream,
-        faults: FaultInjector,
         rounds_in_flight: int,
         duty: float,
         *,
@@ -105,11 +69,9 @@ class TransferPipeline:
         assert rounds_in_flight >= 1, f"{rounds_in_flight=}"
         self._communicator = communicator
         self._store = store
-        self._stream = stream
-        self._faults = faults
         # What is under way moves on while the rank rests: with more than one round that would be no rest.
         self._rounds_in_flight = rounds_in_flight if duty == 1.0 else 1
-        self._pace = Throttle(duty, sleep)
+        self._throttle = Throttle(duty, sleep)
         self._clock = clock
 
     def run(self, layer_id: int, program: RankProgram, deadline: float) -> None:
@@ -123,22 +85,20 @@ class TransferPipeline:
             TransferTimeout: a peer did not answer before the deadline.
             TransferError: a peer never will.
         """
-        fault = self._faults.at("transfer", layer_id)
         under_way: deque[tuple[Round, Pending]] = deque()
-        began, moved, message_bytes = self._clock(), 0, self._store.message_bytes(layer_id)
+        began, moved, expert_bytes = self._clock(), 0, self._store.expert_bytes(layer_id)
         for number, each in enumerate(program.rounds):
             while under_way and (len(under_way) == self._rounds_in_flight or _awaits_one_of(each, under_way)):
                 self._wait(under_way.popleft()[1], deadline)
-                self._pace.rest(moved, self._clock() - began)
+                self._throttle.rest(moved, self._clock() - began)
                 began, moved = self._clock(), 0
-            sends = self._store.outgoing(layer_id, each.send, number % self._rounds_in_flight) if each.send else []
+            # Hazard: a send buffer is written here while earlier rounds are under way. It is that of the round
+            # rounds_in_flight before, which has been waited for.
+            index = number % self._rounds_in_flight
+            sends = self._store.outgoing(layer_id, each.send, index) if each.send else []
             recvs = self._store.incoming(layer_id, each.receive) if each.receive else []
-            if fault is not None and sends:
-                sends = [] if fault == "drop" else [(peer, tensor.bitwise_xor(0x55)) for peer, tensor in sends]
-                fault = None
-            self._stream.finish()  # what was packed must be there before a transport that knows no streams reads it
             under_way.append((each, self._communicator.post(sends, recvs)))
-            moved += message_bytes * ((each.send is not None) + (each.receive is not None))
+            moved += expert_bytes * ((each.send is not None) + (each.receive is not None))
         for _, pending in under_way:
             self._wait(pending, deadline)
 

@@ -1,12 +1,12 @@
-"""Runs a transfer plan batch by batch for a host that serves meanwhile: interface, and the runner that works inline.
+"""Defines how a host drives a transfer, and runs one inline, in the serving thread.
 
 Both runners have one interface, so a manager drives all modes alike::
 
     runner.start(plan)
     while runner.active:
         ... forward pass ...
-        while runner.poll(communicator) == "ready":     # collective: the same answer on every rank
-            report = runner.commit(update_maps)         # local; raises the TransferError that all ranks voted for
+        while runner.poll(communicator) == TransferState.READY:   # collective: the same answer on every rank
+            profile = runner.commit(update_maps)                  # local; raises the TransferError of all ranks
 
 ``poll`` is where ranks agree: a batch is ready when every rank's staging and vote are behind it, so all of them commit
 it between the same two forward passes. That also settles what a vote that broke off leaves in doubt: if one rank does
@@ -16,18 +16,35 @@ new groups in the same poll, and the plan ends as one that was voted down does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from enum import IntEnum
+from typing import Protocol
 
 import torch
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import InDoubtError, TransferError
-from equipoise.transfer.execution.profile import LayerTransferReport
+from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
-PollResult = Literal["idle", "working", "ready", "broken"]
+logger = logging.getLogger("equipoise.transfer")
+
+
+class TransferState(IntEnum):
+    """How the batch under way stands, on one rank or by agreement of all. The values travel between ranks.
+
+    A poll answers IDLE, WORKING, READY or BROKEN; IN_DOUBT is what ranks tell each other, and a poll settles it.
+    """
+
+    IDLE = 0  # no plan is under way
+    WORKING = 1  # staging, or waiting for peers or their votes
+    READY = 2  # commit() has a batch that all voted for, or raises the error that all of them raise
+    IN_DOUBT = 3  # the vote broke off, or the thread ended: whether others could commit is not known
+    BROKEN = 4  # nothing can be moved any more: a thread hangs, or there is no way to new groups
+
+
 OnCommit = Callable[[int, TransferBatch], None]
 
 
@@ -41,25 +58,25 @@ class TransferRunner(Protocol):
 
     @property
     def error(self) -> str | None:
-        """Why poll says "broken" (of this rank; None if it was another one's worker)."""
+        """Why poll says BROKEN (of this rank; None if it was another one's worker)."""
         ...
 
     def start(self, plan: TransferPlan) -> None:
         """Begins a plan, the same on every rank. Returns at once."""
         ...
 
-    def poll(self, communicator: Communicator) -> PollResult:
-        """Collective, from the serving thread: whether all ranks can commit the next batch, or have failed it.
+    def poll(self, communicator: Communicator) -> TransferState:
+        """Collective, from the serving thread: asks whether all ranks can commit the next batch, or have failed it.
 
-        "broken": nothing can be moved any more, for :attr:`error`.
+        BROKEN: nothing can be moved any more, for :attr:`error`.
 
         Raises:
             TransferError: the ranks cannot talk over ``communicator``.
         """
         ...
 
-    def commit(self, on_commit: OnCommit) -> LayerTransferReport:
-        """After "ready": commits the batch and calls ``on_commit(layer_id, batch)``, which changes the maps.
+    def commit(self, on_commit: OnCommit) -> LayerProfile:
+        """After READY: commits the batch and calls ``on_commit(layer_id, batch)``, which changes the maps.
 
         Raises:
             TransferError: the ranks voted against the batch, or could not vote; the plan has ended, its earlier batches
@@ -81,7 +98,7 @@ class InlineRunner:
 
     def __init__(self, updater: ExpertLocationUpdater) -> None:
         self._updater = updater
-        self._steps: Iterator[tuple[int, TransferBatch]] = iter(())
+        self._batches: Iterator[tuple[int, TransferBatch]] = iter(())
         self._plan: TransferPlan | None = None
         self._outcome: StagedBatch | TransferError | None = None
         self._next: tuple[int, TransferBatch] | None = None
@@ -94,18 +111,18 @@ class InlineRunner:
     def start(self, plan: TransferPlan) -> None:
         assert not self.active
         self._plan = plan
-        self._steps = batches_of(plan)
-        self._next = next(self._steps, None)
+        self._batches = batches_of(plan)
+        self._next = next(self._batches, None)
 
-    def poll(self, communicator: Communicator) -> PollResult:
+    def poll(self, communicator: Communicator) -> TransferState:
         if self.error is not None:
-            return "broken"
+            return TransferState.BROKEN
         if self._outcome is None:
             if self._next is None:
-                return "idle"
+                return TransferState.IDLE
             self._outcome = self._stage(*self._next, communicator)
-            self._next = None if isinstance(self._outcome, TransferError) else next(self._steps, None)
-        return "ready"
+            self._next = None if isinstance(self._outcome, TransferError) else next(self._batches, None)
+        return TransferState.READY
 
     def _stage(self, layer_id: int, batch: TransferBatch, communicator: Communicator) -> StagedBatch | TransferError:
         outcome: StagedBatch | TransferError | None = None
@@ -119,6 +136,7 @@ class InlineRunner:
             outcome = error
         except InDoubtError as error:
             doubt = str(error)
+        # Hazard: a rank that knows the vote's outcome must not commit before it knows that nobody is in doubt.
         in_doubt = torch.tensor([doubt is not None], dtype=torch.int64)
         communicator.all_reduce_sum_(in_doubt)
         if not in_doubt:
@@ -126,22 +144,22 @@ class InlineRunner:
             return outcome
         return start_over(self._updater, doubt, communicator)
 
-    def commit(self, on_commit: OnCommit) -> LayerTransferReport:
+    def commit(self, on_commit: OnCommit) -> LayerProfile:
         outcome, self._outcome = self._outcome, None
         assert outcome is not None
         if isinstance(outcome, TransferError):
-            self.error = self._updater.broken
+            self.error = self._updater.error
             raise outcome
-        report = self._updater.commit(outcome)
+        profile = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
-        return report
+        return profile
 
     def close(self) -> None:
         self._next = self._outcome = None
 
 
 def batches_of(plan: TransferPlan) -> Iterator[tuple[int, TransferBatch]]:
-    """(layer id, batch) of every batch, in the order in which they are to be committed."""
+    """Yields (layer id, batch) in the order in which batches are to be committed."""
     for layer in plan.layers:
         for batch in layer.batches:
             yield layer.layer_id, batch
@@ -155,12 +173,13 @@ def start_over(updater: ExpertLocationUpdater, reason: str | None, communicator:
         communicator: of the serving thread.
 
     Returns:
-        What all ranks are to raise, with every rank's reason. Whether it worked, ``updater.broken`` tells.
+        What all ranks are to raise, with every rank's reason. Whether it worked, ``updater.error`` tells.
     """
     reasons = communicator.all_gather_object(reason)
-    told = "; ".join(f"rank {rank}: {words}" for rank, words in enumerate(reasons) if words)
+    every_reason = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)
+    logger.warning("rank %d makes new transfer groups: %s", communicator.rank, every_reason)
     try:
         updater.recover()
     except TransferError as error:
-        return TransferError(f"{error} (after: {told})")
-    return TransferError(f"the transfer broke off, nobody committed: {told}")
+        return TransferError(f"{error} (after: {every_reason})")
+    return TransferError(f"the transfer broke off, nobody committed: {every_reason}")

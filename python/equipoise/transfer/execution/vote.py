@@ -1,109 +1,123 @@
-"""How ranks agree whether what they have staged may be committed: by a vote, which decides the same on all of them."""
+"""Agrees whether what the ranks have staged may be committed: by a vote, which decides the same on all of them."""
 
 from __future__ import annotations
 
+import logging
+from enum import IntEnum
+
 import torch
+from torch.profiler import record_function
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import InDoubtError, TransferError, TransferTimeout, VerificationError
-from equipoise.transfer.execution.faults import FaultInjector
+
+logger = logging.getLogger("equipoise.transfer")
 
 # A rank that failed at once votes at once, and waits for those that find out by their timeout. A vote that is given up
 # too early would leave ranks in doubt whether the others committed; a rank that died is noticed without waiting.
 VOTE_GRACE_SECONDS = 30.0
 
-# What a rank votes; the highest one cast decides which error all of them raise.
-_FINE, _FAILED, _TIMED_OUT, _NOT_WHAT_WAS_SENT = range(4)
-_ERRORS = {_FAILED: TransferError, _TIMED_OUT: TransferTimeout, _NOT_WHAT_WAS_SENT: VerificationError}
+
+class Ballot(IntEnum):
+    """What a rank votes; the highest one cast decides which error all of them raise. The values travel."""
+
+    YES = 0
+    FAILED = 1
+    TIMED_OUT = 2
+    NOT_AS_SENT = 3
+
+
+_ERRORS: dict[Ballot, type[TransferError]] = {
+    Ballot.FAILED: TransferError,
+    Ballot.TIMED_OUT: TransferTimeout,
+    Ballot.NOT_AS_SENT: VerificationError,
+}
 
 
 class LayerVote:
-    """The votes of one rank.
+    """Casts the votes of one rank.
 
     Args:
         communicator: reaches the other ranks.
         patience: seconds after which a vote is given up: more than the slowest rank may take until it votes.
-        faults: what goes wrong on purpose.
     """
 
-    def __init__(self, communicator: Communicator, patience: float, faults: FaultInjector) -> None:
+    def __init__(self, communicator: Communicator, patience: float) -> None:
         self._communicator = communicator
         self._patience = patience
-        self._faults = faults
-        self.broken: str | None = None
+        self.error: str | None = None
         """Why no further transfer can run before :meth:`recover`; None while one can."""
 
     def cast(self, layer_id: int, failure: Exception | None) -> TransferError | None:
-        """Collective. None if no rank failed, else the same kind of error on all of them.
+        """Collective. Returns None if no rank failed, else the same kind of error on all of them.
 
         Args:
-            layer_id: for the words of the error.
+            layer_id: for the error's message.
             failure: why this rank could not commit; None: it could.
 
         Raises:
-            InDoubtError: the vote broke off; :attr:`broken` is set.
+            InDoubtError: the vote broke off; :attr:`error` is set.
         """
-        try:
-            if self._faults.at("vote", layer_id) == "drop":
-                self.broken = f"the vote on layer {layer_id} was not cast"
-                raise InDoubtError(self.broken)
-        except RuntimeError as error:
-            failure = failure or error
-        votes = torch.zeros(self._communicator.world_size, dtype=torch.int64)
-        votes[self._communicator.rank] = _ballot(failure)
-        words: list[str] = []
-        try:
-            self._communicator.all_reduce_sum_(votes, self._patience)
-            if votes.any():
-                words = self._communicator.all_gather_object(_words(failure), self._patience)
-        except TransferError as error:
-            reason = "" if failure is None else f"; this rank had failed before: {_words(failure)}"
-            self.broken = f"the vote on layer {layer_id} broke off: {error}{reason}"
-            raise InDoubtError(self.broken) from error
-        if not words:
-            return None
-        worst = int(votes.max())
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(words) if text)
-        if ((votes == _FAILED) | (votes == _TIMED_OUT)).any():
-            self._rebuild(told)
-        result = _ERRORS[worst](f"layer {layer_id} was not migrated: {told}")
+        with record_function("equipoise.transfer.vote"):
+            votes = torch.zeros(self._communicator.world_size, dtype=torch.int64)
+            votes[self._communicator.rank] = _ballot(failure)
+            reasons: list[str] = []
+            try:
+                self._communicator.all_reduce_sum_(votes, self._patience)
+                if votes.any():
+                    reasons = self._communicator.all_gather_object(_describe(failure), self._patience)
+            except TransferError as error:
+                before = "" if failure is None else f"; this rank had failed before: {_describe(failure)}"
+                self.error = f"the vote on layer {layer_id} broke off: {error}{before}"
+                logger.warning("rank %d is in doubt: %s", self._communicator.rank, self.error)
+                raise InDoubtError(self.error) from error
+            if not reasons:
+                return None
+            return self._voted_down(layer_id, votes, reasons, failure)
+
+    def _voted_down(
+        self, layer_id: int, votes: torch.Tensor, reasons: list[str], failure: Exception | None
+    ) -> TransferError:
+        reason = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)
+        logger.warning("layer %d was voted down: %s", layer_id, reason)
+        # A failed exchange may have left half a message in the bulk transport. Damaged bytes have not: every message
+        # has arrived, so the groups stay.
+        if ((votes == Ballot.FAILED) | (votes == Ballot.TIMED_OUT)).any():
+            try:
+                self._communicator.rebuild()
+            except TransferError as error:
+                self.error = f"{error} (after: {reason})"
+        result = _ERRORS[Ballot(int(votes.max()))](f"layer {layer_id} was not migrated: {reason}")
         result.__cause__ = failure
         return result
 
-    def _rebuild(self, told: str) -> None:
-        """Replaces the bulk transport, which a failed exchange may have left with half a message."""
-        try:
-            self._communicator.rebuild()
-        except TransferError as error:
-            self.broken = f"{error} (after: {told})"
-
     def recover(self) -> None:
-        """Collective, with no rank inside a transfer: makes new groups.
+        """Collective, with no rank inside a transfer: makes new groups, the control group's as well.
 
         Raises:
-            TransferError: there is no way to; :attr:`broken` says why.
+            TransferError: they cannot be made; :attr:`error` says why.
         """
         try:
             self._communicator.rebuild(control=True)
         except TransferError as error:
-            self.broken = f"{error} (after: {self.broken})"
+            self.error = f"{error} (after: {self.error})"
             raise
-        self.broken = None
+        self.error = None
 
 
-def _ballot(failure: Exception | None) -> int:
+def _ballot(failure: Exception | None) -> Ballot:
     match failure:
         case None:
-            return _FINE
+            return Ballot.YES
         case VerificationError():
-            return _NOT_WHAT_WAS_SENT
+            return Ballot.NOT_AS_SENT
         case TransferTimeout():
-            return _TIMED_OUT
+            return Ballot.TIMED_OUT
         case _:
-            return _FAILED
+            return Ballot.FAILED
 
 
-def _words(failure: Exception | None) -> str:
+def _describe(failure: Exception | None) -> str:
     if failure is None:
         return ""
     return str(failure) if isinstance(failure, TransferError) else f"{type(failure).__name__}: {failure}"

@@ -1,29 +1,53 @@
-"""Runs transfer plans in a thread of its own, beside the forward passes; see transfer_runner.py for the interface."""
+"""Runs transfer plans in a thread of its own, overlapped with the forward passes; runner.py has the interface.
+
+Two threads, and who may touch what::
+
+    serving thread                          _condition guards                    transfer thread
+    ------------------------------------    ---------------------------------    ------------------------------
+    start  sets _plan              ───────> _plan                       ───────> takes it, clears it
+                                            _outcome            <───────         a staged batch, or its error
+    commit takes _outcome, clears  ───────> _outcome is None            ───────> stages the next batch
+    poll   reads                   <─────── _failure            <───────         why it ended, if it did
+    poll   after start_over, adds 1 ──────> _num_started_over           ───────> abandons a plan begun before
+    poll   watches                 <─────── _last_progress      <───────         at each batch handed over
+    close  sets                    ───────> _closed                     ───────> ends
+
+    of the serving thread alone: _active _broken _polls _silent_polls _states _last_batch _thread
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.distributed.posted_sum import SumBetweenPolls
 from equipoise.errors import EquipoiseError, InDoubtError, TransferError
-from equipoise.transfer.execution.profile import LayerTransferReport
-from equipoise.transfer.execution.runner import OnCommit, PollResult, batches_of, start_over
+from equipoise.transfer.execution.profile import LayerProfile
+from equipoise.transfer.execution.runner import OnCommit, TransferState, batches_of, start_over
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
-WorkerState = Literal["working", "ready", "failed", "hung"]
+logger = logging.getLogger("equipoise.transfer")
+
+
+def silent_polls(num_polls: int) -> int:
+    """Returns how many polls of the next batch send nothing, if the one before took ``num_polls``: half of them.
+
+    A poll's message waits for nobody and still takes .3 to .9 ms from a forward pass on busy cores, and batches of a
+    plan take about equally long: in the first half there is nothing to say. ``num_polls`` is the same on all ranks,
+    so all of them leave out the same messages.
+    """
+    return num_polls // 2
 
 
 class TransferWorker:
     """Stages in a thread of its own, one batch ahead of the commits.
 
     The ranks' states travel while the forward pass runs: a poll reads what all of them said in the poll before it. So
-    the serving thread waits for no other rank, and a batch is committed one forward pass later. Even a message that
-    nobody waits for takes time from forward passes: the ranks are silent for half as long as the batch before took.
+    the serving thread waits for no other rank, and a batch is committed one forward pass later.
 
     Args:
         updater: with groups that nobody else uses: two threads must not mix their messages on one group.
@@ -43,18 +67,18 @@ class TransferWorker:
         self._stall_timeout = stall_timeout
         self._clock = clock
         self._condition = threading.Condition()
-        self._plan: TransferPlan | None = None  # set by start, taken by the thread
+        self._plan: TransferPlan | None = None
         self._active = False
-        self._outcome: StagedBatch | TransferError | None = None  # set by the thread, cleared by commit
+        self._outcome: StagedBatch | TransferError | None = None
         self._failure: str | None = None
-        self._hung = False
+        self._broken = False
         self._last_batch: TransferBatch | None = None  # of the plan under way
-        self._num_started_over = 0  # a thread that sees this change abandons its plan
+        self._num_started_over = 0
         self._closed = False
         self._last_progress = clock()
-        self._states = SumBetweenPolls()  # ranks in each WorkerState
+        self._states = SumBetweenPolls()  # ranks in each TransferState
         self._polls = 0  # for the batch under way; the same on all ranks
-        self._silent_polls = 0  # of those, that say nothing
+        self._silent_polls = 0
         self._thread = self._new_thread()
 
     @property
@@ -63,7 +87,7 @@ class TransferWorker:
 
     @property
     def error(self) -> str | None:
-        return self._failure or self._updater.broken
+        return self._failure or self._updater.error
 
     def start(self, plan: TransferPlan) -> None:
         with self._condition:
@@ -76,38 +100,38 @@ class TransferWorker:
             self._last_progress = self._clock()
             self._condition.notify_all()
 
-    def poll(self, communicator: Communicator) -> PollResult:
+    def poll(self, communicator: Communicator) -> TransferState:
         if not self._active:
-            return "broken" if self._hung else "idle"
+            return TransferState.BROKEN if self._broken else TransferState.IDLE
         self._polls += 1
         if self._polls <= self._silent_polls:
-            return "working"
+            return TransferState.WORKING
         counts = self._states.take()
-        result: PollResult = "working" if counts is None else self._read(counts, communicator)
-        if result == "working":
+        agreed = TransferState.WORKING if counts is None else self._agree(counts, communicator)
+        if agreed == TransferState.WORKING:
             mine = self._state()
-            self._states.post(communicator, [int(state == mine) for state in get_args(WorkerState)])
-        return result
+            self._states.post(communicator, [int(state == mine) for state in TransferState])
+        return agreed
 
-    def commit(self, on_commit: OnCommit) -> LayerTransferReport:
+    def commit(self, on_commit: OnCommit) -> LayerProfile:
         with self._condition:
             outcome = self._outcome
         assert outcome is not None
         if isinstance(outcome, TransferError):
             with self._condition:
                 self._outcome, self._active = None, False
-                self._failure = self._updater.broken
+                self._failure = self._updater.error
                 self._condition.notify_all()
             raise outcome
-        report = self._updater.commit(outcome)
+        profile = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
-        self._polls, self._silent_polls = 0, self._polls // 2
+        self._polls, self._silent_polls = 0, silent_polls(self._polls)
         with self._condition:
             self._outcome = None
             self._last_progress = self._clock()
             self._active = outcome.batch is not self._last_batch
             self._condition.notify_all()
-        return report
+        return profile
 
     def close(self) -> None:
         with self._condition:
@@ -117,29 +141,34 @@ class TransferWorker:
 
     # On the serving thread ------------------------------------------------------------------------------------------
 
-    def _state(self) -> WorkerState:
+    def _state(self) -> TransferState:
+        """How this rank stands; the watchdog looks here."""
         with self._condition:
             if self._outcome is not None:
-                return "ready"
+                return TransferState.READY
+            if self._broken:
+                return TransferState.BROKEN
             if self._failure is None and not self._thread.is_alive() and not self._closed:
                 self._failure = "the transfer thread has died"
             stalled = self._clock() - self._last_progress
             if self._failure is None and stalled > self._stall_timeout:
-                self._failure, self._hung = f"the transfer thread has made no progress for {stalled:.1f} s", True
-            if self._failure is None:
-                return "working"
-            return "hung" if self._hung else "failed"
+                self._failure = f"the transfer thread has made no progress for {stalled:.1f} s"
+                self._broken = True
+                logger.error("%s: no expert is moved any more", self._failure)
+                return TransferState.BROKEN
+            return TransferState.WORKING if self._failure is None else TransferState.IN_DOUBT
 
-    def _read(self, counts: list[int], communicator: Communicator) -> PollResult:
-        """``counts``: ranks in each state."""
-        working, ready, failed, hung = counts
-        if hung:  # its thread may still write to what it staged: there is no way back
-            self._active, self._hung = False, True
-            return "broken"
-        if ready == communicator.world_size:
-            return "ready"
-        if working or not failed:  # a rank that is still inside the transfer finds out by its own timeout
-            return "working"
+    def _agree(self, counts: list[int], communicator: Communicator) -> TransferState:
+        """What all ranks do, given how many of them are in each state."""
+        if counts[TransferState.BROKEN]:  # a thread may still write to what it staged: there is no way back
+            self._active, self._broken = False, True
+            return TransferState.BROKEN
+        if counts[TransferState.READY] == communicator.world_size:
+            return TransferState.READY
+        # Hazard: a rank that is still inside the transfer finds out by its own timeout. New groups before that would
+        # let it talk on groups that the others have left.
+        if counts[TransferState.WORKING] or not counts[TransferState.IN_DOUBT]:
+            return TransferState.WORKING
         with self._condition:
             failure, self._failure = self._failure, None
             self._num_started_over += 1
@@ -150,9 +179,9 @@ class TransferWorker:
         with self._condition:
             self._outcome = error
             self._condition.notify_all()
-        return "ready"
+        return TransferState.READY
 
-    # On the thread --------------------------------------------------------------------------------------------------
+    # On the transfer thread -----------------------------------------------------------------------------------------
 
     def _new_thread(self) -> threading.Thread:
         thread = threading.Thread(target=self._run, name="eplb-transfer", daemon=True)
@@ -160,22 +189,22 @@ class TransferWorker:
         return thread
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._plan is not None or self._closed)
-                if self._closed:
-                    return
-                plan, self._plan = self._plan, None
-                number = self._num_started_over
-            assert plan is not None
-            try:
-                self._run_plan(plan, number)
-            except BaseException as error:  # whatever it is, the watchdog must be able to say it
+        try:
+            self._updater.bind_thread()
+            while True:
                 with self._condition:
-                    self._failure = f"{type(error).__name__}: {error}"
-                if not isinstance(error, EquipoiseError):
-                    raise
-                return
+                    self._condition.wait_for(lambda: self._plan is not None or self._closed)
+                    if self._closed:
+                        return
+                    plan, self._plan = self._plan, None
+                    number = self._num_started_over
+                assert plan is not None
+                self._run_plan(plan, number)
+        except BaseException as error:  # whatever it is, the watchdog must be able to say it
+            with self._condition:
+                self._failure = f"{type(error).__name__}: {error}"
+            if not isinstance(error, EquipoiseError):
+                raise
 
     def _run_plan(self, plan: TransferPlan, number: int) -> None:
         """Raises what cannot be voted on: InDoubtError and bugs."""

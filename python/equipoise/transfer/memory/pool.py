@@ -1,4 +1,4 @@
-"""Expert weights of all layers of a rank in common rows, of which any may serve any slot.
+"""Keeps expert weights of all layers of a rank in common rows, of which any may serve any slot.
 
 A host whose kernels find an expert by row number (base address plus row times stride, as grouped and fused MoE kernels
 do) can hand its experts over in this form. Experts then land in a row that nobody reads yet, a commit writes row
@@ -35,7 +35,8 @@ class ExpertPool:
         self.num_layers, self.slots_per_rank = num_layers, slots_per_rank
         self.num_rows = tensors[0].shape[0]
         in_use = num_layers * slots_per_rank
-        self.row_of_slot = torch.arange(in_use, device=self.device).view(num_layers, slots_per_rank)
+        with torch.inference_mode(mode=False):  # or commits outside of it could not write the table
+            self.row_of_slot = torch.arange(in_use, device=self.device).view(num_layers, slots_per_rank)
         """(num_layers, slots_per_rank) int64 on the device: what a forward pass reads. Commits write it in place."""
         self._rows = self.row_of_slot.tolist()
         self.spare_rows = list(range(in_use, self.num_rows))
@@ -51,11 +52,11 @@ class ExpertPool:
         return self.num_rows - self.num_layers * self.slots_per_rank
 
     def rows(self, layer_id: int) -> list[int]:
-        """The row of each slot of a layer."""
+        """Returns the row of each slot of a layer."""
         return list(self._rows[layer_id])
 
     def assign(self, layer_id: int, rows: Sequence[int]) -> None:
-        """From the next forward pass on ``rows`` serve the layer's slots; rows that serve none any more are spare.
+        """Makes ``rows`` serve the layer's slots from the next forward pass on; rows that serve none become spare.
 
         Args:
             rows: (slots_per_rank,), each one the layer's or spare.

@@ -1,4 +1,4 @@
-"""The experts of a rank in an :class:`~equipoise.transfer.memory.pool.ExpertPool`: commits exchange rows."""
+"""Holds the experts of one rank in rows that all layers share: commits exchange rows and copy nothing."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from dataclasses import replace
 
 import torch
 
+from equipoise.config import Verification
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
+from equipoise.transfer.memory.host_weights import row_views, with_canary
 from equipoise.transfer.memory.pool import ExpertPool
-from equipoise.transfer.memory.stacked import with_canary
 from equipoise.transfer.memory.staging import (
     ExpertLayout,
     SendBuffer,
     StagedExpert,
     StagingArea,
-    row_views,
     staging_slots,
 )
-from equipoise.transfer.memory.verification import Verification
 from equipoise.transfer.planning.rank_program import Copy, is_staging, staging_index
 
 
@@ -33,7 +32,7 @@ def allocate_pool(
     rounds_in_flight: int,
     device: torch.device,
 ) -> ExpertPool:
-    """A pool with as many spare rows as staging may take; the weights are the caller's to fill in.
+    """Allocates a pool with as many spare rows as staging may take; the weights are the caller's to fill in.
 
     Args:
         specs: shape and dtype of each tensor of an expert.
@@ -59,7 +58,7 @@ class PooledExperts:
     """
 
     def __init__(
-        self, pool: ExpertPool, slots_per_rank: int, verification: Verification, rounds_in_flight: int
+        self, pool: ExpertPool, slots_per_rank: int, verification: Verification, *, num_send_buffers: int
     ) -> None:
         if pool.slots_per_rank != slots_per_rank:
             raise ConfigError(
@@ -69,7 +68,7 @@ class PooledExperts:
         self.device = pool.device
         self._pool = pool
         tensors = with_canary(pool.tensors, verification)
-        self._canary = tensors[-1] if verification != "off" else None
+        self._canary: torch.Tensor | None = tensors[-1] if verification != "off" else None  # type: ignore[assignment]
         self._row_views = [list(rows) for rows in zip(*(row_views(tensor) for tensor in tensors), strict=True)]
         self._layout = ExpertLayout.of(tensors, with_checksum=verification == "checksum")
         self.layouts = [self._layout] * pool.num_layers
@@ -81,7 +80,7 @@ class PooledExperts:
             slot_bytes=self._layout.packed_bytes,
         )
         self._receive_buffers = StagingArea(
-            [heads_only], None, self.capacity, self.capacity, rounds_in_flight, self.device
+            [heads_only], None, self.capacity, self.capacity, num_send_buffers, self.device
         )
 
     @property
@@ -110,6 +109,7 @@ class PooledExperts:
         head, packed_rows = self._receive_buffers.send_buffer(0, index)
         return SendBuffer(head, [(self._packed[number], row) for number, row in packed_rows])
 
+    @torch.inference_mode()
     def commit(self, layer_id: int, copies: Sequence[Copy]) -> None:
         """Gives each slot the row that holds its new expert; two slots that hold the same expert may share one."""
         rows, spare = self._pool.rows(layer_id), self._pool.spare_rows
@@ -127,6 +127,7 @@ class PooledExperts:
             return []
         return [int(value) for value in self._canary[self._pool.row_of_slot[layer_id]].tolist()]
 
+    @torch.inference_mode()
     def set_canaries(self, layer_id: int, values: Sequence[int]) -> None:
         if self._canary is not None:
             self._canary[self._pool.row_of_slot[layer_id]] = torch.tensor(values, device=self.device)

@@ -1,4 +1,4 @@
-"""Where experts land before they are committed, and how an expert's tensors lie in a message.
+"""Allocates staging slots and send buffers, and lays an expert's tensors out in a message.
 
 An expert of a layer is one row of each of the layer's tensors (weights, scales, biases, ... of any dtype). Rows of at
 least ``PACK_BELOW_BYTES`` travel as messages of their own, straight from the live tensor. Smaller ones would cost more
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from equipoise.errors import ConfigError
+from equipoise.transfer.memory.host_weights import ExpertTensor
 
 PACK_BELOW_BYTES = 16 * 1024
 ALIGNMENT = 64  # bytes; every dtype's view starts on a multiple of its size
@@ -49,9 +50,9 @@ class ExpertLayout:
         return self.packed_bytes + sum(self.fields[number].num_bytes for number in self.large_fields)
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor], *, with_checksum: bool = False) -> ExpertLayout:
-        """The layout for a layer's live tensors, each (slots_per_rank, ...)."""
-        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
+    def of(cls, tensors: Sequence[ExpertTensor], *, with_checksum: bool = False) -> ExpertLayout:
+        """Makes the layout for a layer's live tensors."""
+        sizes = [tensor[0].numel() * tensor[0].element_size() for tensor in tensors]
         offsets: dict[int, int] = {}
         at = _aligned(CHECKSUM_BYTES) if with_checksum else 0
         for packed in (True, False):
@@ -146,7 +147,7 @@ class StagingArea:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def send_buffer(self, layer_id: int, index: int) -> SendBuffer:
-        """SendBuffer ``index`` for an expert of a layer."""
+        """Returns send buffer ``index`` for an expert of a layer."""
         kind = self._kind_of_layer[layer_id]
         if (kind, index) not in self._send_buffers:
             layout = self._layouts[kind]
@@ -158,7 +159,7 @@ class StagingArea:
         return self._send_buffers[kind, index]
 
     def slot(self, layer_id: int, index: int) -> StagedExpert:
-        """Staging slot ``index`` for an expert of a layer."""
+        """Returns staging slot ``index`` for an expert of a layer."""
         kind = self._kind_of_layer[layer_id]
         if (kind, index) not in self._slots:
             layout = self._layouts[kind]
@@ -192,34 +193,6 @@ def staging_slots(
             field="eplb_staging_bytes",
         )
     return min((budget - send_bytes) // stride, max_slots)
-
-
-def row_views(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The bytes of each row of a live tensor as (bytes,) uint8 views: writing to one writes the tensor."""
-    return [row.view(-1).view(torch.uint8) for row in tensor.unbind(0)]
-
-
-def require_usable(expert_weights: Sequence[Sequence[torch.Tensor]], slots_per_rank: int) -> None:
-    """Checks the tensors that a host hands in.
-
-    Raises:
-        ConfigError: a layer without tensors, a tensor without ``slots_per_rank`` rows, rows that are not contiguous,
-            or tensors on several devices; the message names layer and tensor.
-    """
-    devices = {tensor.device for tensors in expert_weights for tensor in tensors}
-    if len(devices) > 1:
-        raise ConfigError(f"expert_weights lie on several devices: {sorted(map(str, devices))}", field="expert_weights")
-    for layer, tensors in enumerate(expert_weights):
-        if not tensors:
-            raise ConfigError(f"expert_weights[{layer}] holds no tensor", field="expert_weights")
-        for index, tensor in enumerate(tensors):
-            where = f"expert_weights[{layer}][{index}] of shape {tuple(tensor.shape)}"
-            if tensor.dim() < 1 or tensor.shape[0] != slots_per_rank:
-                raise ConfigError(f"{where} must have slots_per_rank={slots_per_rank} rows", field="expert_weights")
-            if not tensor[0].is_contiguous():
-                raise ConfigError(
-                    f"{where} and strides {tensor.stride()} must have contiguous rows", field="expert_weights"
-                )
 
 
 def _aligned(size: int) -> int:
