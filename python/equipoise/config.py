@@ -12,6 +12,7 @@ DispatchAlgorithm = Literal["static", "dynamic"]
 RecorderMode = Literal["stat", "per_pass"]
 Verification = Literal["off", "canary", "checksum"]
 TransferMode = Literal["sync", "chunked", "async"]
+TransferTransport = Literal["auto", "nccl", "host"]
 
 
 def _require(condition: bool, name: str, value: object, must: str) -> None:
@@ -59,6 +60,10 @@ class EplbConfig:
 
     eplb_transfer_timeout: float = 60.0
     """Seconds a layer's transfer may take before it is given up and the old layer serves on."""
+
+    eplb_transport: TransferTransport = "auto"
+    """How experts travel between ranks. `nccl`: from GPU to GPU; `host`: through pinned host memory and sockets, slower
+    and never in the way of a forward pass's own NCCL kernels; `auto`: `nccl` on GPUs. On CPUs it is gloo."""
 
     profile: bool = False
     """Print after each rebalance where its time went."""

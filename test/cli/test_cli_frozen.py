@@ -36,6 +36,7 @@ SERVE = {
     "--eplb-verification": "canary",
     "--eplb-staging-bytes": None,
     "--eplb-transfer-timeout": 60.0,
+    "--eplb-transport": "auto",
     "--eplb-transfer-duty": 1.0,
     "--profile": False,
     "--ep-num-redundant-experts": 0,

@@ -28,6 +28,7 @@ Private to this room::
 
     detokenizer.py   Decodes tokens to text as they come
     frontend.py      Rank 0's side: takes requests and commands, makes the step inputs, samples, streams tokens
+    groups.py        Makes process groups, and communicators over them by the transport that was chosen
     messages.py      Messages of the pipes: launcher to rank 0 and back, supervisor to launcher
     processes.py     Starts, talks to and ends the processes, on the launcher's side
     sampler.py       Samples the next token of a request from its logits

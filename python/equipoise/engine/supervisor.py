@@ -43,6 +43,8 @@ def main() -> None:
     except EOFError:
         return
     configure_logging(config.engine.log_level, "supervisor")
+    # Asked for GPUs without this, torch starts CUDA, which no forked rank can use then.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with tempfile.TemporaryDirectory(prefix="equipoise-") as rendezvous:
         supervise(config, requests, control, Path(rendezvous))
     sys.stderr.flush()

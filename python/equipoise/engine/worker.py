@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,26 +12,20 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from equipoise.config import ServeConfig
-from equipoise.distributed.communicator import TorchCommunicator
 from equipoise.engine.frontend import Frontend
+from equipoise.engine.groups import make_groups
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.experts import EpContext, token_bounds
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.model.step_batch import Segment, StepBatch
 from equipoise.engine.step_channel import StepChannel, StepInput
-from equipoise.errors import EquipoiseError, ModelError
+from equipoise.errors import ConfigError, EquipoiseError, ModelError
 from equipoise.jit.threads import available_cpus
 from equipoise.manager.commands import RebalanceReport
 from equipoise.manager.log_line import describe
 from equipoise.manager.manager import EplbManager
 
 _log = logging.getLogger("equipoise.engine")
-
-# Idle ranks wait in a broadcast for as long as nobody asks for anything; a dead peer breaks the connection at once.
-_FOREVER = timedelta(days=365)
-# All ranks are in the same forward pass: one that keeps the others waiting this long hangs.
-_HUNG = timedelta(minutes=10)
-_LOOPBACK = {"Linux": "lo", "Darwin": "lo0"}
 
 
 class RankWorker:
@@ -58,7 +50,7 @@ class RankWorker:
         torch.set_num_threads(max(1, available_cpus() // num_ranks))
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        groups = _process_groups(rank, num_ranks, rendezvous, device)
+        groups = make_groups(rank, num_ranks, rendezvous, device, config.eplb.eplb_transport, os.environ)
         self._runner = ModelRunner(blueprint, rank, device, config)
         # Also waits, as long as it takes, for ranks that load more slowly: what follows is collective and has timeouts.
         weight_bytes: list[int] = [0] * num_ranks
@@ -67,8 +59,8 @@ class RankWorker:
             config.eplb,
             self._runner,
             blueprint.metadata.clone(device),
-            _communicator(groups.experts, groups.control, device),
-            transfer_communicator=_communicator(groups.transfer, groups.transfer_control, device),
+            groups.serving,
+            transfer_communicator=groups.transfers,
             num_groups=blueprint.num_groups,
             on_report=self._on_report if rank == 0 else None,
         )
@@ -141,61 +133,28 @@ class RankWorker:
             ) from error
 
 
+def require_usable_fork() -> None:
+    """Check that the process that forked this one had not started CUDA.
+
+    Raises:
+        ConfigError: it had, and CUDA cannot be started here any more.
+    """
+    if torch.cuda._is_in_bad_fork():
+        raise ConfigError(
+            "this rank was forked from a process that had started CUDA, and cannot use a GPU: torch could not count the "
+            "GPUs through NVML (is libnvidia-ml there? is CUDA_VISIBLE_DEVICES plain numbers?); or use --device cpu",
+            field="device",
+        )
+
+
 def serve_rank(
     config: ServeConfig, blueprint: ModelBlueprint, rank: int, rendezvous: Path, requests: Connection | None
 ) -> None:
     """Run a rank from start to end. ``requests``: rank 0's end of the pipe to the launcher."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        RankWorker(config, blueprint, rank, rendezvous, requests).run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Process groups over all ranks: the serving thread uses the first two, the transfer thread the others.
-
-    Two threads must never share a group: their collectives would be matched in whatever order they are called.
-    """
-
-    control: dist.ProcessGroup  # gloo: step inputs, and what the managers agree on between steps
-    experts: dist.ProcessGroup  # tokens on their way to experts and back
-    transfer: dist.ProcessGroup  # experts that move to other ranks, overlapped with forward passes
-    transfer_control: dist.ProcessGroup  # gloo: votes on those
-
-
-def _process_groups(rank: int, num_ranks: int, rendezvous: Path, device: torch.device) -> _Groups:
-    loopback = _LOOPBACK.get(os.uname().sysname)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(rendezvous / "store"), num_ranks),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=_FOREVER,
-    )
-    backend = _bulk_backend(device)
-    return _Groups(
-        control=dist.new_group(backend="gloo", timeout=_FOREVER),
-        experts=dist.new_group(backend=backend, timeout=_HUNG),
-        transfer=dist.new_group(backend=backend),
-        transfer_control=dist.new_group(backend="gloo"),
-    )
-
-
-def _bulk_backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
-def _communicator(bulk: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> TorchCommunicator:
-    return TorchCommunicator(
-        bulk,
-        device,
-        control_group=control,
-        new_group=lambda: dist.new_group(backend=_bulk_backend(device)),
-        new_control_group=lambda: dist.new_group(backend="gloo"),
-    )
+    require_usable_fork()
+    RankWorker(config, blueprint, rank, rendezvous, requests).run()
+    # Hazard: after an error the groups are left as they are. Taking NCCL down waits for what is under way, which peers
+    # in the same forward pass never finish, and the supervisor would hear of the failure only then. The process ends.
+    dist.destroy_process_group()

@@ -179,7 +179,7 @@ class EpExperts(torch.nn.Module):
             # Its all_gather passes blocks on from rank to rank; sent directly they arrive in half the time.
             dist.all_to_all_single(gathered, padded.repeat(num_ranks, 1), group=group)
         else:
-            dist.all_gather(list(gathered.split(capacity)), padded, group=group)
+            dist.all_gather_into_tensor(gathered, padded, group=group)
         if bounds[-1] == len(gathered):
             return gathered
         parts = [gathered[r * capacity : r * capacity + bounds[r + 1] - bounds[r]] for r in range(num_ranks)]

@@ -49,7 +49,7 @@ def make_exchange(
 
 class _ExactExchange:
     def __init__(self, destinations: torch.Tensor, num_ranks: int, group: dist.ProcessGroup) -> None:
-        send_counts = torch.bincount(destinations, minlength=num_ranks)
+        send_counts = _first_of_each(destinations, num_ranks).diff()
         recv_counts = torch.empty_like(send_counts)
         dist.all_to_all_single(recv_counts, send_counts, group=group)
         self._sends, self._recvs = torch.stack([send_counts, recv_counts]).tolist()
@@ -71,8 +71,7 @@ class _PaddedExchange:
         self._num_tokens = num_ranks * capacity
         self._group = group
         # The n-th for a rank goes to the n-th place of its block.
-        counts = torch.bincount(destinations, minlength=num_ranks)
-        first = counts.cumsum(0) - counts
+        first = _first_of_each(destinations, num_ranks)
         nth = torch.arange(len(destinations), device=destinations.device) - first[destinations]
         self._places = destinations * capacity + nth
 
@@ -90,3 +89,11 @@ class _PaddedExchange:
         returned = torch.empty_like(results)
         dist.all_to_all_single(returned, results, group=self._group)
         return returned[self._places]
+
+
+def _first_of_each(destinations: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Find where each rank's tokens begin among the sorted ``destinations``, and their number: (G + 1,) int64.
+
+    Not by ``torch.bincount``: on a GPU it waits for the device, to find out how long its result is.
+    """
+    return torch.searchsorted(destinations, torch.arange(num_ranks + 1, device=destinations.device))
