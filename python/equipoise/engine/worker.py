@@ -141,7 +141,7 @@ def require_usable_fork() -> None:
     """
     if torch.cuda._is_in_bad_fork():
         raise ConfigError(
-            "this rank was forked from a process that had started CUDA, and cannot use a GPU: torch could not count the "
+            "this rank was forked from a process that had started CUDA and can use no GPU: torch could not count the "
             "GPUs through NVML (is libnvidia-ml there? is CUDA_VISIBLE_DEVICES plain numbers?); or use --device cpu",
             field="device",
         )
