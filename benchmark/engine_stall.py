@@ -30,9 +30,11 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import equipoise.engine.demo_model
 from cpu import cpu_name
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
+from equipoise.engine.commands import GetSteps, StepRecord
 from equipoise.engine.engine import Engine
 from equipoise.engine.requests import GenerateRequest, SamplingParams
-from equipoise.manager.commands import GetSteps, Rebalance, RebalanceReport, StepRecord
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.reports import RebalanceReport
 
 MODES = ("sync", "chunked", "async")
 QUICK = {"layers": 2, "experts": 12, "hidden": 128, "intermediate": 256, "steps": 40, "repeats": 1}
@@ -166,7 +168,7 @@ def run_mode(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str
             eplb_transfer_duty=arguments.duty,
             ep_num_redundant_experts=arguments.redundant,
             eplb_rebalance_num_iterations=1000,
-            profile=arguments.profile,
+            eplb_profile=arguments.profile,
         ),
     )
     engine = Engine.launch(config)

@@ -3,7 +3,7 @@
     python examples/host_the_core.py
 
 The "engine" below has one weight matrix per expert and random, skewed routing in place of a router. What matters is
-the four calls: the adapter, route(), end_forward_pass() and tick().
+what the engine hands in, and three calls: route(), end_forward_pass() and tick().
 """
 
 import os
@@ -23,16 +23,13 @@ LAYERS, EXPERTS, REDUNDANT, HIDDEN = 4, 16, 4, 32
 
 
 class MyEngine:
-    """An EngineAdapter: it shows the manager its live expert weights."""
+    """Holds the live expert weights of one rank."""
 
     def __init__(self, rank: int, topology: EpTopology, placement: ExpertLocationMetadata) -> None:
         experts = [torch.Generator().manual_seed(expert) for expert in range(EXPERTS)]
         every = torch.stack([torch.randn(HIDDEN, HIDDEN, generator=generator) for generator in experts])
         mine = placement.physical_to_logical_map[:, list(topology.slots_of_rank(rank))]
         self.weights = [[every[row].clone()] for row in mine]  # per layer: tensors of shape (slots_per_rank, ...)
-
-    def expert_weights(self) -> list[list[torch.Tensor]]:
-        return self.weights
 
 
 def run(rank: int, world_size: int, rendezvous: str) -> None:
@@ -44,9 +41,11 @@ def run(rank: int, world_size: int, rendezvous: str) -> None:
     config = EplbConfig(ep_num_redundant_experts=REDUNDANT)
     # Experts travel in a background thread, which needs groups of its own.
     beside = TorchCommunicator(dist.new_group(), control_group=dist.new_group())
-    manager = EplbManager(config, engine, placement, TorchCommunicator(dist.group.WORLD), transfer_communicator=beside)
+    manager = EplbManager(
+        config, engine.weights, placement, TorchCommunicator(dist.group.WORLD), transfer_communicator=beside
+    )
 
-    ticket, popularity = None, torch.arange(EXPERTS, 0, -1).float() ** 2
+    pending, popularity = None, torch.arange(EXPERTS, 0, -1).float() ** 2
     for step in range(20_000):
         for layer in range(LAYERS):
             topk_ids = torch.multinomial(popularity.expand(64, -1), 2)  # your router's choice: (tokens, k)
@@ -54,13 +53,13 @@ def run(rank: int, world_size: int, rendezvous: str) -> None:
             assert torch.equal(placement.physical_to_logical_map[layer][slots], topk_ids)
         manager.end_forward_pass(counted=True, num_tokens=64)
         if step == 20:
-            ticket = manager.submit(Rebalance())  # an operator's wish; the same on every rank
+            pending = manager.submit(Rebalance())  # an operator's wish; the same on every rank
         manager.tick()  # plans and moves a little, between two steps
-        if ticket is not None and ticket.done:
+        if pending is not None and pending.done:
             break
     if rank == 0:
-        assert ticket is not None
-        report = ticket.reply
+        assert pending is not None
+        report = pending.result()
         print(f"step {step}: {report.outcome}: {report.reason}")
         print(f"{report.bytes_moved:,} bytes moved; received per rank: {report.bytes_received_per_rank}")
     manager.close()

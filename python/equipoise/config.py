@@ -65,8 +65,8 @@ class EplbConfig:
     """How experts travel between ranks. `nccl`: from GPU to GPU; `host`: through pinned host memory and sockets, slower
     and never in the way of a forward pass's own NCCL kernels; `auto`: `nccl` on GPUs. On CPUs it is gloo."""
 
-    profile: bool = False
-    """Print after each rebalance where its time went."""
+    eplb_profile: bool = False
+    """Log after each rebalance where its time went."""
 
     eplb_transfer_duty: float = 1.0
     """Share of the time that background transfers may use, in (0, 1]; below 1 they rest in between, which keeps the
@@ -108,14 +108,9 @@ class EplbConfig:
         _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
         price = self.eplb_move_price
         _require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
-        for name in ("eplb_max_moves_per_layer", "eplb_staging_bytes"):
-            value = getattr(self, name)
-            _require(
-                value is None or value >= (0 if name == "eplb_max_moves_per_layer" else 1),
-                name,
-                value,
-                "positive",
-            )
+        moves, staging = self.eplb_max_moves_per_layer, self.eplb_staging_bytes
+        _require(moves is None or moves >= 0, "eplb_max_moves_per_layer", moves, "at least 0, or None")
+        _require(staging is None or staging >= 1, "eplb_staging_bytes", staging, "at least 1, or None")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@
     ├── InDoubtError           this rank cannot know whether the others could commit: it may not
     └── TransferError          a migration did not happen; the old layer serves on
         ├── PlanMismatchError  ranks hold different plans; nothing was moved
+        ├── TransferCancelled  the host or an operator ended it
         ├── VerificationError  what arrived is not what was sent
         └── TransferTimeout    a peer did not answer in time
 
@@ -79,6 +80,10 @@ class TransferError(EquipoiseError):
 
 class PlanMismatchError(TransferError):
     """Ranks computed different plans; found before the first byte moved."""
+
+
+class TransferCancelled(TransferError):
+    """The host or an operator ended the migration; layers that had committed stand."""
 
 
 class VerificationError(TransferError):

@@ -38,7 +38,7 @@ SERVE = {
     "--eplb-transfer-timeout": 60.0,
     "--eplb-transport": "auto",
     "--eplb-transfer-duty": 1.0,
-    "--profile": False,
+    "--eplb-profile": False,
     "--ep-num-redundant-experts": 0,
     "--ep-dispatch-algorithm": "dynamic",
     "--init-expert-location": "trivial",

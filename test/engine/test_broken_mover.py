@@ -22,7 +22,8 @@ from equipoise.engine.messages import Control, Ready, Reply, Stop, Submit, Token
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.worker import RankWorker
-from equipoise.manager.commands import Rebalance, RebalanceReport
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.reports import RebalanceReport
 from equipoise.transfer.execution.profile import LayerTransferReport
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from helpers.run_ranks import run_ranks

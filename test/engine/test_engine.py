@@ -15,19 +15,12 @@ from typing import Any
 import pytest
 
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
+from equipoise.engine.commands import GetSteps, GetStepTotals
 from equipoise.engine.engine import Engine
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
 from equipoise.errors import ConfigError, EngineDeadError, PhaseError
 from equipoise.load.trace import LoadTrace
-from equipoise.manager.commands import (
-    DumpRecording,
-    GetStatus,
-    GetSteps,
-    GetStepTotals,
-    Rebalance,
-    StartRecording,
-    StopRecording,
-)
+from equipoise.manager.commands import DumpRecording, GetStatus, Rebalance, StartRecording, StopRecording
 from helpers.engine_loop import plain_greedy, serve_config
 from helpers.tiny_models import make_tiny_model
 
@@ -215,7 +208,7 @@ class TestControl:
 def test_a_fresh_engine_has_seen_no_load_and_logs_what_its_rebalances_cost(
     model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = ServeConfig(EngineConfig(str(model), ep_size=2, device="cpu"), EplbConfig(profile=True))
+    config = ServeConfig(EngineConfig(str(model), ep_size=2, device="cpu"), EplbConfig(eplb_profile=True))
     engine = Engine.launch(config)
 
     async def run() -> None:

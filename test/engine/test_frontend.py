@@ -13,11 +13,12 @@ import torch
 
 from equipoise.config import EngineConfig
 from equipoise.engine import frontend as frontend_module
+from equipoise.engine.commands import GetSteps, GetStepTotals
 from equipoise.engine.frontend import Frontend
 from equipoise.engine.messages import Abort, Control, Ready, Reply, Stop, Submit, Tokens
 from equipoise.engine.requests import GenerateRequest, SamplingParams
-from equipoise.manager.commands import GetStatus, GetSteps, GetStepTotals, Rebalance
-from equipoise.manager.manager import Ticket
+from equipoise.manager.command_handler import PendingReply
+from equipoise.manager.commands import GetStatus, Rebalance
 
 VOCABULARY = 50
 
@@ -90,7 +91,7 @@ def test_each_command_is_answered_once_when_its_work_is_done(ends: tuple[Fronten
     pipe.send(Control(2, GetStatus()))
     plan = frontend.next_step(idle=True)
     assert (plan.batch, plan.commands) == (None, (Rebalance(), GetStatus()))
-    slow, quick = Ticket(), Ticket()
+    slow, quick = PendingReply(), PendingReply()
     quick.resolve("status")
     frontend.settle([slow, quick])
     assert pipe.recv() == Reply(2, "status")

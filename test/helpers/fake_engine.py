@@ -7,23 +7,12 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+from equipoise.engine.commands import GetSteps, GetStepTotals, StepRecord, StepTotals
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
-from equipoise.manager.commands import (
-    Command,
-    DumpRecording,
-    DumpReply,
-    GetStatus,
-    GetSteps,
-    GetStepTotals,
-    Rebalance,
-    RebalanceProfile,
-    RebalanceReport,
-    RebalanceTotals,
-    StatusReply,
-    StepRecord,
-    StepTotals,
-)
+from equipoise.load.recording import Dump
+from equipoise.manager.commands import Command, DumpRecording, GetStatus, Rebalance, StatusReply
+from equipoise.manager.reports import RebalanceProfile, RebalanceReport, RebalanceTotals
 
 
 class ByteTokenizer:
@@ -42,6 +31,7 @@ REPORT = RebalanceReport(
     algorithm="deepseek",
     forward_pass_id=7,
     window_steps=8,
+    layer_ids=[0, 1],
     balancedness_before=[0.5, None],
     balancedness_after=[0.9, None],
     mean_balancedness_before=0.5,
@@ -117,7 +107,7 @@ class FakeEngine:
         if isinstance(command, Rebalance):
             return dataclasses.replace(self.report, outcome="dry_run") if command.dry_run else self.report
         if isinstance(command, DumpRecording):
-            return DumpReply(path=f"{command.directory}/dump.pt", num_steps=3, num_tokens=12)
+            return Dump(path=f"{command.directory}/dump.pt", num_steps=3, num_tokens=12)
         if isinstance(command, GetStatus):
             return self.status()
         if isinstance(command, GetSteps):
@@ -136,6 +126,7 @@ class FakeEngine:
             available_algorithms=["deepseek"],
             forward_pass_id=5,
             window_steps=5,
+            layer_ids=[0, 1],
             mean_balancedness=0.75,
             balancedness=[0.75, None],
             rank_load=[[6.0, 3.0], [0.0, 0.0]],

@@ -10,10 +10,11 @@ import torch
 
 from equipoise import EpTopology, ExpertLocationMetadata, plan_transfer
 from equipoise.config import TransferMode
-from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.in_memory import InMemoryHub
-from equipoise.errors import TransferError
-from equipoise.manager.migration import Migration, MigrationBroken
+from equipoise.errors import TransferCancelled, TransferError
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement
+from equipoise.manager.migration import MigrationBroken, WeightMigration
 from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.runner import TransferState
 from equipoise.transfer.planning.plan import TransferBatch, TransferPlan
@@ -31,6 +32,7 @@ class Runner:
         self.error: str | None = None
         self.fails_at: int | None = None  # batch of the plan that the ranks vote against
         self.committed = 0
+        self.cancelled: str | None = None
 
     @property
     def active(self) -> bool:
@@ -45,6 +47,9 @@ class Runner:
         return TransferState.READY if self.staged > 0 else TransferState.WORKING
 
     def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> LayerProfile:
+        if self.cancelled is not None:
+            self.batches = []
+            raise TransferCancelled(self.cancelled)
         if self.committed == self.fails_at:
             self.batches = []
             raise TransferError("voted down")
@@ -63,8 +68,23 @@ class Runner:
             expert_bytes=10 + layer_id,
         )
 
+    def cancel(self, reason: str) -> None:
+        self.cancelled = reason
+
     def close(self) -> None:
-        raise AssertionError("not the migration's to close")
+        self.batches = []
+
+
+class Updater:
+    """Notes whose canaries are forgotten."""
+
+    max_staged_experts = 4
+
+    def __init__(self) -> None:
+        self.forgotten: list[list[int]] = []
+
+    def forget_canaries(self, layer_ids: list[int]) -> None:
+        self.forgotten.append(layer_ids)
 
 
 class Scene:
@@ -86,17 +106,12 @@ class Scene:
         self.plan = plan_transfer(self.live, self.target, TOPOLOGY, max_staged_experts=staged_experts)
         self.runner, self.slept = Runner(), []
         self.refreshed: list[int] = []
-        dispatcher = ExpertDispatcher(self.live, rank=0, algorithm="dynamic")
-        refresh = dispatcher.refresh
-
-        def noted(layers: list[int]) -> None:
-            self.refreshed += layers
-            refresh(layers)
-
-        dispatcher.refresh = noted  # type: ignore[method-assign, assignment]
-        self.migration = Migration(
-            self.live, dispatcher, InMemoryHub(1).communicator(0), self.runner,  # type: ignore[arg-type]
-            mode=mode, layers_per_chunk=per_chunk, sleep=self.slept.append,
+        placement = LivePlacement(self.live, on_layers_committed=lambda change: self.refreshed.extend(change.rows))
+        communicator = InMemoryHub(1).communicator(0)
+        self.updater = Updater()
+        self.migration = WeightMigration(
+            placement, communicator, self.updater, self.runner, FailureWatch(communicator),  # type: ignore[arg-type]
+            max_commits=None if mode == "sync" else per_chunk, sleep=self.slept.append,
         )  # fmt: skip
 
     def arrived(self, layer: int) -> bool:
@@ -239,3 +254,27 @@ def test_ranks_that_cannot_agree_any_more_end_it_for_good() -> None:
     with pytest.raises(MigrationBroken, match="cannot agree any more: rank 3 has failed or left"):
         scene.migration.advance(idle=False)
     assert scene.migration.layers_pending == 0
+
+
+def test_nothing_commits_any_more_once_it_is_cancelled() -> None:
+    scene = Scene()
+    scene.begin()
+    scene.migration.advance(idle=False)
+    scene.migration.cancel("the host says so")
+    with pytest.raises(TransferCancelled, match="the host says so"):
+        scene.migration.advance(idle=False)
+    assert [scene.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
+    assert scene.migration.layers_pending == 0
+
+
+def test_weights_loaded_anew_drop_what_is_staged_and_then_the_canaries() -> None:
+    scene = Scene()
+    scene.migration.weights_changed()
+    assert scene.updater.forgotten == [list(range(LAYERS))], "nothing is under way: at once"
+    scene.begin()
+    scene.migration.weights_changed()
+    assert len(scene.updater.forgotten) == 1, "a thread may be reading them"
+    with pytest.raises(TransferCancelled, match="loaded weights anew"):
+        scene.migration.advance(idle=False)
+    assert scene.runner.committed == 0
+    assert len(scene.updater.forgotten) == 2

@@ -7,7 +7,7 @@ import pytest
 
 from equipoise.config import EplbConfig
 from equipoise.manager.commands import Rebalance
-from equipoise.manager.planning import PlannedRebalance, plan_rebalance
+from equipoise.manager.planning import Migrate, Plan, Reweight, Skip, plan_rebalance
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -15,23 +15,32 @@ TOPOLOGY = EpTopology(8, 2, 3)
 EXPERTS = 16
 
 
-def plan(current: ExpertLocationMetadata, algorithm: str, num_groups: int | None, seed: int = 3) -> PlannedRebalance:
-    load = np.random.default_rng(seed).zipf(1.5, (1, 2, EXPERTS)).clip(max=500) * 10
+def plan(
+    current: ExpertLocationMetadata,
+    algorithm: str,
+    num_groups: int | None,
+    *,
+    max_staged_experts: int | None = 2,
+    force: bool = True,
+) -> Plan:
+    load = np.random.default_rng(3).zipf(1.5, (1, 2, EXPERTS)).clip(max=500) * 10
     return plan_rebalance(
         load,
         current,
         EplbConfig(),
         algorithm=algorithm,
-        request=Rebalance(algorithm=algorithm, force=True),
+        request=Rebalance(algorithm=algorithm, force=force),
         window_steps=5,
         num_groups=num_groups,
-        max_staged_experts=2,
+        max_staged_experts=max_staged_experts,
         clock=lambda: 0.0,
     )
 
 
 def reached(current: ExpertLocationMetadata, algorithm: str, num_groups: int | None) -> ExpertLocationMetadata:
-    return plan(current, algorithm, num_groups).placement(current)
+    planned = plan(current, algorithm, num_groups)
+    assert isinstance(planned, Migrate)
+    return planned.placement(current)
 
 
 def renamed(placement: ExpertLocationMetadata, rank_order: list[int]) -> ExpertLocationMetadata:
@@ -55,12 +64,12 @@ def test_other_names_for_the_same_placement_move_nothing_where_names_mean_nothin
     start = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
     planned = reached(start, algorithm, num_groups)
     again = plan(renamed(planned, rank_order), algorithm, num_groups)
-    assert again.diff is not None
-    assert bool(again.diff.slots_changed.sum()) is moves
+    assert isinstance(again, Migrate) is moves
 
 
 def test_a_step_stages_no_more_than_there_is_room_for():
     planned = plan(ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY), "deepseek", None)
+    assert isinstance(planned, Migrate)
     assert planned.transfer is not None
     for layer in planned.transfer.layers:
         for batch in layer.batches:
@@ -81,5 +90,29 @@ def test_without_load_nothing_is_planned():
         max_staged_experts=2,
         clock=lambda: 0.0,
     )
-    assert nothing.decision.action == "skip"
-    assert nothing.physical_to_logical_map is None
+    assert isinstance(nothing, Skip)
+    assert nothing.balancedness_before == [None, None]
+
+
+def test_a_host_that_moves_experts_itself_gets_no_transfer_plan():
+    current = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
+    planned = plan(current, "deepseek", None, max_staged_experts=None)
+    assert isinstance(planned, Migrate)
+    assert planned.transfer is None
+    assert planned.diff.slots_changed.sum() > 0
+
+
+def test_new_weights_alone_are_a_reweight():
+    current = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
+    planned = plan(current, "reweight", None)
+    assert isinstance(planned, Reweight)
+    placement = planned.placement(current)
+    assert placement.physical_to_logical_map.equal(current.physical_to_logical_map)
+    assert not placement.dispatch_weights.equal(current.dispatch_weights)
+
+
+def test_a_plan_that_gains_nothing_is_skipped_and_says_what_it_would_have_changed():
+    current = reached(ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY), "deepseek", None)
+    kept = plan(current, "deepseek", None, force=False)
+    assert isinstance(kept, Skip)
+    assert "->" in kept.reason

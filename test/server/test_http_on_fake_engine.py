@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from equipoise.admin.jsonable import jsonable
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
+from equipoise.engine.commands import GetSteps, StepRecord
 from equipoise.errors import ConfigError, PhaseError, TransferError
-from equipoise.manager.commands import DumpRecording, GetSteps, Rebalance, StartRecording, StepRecord, StopRecording
+from equipoise.manager.commands import DumpRecording, Rebalance, StartRecording, StopRecording
 from equipoise.server.app import create_app
 from helpers.fake_engine import REPORT, FakeEngine
 from helpers.http_server import error_of, running_server, sse_events

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from equipoise.manager.commands import RebalanceReport
+from equipoise.manager.reports import RebalanceReport
 
 
 def jsonable(value: Any) -> Any:

@@ -21,10 +21,10 @@ from equipoise.manager.commands import (
     GetExpertLocation,
     GetStatus,
     Rebalance,
-    RebalanceReport,
     StartRecording,
     StopRecording,
 )
+from equipoise.manager.reports import RebalanceReport
 
 Control = Callable[[Command], Awaitable[Any]]
 """Brings a command to every rank, in the same order on all of them; answers with rank 0's reply or raises its error."""

@@ -20,6 +20,7 @@ decides reaches the others in a StepInput.
 
 Public modules, which other rooms import::
 
+    commands.py      Commands that only the embedded engine answers: what its forward passes took
     engine.py        Launches the engine and gives asyncio programs access to it
     logs.py          Log records of the serving processes: one handler, the rank in every record
     requests.py      Requests to the engine and events from it: frozen values that cross processes

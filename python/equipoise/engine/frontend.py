@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from equipoise.config import EngineConfig
 from equipoise.engine.checkpoint.files import load_tokenizer
+from equipoise.engine.commands import GetSteps, GetStepTotals, StepRecord
 from equipoise.engine.messages import Abort, Control, FromEngine, Ready, Reply, Stop, Submit, ToEngine, Tokens
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.step_batch import StepBatch
@@ -18,8 +20,9 @@ from equipoise.engine.sampler import Sampler
 from equipoise.engine.scheduler import Scheduler
 from equipoise.engine.step_channel import StepInput
 from equipoise.engine.step_log import StepLog
-from equipoise.manager.commands import Command, GetSteps, GetStepTotals, Phase, StepRecord
-from equipoise.manager.manager import Ticket
+from equipoise.manager.command_handler import PendingReply
+from equipoise.manager.commands import Command
+from equipoise.manager.reports import Phase
 
 
 class Frontend:
@@ -42,7 +45,7 @@ class Frontend:
         self._samplers: dict[str, Sampler] = {}
         self._commands: list[Control] = []
         self._called: list[int] = []  # call ids of the commands of the last step input
-        self._open: list[tuple[int, Ticket]] = []
+        self._open: list[tuple[int, PendingReply[Any]]] = []
         self._steps = StepLog()
         self._step_began = 0.0
         self._stop = False
@@ -61,13 +64,13 @@ class Frontend:
         batch = None if self._stop else self._scheduler.next_batch()
         return StepInput(batch, tuple(control.command for control in commands), self._stop)
 
-    def settle(self, tickets: Sequence[Ticket]) -> None:
-        """Answer the commands whose work is done; ``tickets`` are those of the last step input's commands."""
-        self._open += zip(self._called, tickets, strict=True)
-        for call_id, ticket in self._open:
-            if ticket.done:
-                self._send(Reply(call_id, ticket.reply))
-        self._open = [(call_id, ticket) for call_id, ticket in self._open if not ticket.done]
+    def settle(self, replies: Sequence[PendingReply[Any]]) -> None:
+        """Answer the commands whose work is done; ``replies`` are those of the last step input's commands."""
+        self._open += zip(self._called, replies, strict=True)
+        for call_id, pending in self._open:
+            if pending.done:
+                self._send(Reply(call_id, pending.reply))
+        self._open = [(call_id, pending) for call_id, pending in self._open if not pending.done]
 
     def complete(self, batch: StepBatch, logits: torch.Tensor, forward_pass_id: int, phase: Phase) -> None:
         """Draw the next tokens from (num sampled, V) logits, stream them, and log the step."""
@@ -95,7 +98,7 @@ class Frontend:
             self._stop = True
 
     def _take_command(self, control: Control) -> None:
-        command: Command = control.command
+        command: Command[Any] = control.command
         if isinstance(command, GetSteps):
             self._send(Reply(control.call_id, self._steps.since(command.since)))
         elif isinstance(command, GetStepTotals):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 
-from equipoise.manager.commands import Phase, StepRecord, StepTotals
+from equipoise.engine.commands import StepRecord, StepTotals
+from equipoise.manager.reports import Phase
 
 _STEPS_KEPT = 10_000
 _BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, float("inf"))

@@ -21,8 +21,7 @@ from equipoise.engine.model.step_batch import Segment, StepBatch
 from equipoise.engine.step_channel import StepChannel, StepInput
 from equipoise.errors import ConfigError, EquipoiseError, ModelError
 from equipoise.jit.threads import available_cpus
-from equipoise.manager.commands import RebalanceReport
-from equipoise.manager.log_line import describe
+from equipoise.manager.host import HostTraits
 from equipoise.manager.manager import EplbManager
 
 _log = logging.getLogger("equipoise.engine")
@@ -57,14 +56,12 @@ class RankWorker:
         dist.all_gather_object(weight_bytes, self._runner.load_report.bytes_read, group=groups.control)
         self._manager = EplbManager(
             config.eplb,
-            self._runner,
+            self._runner.expert_weights(),
             blueprint.metadata.clone(device),
             groups.serving,
             transfer_communicator=groups.transfers,
-            num_groups=blueprint.num_groups,
-            on_report=self._on_report if rank == 0 else None,
+            host=HostTraits(num_groups=blueprint.num_groups),
         )
-        self._profile = config.eplb.profile
         self._manager.warm_up()
         experts_group = groups.experts if num_ranks > 1 else None
         self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
@@ -95,10 +92,6 @@ class RankWorker:
             if step_input.stop:
                 break
         self._manager.close()
-
-    def _on_report(self, report: RebalanceReport) -> None:
-        level = logging.WARNING if report.outcome == "failed" else logging.INFO
-        _log.log(level, "%s", describe(report, profile=self._profile))
 
     def _next_step(self) -> StepInput:
         if self._frontend is None:

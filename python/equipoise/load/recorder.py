@@ -1,86 +1,62 @@
-"""ExpertDistributionRecorder: tokens per physical expert, per layer and step, in a bounded ring on the device.
+"""ExpertDistributionRecorder: tokens per physical expert, per layer and step, counted on the device.
 
 Counting adds no host sync. At the end of a step its physical counts are folded into logical ones through the map
 that was live during that step, so a window stays true when experts move in the middle of it. Ranks are summed only
-when somebody asks. Nothing but :meth:`ExpertDistributionRecorder.reset` throws a window away.
+when somebody asks. The planner's load window is always open; an operator's recording beside it never takes it away.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
 import torch
 
 from equipoise.distributed.communicator import Communicator
-
-
-@dataclass(frozen=True)
-class LoadSnapshot:
-    """The steps in the ring, oldest first, summed over ranks; on the CPU."""
-
-    logical_count: torch.Tensor  # (T, L, E) int64
-    physical_count: torch.Tensor | None  # (T, L, P) int64, if the recorder keeps it
-    forward_pass_ids: tuple[int, ...]  # (T,)
+from equipoise.errors import LoadError, PhaseError
+from equipoise.load.recording import LoadSnapshot, StepRecording
+from equipoise.load.window_ring import WindowRing
+from equipoise.placement.metadata import ExpertLocationMetadata
 
 
 class ExpertDistributionRecorder:
     """Counts of this rank's tokens; every rank has one and calls it alike.
 
     Args:
-        num_layers, num_physical_experts, num_logical_experts: ``L``, ``P``, ``E``.
-        buffer_size: steps kept; memory on the device is ``4 * buffer_size * L * E`` bytes, plus as much with ``P`` for
-            ``keep_physical``. 1000 steps of DeepSeek-V3 take 59 MB.
-        keep_physical: keep physical counts per step as well (recorder mode ``per_pass``).
+        metadata: the live placement, for its shape and its device.
+        communicator: sums over ranks.
+        period: steps that a plan looks back on.
+        num_windows: windows that they can be told apart in.
+        buffer_size: steps that a recording keeps.
+        keep_physical: a recording keeps physical counts as well.
+        replicated: every rank counts the tokens of all ranks, so nothing is summed over them.
+
+    Attributes:
+        counts: (L, P + 1) int32 on the device, of the step under way; column ``P`` takes what has no expert. Its
+            address never changes: a kernel that dispatches may count into it.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        num_physical_experts: int,
-        num_logical_experts: int,
+        metadata: ExpertLocationMetadata,
+        communicator: Communicator,
         *,
+        period: int,
+        num_windows: int,
         buffer_size: int,
-        device: torch.device | str,
         keep_physical: bool = False,
+        replicated: bool = False,
     ) -> None:
-        self._num_slots = num_physical_experts
-        self._buffer_size = buffer_size
-        # One column more than there are slots: it swallows the ids that mean "no expert".
-        self._step = torch.zeros(num_layers, num_physical_experts + 1, dtype=torch.int32, device=device)
-        self._logical = torch.zeros(buffer_size, num_layers, num_logical_experts, dtype=torch.int32, device=device)
-        self._physical = (
-            torch.zeros(buffer_size, num_layers, num_physical_experts, dtype=torch.int32, device=device)
-            if keep_physical
-            else None
+        layers, slots, experts = metadata.num_layers, metadata.num_physical_experts, metadata.num_logical_experts
+        device = metadata.physical_to_logical_map.device
+        self._communicator = communicator
+        self._replicated = replicated
+        self._num_slots = slots
+        self._period = period
+        self.counts = torch.zeros(layers, slots + 1, dtype=torch.int32, device=device)
+        self._ring = WindowRing(layers, experts, num_rows=2 * num_windows, period=period, device=device)
+        self._recording = StepRecording(
+            layers, slots, experts, buffer_size=buffer_size, device=device, keep_physical=keep_physical
         )
-        self._forward_pass_ids: deque[int] = deque(maxlen=buffer_size)
-        self._next_row = 0
-        self._recording = False
 
-    @property
-    def recording(self) -> bool:
-        return self._recording
-
-    @property
-    def num_steps(self) -> int:
-        """Steps in the ring, at most ``buffer_size``."""
-        return len(self._forward_pass_ids)
-
-    def start(self) -> None:
-        """Counts from the next step on; what the ring holds stays."""
-        self._step.zero_()
-        self._recording = True
-
-    def stop(self) -> None:
-        """Counts no further; what the ring holds can still be read."""
-        self._recording = False
-
-    def reset(self) -> None:
-        """Empties the ring."""
-        self._forward_pass_ids.clear()
-        self._next_row = 0
-        self._step.zero_()
+    # During a step --------------------------------------------------------------------------------------------------
 
     def record(self, layer_id: int, physical_ids: torch.Tensor) -> None:
         """Counts the slots of a batch.
@@ -89,11 +65,23 @@ class ExpertDistributionRecorder:
             layer_id: MoE layer, 0-based.
             physical_ids: any shape, int64 slots; -1 for "none".
         """
-        if not self._recording:
-            return
         flat = physical_ids.reshape(-1)
         column = torch.where(flat < 0, self._num_slots, flat)
-        self._step[layer_id].scatter_add_(0, column, torch.ones_like(column, dtype=torch.int32))
+        self.counts[layer_id].scatter_add_(0, column, torch.ones_like(column, dtype=torch.int32))
+
+    def record_counts(self, physical_counts: torch.Tensor) -> None:
+        """Adds (L, P) counts of the step under way, of any integer dtype, on the device of the maps.
+
+        Raises:
+            LoadError: another shape.
+        """
+        expected = (len(self.counts), self._num_slots)
+        if tuple(physical_counts.shape) != expected:
+            raise LoadError(
+                f"physical_counts must have shape (layers, slots) = {expected}, got {tuple(physical_counts.shape)}",
+                field="physical_counts",
+            )
+        self.counts[:, : self._num_slots] += physical_counts
 
     def end_step(self, physical_to_logical_map: torch.Tensor, *, forward_pass_id: int, counted: bool) -> None:
         """Closes a step.
@@ -103,54 +91,60 @@ class ExpertDistributionRecorder:
             forward_pass_id: number of the step, the same on all ranks.
             counted: False for warm-up and idle steps, which leave no trace. The same on all ranks.
         """
-        if not self._recording:
-            return
         if counted:
-            physical = self._step[:, : self._num_slots]
-            row = self._logical[self._next_row].zero_()
-            row.scatter_add_(1, physical_to_logical_map, physical)
-            if self._physical is not None:
-                self._physical[self._next_row].copy_(physical)
-            self._forward_pass_ids.append(forward_pass_id)
-            self._next_row = (self._next_row + 1) % self._buffer_size
-        self._step.zero_()
+            physical = self.counts[:, : self._num_slots]
+            self._ring.open_row().scatter_add_(1, physical_to_logical_map, physical.to(torch.int64))
+            if self._recording.running:
+                self._recording.add(physical, physical_to_logical_map, forward_pass_id)
+        self.counts.zero_()
 
-    def snapshot(self, communicator: Communicator) -> LoadSnapshot:
-        """The whole ring in one reduction over ranks. Collective; changes nothing."""
-        rows = self._rows(self.num_steps)
-        parts = [self._logical[rows]] + ([self._physical[rows]] if self._physical is not None else [])
-        widths = [part.shape[2] for part in parts]
-        total = torch.cat(parts, dim=2).to(torch.int64)
-        communicator.all_reduce_sum_(total)
-        split = total.cpu().split(widths, dim=2)
-        return LoadSnapshot(
-            logical_count=split[0],
-            physical_count=split[1] if self._physical is not None else None,
-            forward_pass_ids=tuple(self._forward_pass_ids),
-        )
+    # The planner's window -------------------------------------------------------------------------------------------
 
-    def windows(self, communicator: Communicator, *, num_windows: int, last: int) -> torch.Tensor:
-        """The last steps as a few consecutive windows of load, summed over ranks: what a plan is made from.
+    def window_steps(self, asked: int | None = None) -> int:
+        """Steps in the load window: at least ``asked`` (None: the period) where as many were counted."""
+        return self._ring.covered_steps(asked or self._period)
 
-        Summed over steps before it is summed over ranks, so the reduction is small whatever the ring holds.
+    def local_windows(self, num_windows: int, asked: int | None = None) -> torch.Tensor:
+        """(W, L, E) int64 of this rank, on the device, oldest first, over :meth:`window_steps` steps; W = 0 if none."""
+        return self._ring.windows(num_windows, asked or self._period)
 
-        Args:
-            num_windows: at most this many; fewer if there are fewer steps, none if there is none.
-            last: steps to look back on.
+    def sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
+        """Collective. Counts of all ranks, on the CPU."""
+        if not self._replicated and counts.numel():
+            self._communicator.all_reduce_sum_(counts)
+        return counts.cpu()
 
-        Returns:
-            (W, L, E) int64 on the CPU, oldest first; windows differ by at most one step in length. Collective.
+    def windows(self, num_windows: int, asked: int | None = None) -> torch.Tensor:
+        """Collective. :meth:`local_windows` summed over ranks, on the CPU: small, whatever the ring holds."""
+        return self.sum_over_ranks(self.local_windows(num_windows, asked))
+
+    # An operator's recording ----------------------------------------------------------------------------------------
+
+    @property
+    def recording(self) -> bool:
+        """Whether an operator's recording runs."""
+        return self._recording.running
+
+    def start_record(self) -> None:
+        """Begins a recording; an earlier one is dropped."""
+        self._recording.start()
+
+    def stop_record(self) -> None:
+        """Ends the recording, which can still be dumped.
+
+        Raises:
+            PhaseError: none runs.
         """
-        steps = min(last, self.num_steps)
-        rows = self._rows(steps)
-        count = min(num_windows, steps)
-        sums = [self._logical[part].sum(0, dtype=torch.int64) for part in rows.tensor_split(count)] if count else []
-        total = torch.stack(sums) if sums else self._logical[:0].to(torch.int64)
-        if sums:
-            communicator.all_reduce_sum_(total)
-        return total.cpu()
+        if not self._recording.running:
+            raise PhaseError("no recording runs: start one first")
+        self._recording.stop()
 
-    def _rows(self, steps: int) -> torch.Tensor:
-        """Ring rows of the last ``steps`` steps, oldest first."""
-        newest_last = torch.arange(self._next_row - steps, self._next_row, device=self._logical.device)
-        return newest_last % self._buffer_size
+    def snapshot(self) -> LoadSnapshot:
+        """Collective. The recording in one sum over ranks; changes nothing.
+
+        Raises:
+            PhaseError: nothing was recorded.
+        """
+        if self._recording.num_steps == 0:
+            raise PhaseError("nothing was recorded: start a recording and send requests first")
+        return self._recording.snapshot(self.sum_over_ranks(self._recording.counts()))

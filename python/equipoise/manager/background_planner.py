@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Generic, TypeVar
 
+from equipoise.algorithms.registry import HISTORY
+from equipoise.config import EplbConfig
 from equipoise.distributed.communicator import Communicator
 from equipoise.distributed.posted_sum import SumBetweenPolls
+from equipoise.load.recorder import ExpertDistributionRecorder
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement
+from equipoise.manager.planning import Plan, plan_rebalance
+from equipoise.manager.reporting import RebalanceTimer
 
 Result = TypeVar("Result")
 
@@ -17,6 +27,11 @@ _IDLE_WAIT_SECONDS = 0.005
 
 class PlanningFailed(Exception):
     """What the job raised on rank 0, as text; raised by the same poll on every rank."""
+
+
+def _pickled(job: Callable[[], object]) -> bytes:
+    """The job's result as it travels: what cannot be pickled fails here, not in the broadcast that others wait in."""
+    return pickle.dumps(job())
 
 
 class BackgroundPlanner(Generic[Result]):
@@ -29,7 +44,7 @@ class BackgroundPlanner(Generic[Result]):
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-planner")
-        self._job: Future[Result] | None = None
+        self._job: Future[bytes] | None = None
         self._ended = SumBetweenPolls()  # rank 0's word
 
     def prepare(self, job: Callable[[], object]) -> None:
@@ -40,7 +55,7 @@ class BackgroundPlanner(Generic[Result]):
     def start(self, job: Callable[[], Result]) -> None:
         """Begins a job; only rank 0's runs. Its result must be picklable."""
         if self._communicator.rank == 0:
-            self._job = self._executor.submit(job)
+            self._job = self._executor.submit(_pickled, job)
 
     def poll(self, *, idle: bool) -> Result | None:
         """Collective. The result, on every rank, in the second poll after the job has ended.
@@ -59,27 +74,113 @@ class BackgroundPlanner(Generic[Result]):
         return None
 
     def _share(self) -> Result:
-        message: tuple[Result | None, str | None] | None = None
+        message: tuple[bytes, str | None] | None = None
         if self._job is not None:
             failure = self._job.exception()
-            message = (None, f"{type(failure).__name__}: {failure}") if failure else (self._job.result(), None)
+            message = (b"", f"{type(failure).__name__}: {failure}") if failure else (self._job.result(), None)
             self._job = None
         message = self._communicator.broadcast_object(message, src=0)
         assert message is not None
-        result, failed = message
+        payload, failed = message
         if failed is not None:
             raise PlanningFailed(failed)
-        return result  # type: ignore[return-value]
+        result: Result = pickle.loads(payload)
+        return result
+
+    def abandon(self) -> None:
+        """Collective. Drops the job under way: its result reaches nobody; one that runs already runs out."""
+        if self._job is not None:
+            self._job.cancel()
+            self._job = None
+        self._ended.take()
 
     def close(self) -> None:
         """Ends the thread; a job under way runs out, its result is dropped."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @staticmethod
-    def _has_ended(job: Future[Result], idle: bool) -> bool:
+    def _has_ended(job: Future[bytes], idle: bool) -> bool:
         if idle:
             try:
                 job.exception(timeout=_IDLE_WAIT_SECONDS)
             except TimeoutError:
                 return False
         return job.done()
+
+
+class RebalancePlanner:
+    """Plans one rebalance at a time from the load window of its beginning. Every rank has one and calls it alike.
+
+    Args:
+        placement: the live one.
+        recorder: its load window is what plans are made from.
+        failures: makes an error of one rank known to all.
+        timer: told of what has been done.
+        num_groups: groups of group-limited routing, if the model has it.
+        max_staged_experts: what transfer plans are made for; None: none is made.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: EplbConfig,
+        placement: LivePlacement,
+        recorder: ExpertDistributionRecorder,
+        background: BackgroundPlanner[Plan],
+        failures: FailureWatch,
+        timer: RebalanceTimer,
+        *,
+        num_groups: int | None,
+        max_staged_experts: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._placement = placement
+        self._recorder = recorder
+        self._background = background
+        self._failures = failures
+        self._timer = timer
+        self._num_groups = num_groups
+        self._max_staged_experts = max_staged_experts
+        self._clock = clock
+
+    def begin(self, algorithm: str, request: Rebalance | None) -> str | None:
+        """Collective. Gathers the load and has rank 0 plan; why it could not, of all ranks, or None.
+
+        Args:
+            request: the operator's, or None for a periodic rebalance.
+        """
+        self._timer.begin()
+        asked = request.window_steps if request is not None else None
+        with self._failures.guard("reading the load window"):
+            windows = self._recorder.local_windows(HISTORY, asked)
+        failure = self._failures.agree()
+        if failure is not None:
+            return failure
+        load = self._recorder.sum_over_ranks(windows).numpy()
+        self._timer.load_gathered()
+        job = partial(
+            plan_rebalance,
+            load,
+            self._placement.snapshot(),
+            self._config,
+            algorithm=algorithm,
+            request=request,
+            window_steps=self._recorder.window_steps(asked),
+            num_groups=self._num_groups,
+            max_staged_experts=self._max_staged_experts,
+            clock=self._clock,
+        )
+        self._background.start(job)
+        return None
+
+    def poll(self, *, idle: bool) -> Plan | None:
+        """Collective; see :meth:`BackgroundPlanner.poll`."""
+        plan = self._background.poll(idle=idle)
+        if plan is not None:
+            self._timer.plan_arrived()
+        return plan
+
+    def abandon(self) -> None:
+        """Collective; see :meth:`BackgroundPlanner.abandon`."""
+        self._background.abandon()

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
-from equipoise.manager.commands import Action
-
-
-@dataclass(frozen=True)
-class Decision:
-    action: Action
-    reason: str
-
-
-def decide_to_plan(
-    *, window_steps: int, mean_balancedness: float | None, threshold: float, requested: bool
-) -> Decision:
-    """Before planning: is there anything to plan from, and is the present balance bad enough?
+def skip_reason(*, window_steps: int, mean_balancedness: float | None, threshold: float, requested: bool) -> str | None:
+    """Why nothing need be planned; None if something is.
 
     Args:
         mean_balancedness: of the window on the present placement; None if it saw no token.
@@ -24,26 +12,23 @@ def decide_to_plan(
             requested.
     """
     if mean_balancedness is None:
-        return Decision("skip", f"no token was routed in the {window_steps} recorded steps")
+        return f"no token was routed in the {window_steps} recorded steps"
     if not requested and mean_balancedness > threshold:
-        return Decision("skip", f"balancedness {mean_balancedness:.3f} is above the threshold {threshold:.3f}")
-    return Decision("migrate", f"balancedness is {mean_balancedness:.3f} over {window_steps} steps")
+        return f"balancedness {mean_balancedness:.3f} is above the threshold {threshold:.3f}"
+    return None
 
 
-def decide_to_move(
+def keep_reason(
     *, slots_changed: int, weights_changed: bool, before: float, after: float, force: bool = False
-) -> Decision:
-    """After planning: does the plan change anything, and for the better?
+) -> str | None:
+    """Why the present placement is kept although another one was planned; None if it is not.
 
     Args:
         before, after: mean balancedness of the window on the present and on the planned placement.
         force: carry the plan out even if it does not improve the window it was made from.
     """
-    gain = f"balancedness {before:.3f} -> {after:.3f}"
     if slots_changed == 0 and not weights_changed:
-        return Decision("skip", f"the plan equals the present placement ({gain})")
+        return "the plan equals the present placement"
     if after <= before and not force:
-        return Decision("skip", f"the plan would change {slots_changed} slots and gain nothing ({gain})")
-    if slots_changed == 0:
-        return Decision("reweight", f"new dispatch weights only, no expert moves ({gain})")
-    return Decision("migrate", f"{slots_changed} slots change ({gain})")
+        return f"the plan would change {slots_changed} slots and gain nothing"
+    return None

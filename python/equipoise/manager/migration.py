@@ -1,137 +1,242 @@
-"""A placement on its way: commits what the transfer brings, layer by layer, and lets the maps follow the weights."""
+"""Migrations: what takes the live placement to a planned one, a few commits per tick.
+
+:class:`WeightMigration` moves weights with our updater; host_migration.py has the host's own mover do it. A host may
+bring another one that does what :class:`Migration` says.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
-from equipoise.config import TransferMode
-from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.config import EplbConfig
 from equipoise.distributed.communicator import Communicator
-from equipoise.errors import TransferError
+from equipoise.errors import ConfigError, TransferError
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.transfer.execution.profile import LayerProfile, experts_over_ranks
-from equipoise.transfer.execution.runner import TransferRunner, TransferState
+from equipoise.transfer.execution.runner import InlineRunner, TransferRunner, TransferState
+from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS
+from equipoise.transfer.execution.worker import TransferWorker
+from equipoise.transfer.memory.store import ExpertWeights
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 _IDLE_WAIT_SECONDS = 0.001
 """Pause between two looks at a transfer when no forward pass runs."""
+
+_STALL_SLACK_SECONDS = 30.0
+"""Beyond all timeouts of a batch, before the watchdog says that its thread hangs."""
 
 
 class MigrationBroken(TransferError):
     """The ranks can no longer move anything; the last committed placement serves on."""
 
 
-class Migration:
-    """Moves the live placement to a target, a few commits per call of :meth:`advance`.
+class Migration(Protocol):
+    """What the phase machine drives. Every rank has one and calls it alike."""
+
+    layers_pending: int  # that have not committed yet
+    num_commits: int  # since begin; the same on all ranks between ticks
+    profiles: list[LayerProfile]  # of those commits
+    max_staged_experts: int | None  # what a transfer plan must be made for; None: none is needed
+
+    @property
+    def peak_staging_bytes(self) -> int: ...
+
+    def begin(self, target: ExpertLocationMetadata, plan: TransferPlan | None) -> None:
+        """Starts towards ``target``; ``plan``: the way there, None if no expert moves or none is needed."""
+        ...
+
+    def advance(self, *, idle: bool) -> bool:
+        """Collective. Commits what is ready; True once the target is reached. ``idle``: no forward pass is waiting.
+
+        Raises:
+            TransferError: on all ranks; layers committed before stand, the others are as they were.
+            MigrationBroken: nothing will move any more.
+        """
+        ...
+
+    def cancel(self, reason: str) -> None:
+        """Collective. Nothing more commits: a later :meth:`advance` raises TransferCancelled."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Collective. The host wrote the live weights: what is staged is stale, what slots hold is believed anew."""
+        ...
+
+    def bytes_over_ranks(self) -> np.ndarray:
+        """(G, 4) int64: what each rank sent, received, sent to and received from other nodes for committed layers."""
+        ...
+
+    def warm_up(self) -> None:
+        """Collective, before serving: what is slow the first time."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        ...
+
+
+def weight_migration(
+    config: EplbConfig,
+    expert_weights: ExpertWeights,
+    placement: LivePlacement,
+    communicator: Communicator,
+    transfer_communicator: Communicator | None,
+    failures: FailureWatch,
+) -> WeightMigration:
+    """A migration as the options want it; arguments are those of :class:`~equipoise.manager.manager.EplbManager`.
+
+    Raises:
+        ConfigError: mode ``async`` without a communicator of its own; weights or budgets that cannot be used.
+    """
+    overlapped = config.eplb_transfer_mode == "async"
+    if overlapped and transfer_communicator is None:
+        raise ConfigError(
+            "eplb_transfer_mode 'async' needs a transfer_communicator, with groups that nobody else uses",
+            field="eplb_transfer_mode",
+        )
+    updater = ExpertLocationUpdater(
+        transfer_communicator if transfer_communicator is not None else communicator,
+        placement.metadata.topology,
+        expert_weights,
+        verification=config.eplb_verification,
+        staging_bytes=config.eplb_staging_bytes,
+        timeout=config.eplb_transfer_timeout,
+        duty=config.eplb_transfer_duty if overlapped else 1.0,
+    )
+    stall_timeout = config.eplb_transfer_timeout + VOTE_GRACE_SECONDS + _STALL_SLACK_SECONDS
+    runner = TransferWorker(updater, stall_timeout=stall_timeout) if overlapped else InlineRunner(updater)
+    max_commits = None if config.eplb_transfer_mode == "sync" else config.eplb_rebalance_layers_per_chunk
+    return WeightMigration(placement, communicator, updater, runner, failures, max_commits=max_commits)
+
+
+class WeightMigration:
+    """Commits what our transfer brings, layer by layer; the maps follow the weights.
 
     Args:
-        metadata: the live placement.
-        dispatcher: told of each layer that changes.
+        placement: the live one.
         communicator: of the serving thread.
+        updater: what the runner stages with.
         runner: brings the weights.
-        mode: ``sync`` commits everything in one call; ``chunked`` ``layers_per_chunk`` batches, transfers included;
-            ``async`` at most as many of those that the background has staged.
+        failures: told of what a callback of the host raises.
+        max_commits: commits of one :meth:`advance`, transfers included where they are not overlapped; None: all.
     """
 
     def __init__(
         self,
-        metadata: ExpertLocationMetadata,
-        dispatcher: ExpertDispatcher,
+        placement: LivePlacement,
         communicator: Communicator,
+        updater: ExpertLocationUpdater,
         runner: TransferRunner,
+        failures: FailureWatch,
         *,
-        mode: TransferMode,
-        layers_per_chunk: int,
+        max_commits: int | None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._metadata = metadata
-        self._dispatcher = dispatcher
+        self.max_staged_experts: int | None = updater.max_staged_experts
+        self.layers_pending = self.num_commits = 0
+        self.profiles: list[LayerProfile] = []
+        self._placement = placement
         self._communicator = communicator
+        self._updater = updater
         self._runner = runner
-        self._limit = None if mode == "sync" else layers_per_chunk
+        self._failures = failures
+        self._max_commits = max_commits
         self._sleep = sleep
         self._target: ExpertLocationMetadata | None = None
         self._experts: np.ndarray | None = None  # sent and received by all ranks in the batch that committed last
         self._bytes = self._no_bytes()
-        self.layers_pending = 0
-        self.profiles: list[LayerProfile] = []
+        self._weights_changed = False
 
     def begin(self, target: ExpertLocationMetadata, plan: TransferPlan | None) -> None:
-        """Starts towards ``target``.
-
-        Layers whose experts stay where they are need no transfer: their new dispatch weights hold from now on.
-
-        Args:
-            plan: from the live placement to the target; None if no expert moves.
-        """
+        """See :class:`Migration`. Layers whose experts stay need no transfer: their new weights hold from now on."""
         moving = {layer.layer_id for layer in plan.layers} if plan is not None else set()
-        self._commit_target(target, [layer for layer in range(target.num_layers) if layer not in moving])
         self._target, self._bytes, self.profiles = target, self._no_bytes(), []
-        self.layers_pending = len(moving)
+        self.layers_pending, self.num_commits = len(moving), 0
         if plan is not None and plan.layers:
             self._runner.start(plan)
+        with self._failures.guard("committing dispatch weights"):
+            self._placement.commit(target, [row for row in range(target.num_layers) if row not in moving])
 
     def advance(self, *, idle: bool) -> bool:
-        """Collective. Commits what is ready; True once the target is reached.
-
-        Raises:
-            TransferError: the ranks voted against a batch. Layers committed before stand, this and later ones are as
-                they were.
-            MigrationBroken: nothing will move any more.
-        """
-        commits = 0
-        while self._runner.active and (self._limit is None or commits < self._limit):
-            try:
-                state = self._runner.poll(self._communicator)
-            except TransferError as error:
-                self.layers_pending = 0
-                raise MigrationBroken(f"the ranks cannot agree any more: {error}") from error
-            if state == TransferState.BROKEN:
-                self.layers_pending = 0
-                raise MigrationBroken(self._runner.error or "the transfer of another rank is broken")
-            if state != TransferState.READY:
-                if idle:
-                    self._sleep(_IDLE_WAIT_SECONDS)
-                break
-            try:
-                profile = self._runner.commit(self._commit_batch)
-            except TransferError as error:
-                self.layers_pending = 0
-                if self._runner.error is not None:
-                    raise MigrationBroken(f"{self._runner.error} (after: {error})") from error
-                raise
-            assert self._experts is not None
-            self.profiles.append(profile)
-            self._bytes += profile.expert_bytes * self._experts
-            commits += 1
+        try:
+            self._commit_ready(idle)
+        except TransferError:
+            self.layers_pending = 0
+            raise
+        finally:
+            if self._weights_changed and not self._runner.active:
+                self.weights_changed()
         return not self._runner.active
 
+    def cancel(self, reason: str) -> None:
+        self._runner.cancel(reason)
+
+    def weights_changed(self) -> None:
+        self._weights_changed = self._runner.active
+        if self._weights_changed:  # the thread may be reading canaries: they are forgotten once it has ended
+            self._runner.cancel("the host has loaded weights anew: what is staged is stale")
+        else:
+            self._updater.forget_canaries(list(range(self._placement.metadata.num_layers)))
+
     def bytes_over_ranks(self) -> np.ndarray:
-        """(G, 4) int64: what each rank sent, received, sent to and received from other nodes for committed layers."""
         return self._bytes
 
     @property
     def peak_staging_bytes(self) -> int:
-        """Of this rank."""
         return max((profile.peak_staging_bytes for profile in self.profiles), default=0)
 
-    def _no_bytes(self) -> np.ndarray:
-        return np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
+    def warm_up(self) -> None:
+        self._updater.warm_up()
 
-    def _commit_batch(self, layer_id: int, batch: TransferBatch) -> None:
+    def close(self) -> None:
+        self._runner.close()
+
+    def _commit_ready(self, idle: bool) -> None:
+        for _ in islice(iter(int, 1), self._max_commits):
+            if not self._runner.active:
+                return
+            try:
+                state = self._runner.poll(self._communicator)
+            except TransferError as error:
+                raise MigrationBroken(f"the ranks cannot agree any more: {error}") from error
+            if state == TransferState.BROKEN:
+                raise MigrationBroken(self._runner.error or "the transfer of another rank is broken")
+            if state != TransferState.READY:
+                if idle:
+                    self._sleep(_IDLE_WAIT_SECONDS)
+                return
+            try:
+                self._add(self._runner.commit(self._commit_batch))
+            except TransferError as error:
+                if self._runner.error is not None:
+                    raise MigrationBroken(f"{self._runner.error} (after: {error})") from error
+                raise
+
+    def _add(self, profile: LayerProfile) -> None:
+        assert self._experts is not None
+        self.num_commits += 1
+        self._bytes += profile.expert_bytes * self._experts
+        self.profiles.append(replace(profile, layer_id=self._placement.layer_ids[profile.layer_id]))
+
+    def _no_bytes(self) -> np.ndarray:
+        return np.zeros((self._placement.metadata.topology.num_ranks, 4), dtype=np.int64)
+
+    def _commit_batch(self, row: int, batch: TransferBatch) -> None:
         """The weights of a layer have just changed on all ranks: its maps follow before anything else runs."""
         assert self._target is not None
-        self._experts = experts_over_ranks(batch, self._metadata.topology)
-        if np.array_equal(batch.new_map, self._target.physical_to_logical_map[layer_id].numpy()):
-            self._commit_target(self._target, [layer_id])
-            self.layers_pending -= 1
-        else:  # on the way there: a complete placement too, but not one that weights were solved for
-            self._metadata.update_layer_(layer_id, batch.new_map.copy())
-            self._dispatcher.refresh([layer_id])
-
-    def _commit_target(self, target: ExpertLocationMetadata, layers: list[int]) -> None:
-        self._metadata.update_layers_(target, layers)
-        self._dispatcher.refresh(layers)
+        self._experts = experts_over_ranks(batch, self._placement.metadata.topology)
+        with self._failures.guard("committing a layer's maps"):
+            if np.array_equal(batch.new_map, self._target.physical_to_logical_map[row].numpy()):
+                self.layers_pending -= 1
+                self._placement.commit(self._target, [row])
+            else:  # on the way there: a complete placement too, but not one that weights were solved for
+                self._placement.commit_map(row, batch.new_map.copy())

@@ -2,221 +2,249 @@
 
 ::
 
-    collecting ──due or requested──> planning ──a placement worth moving to──> migrating ──last layer──> collecting
-                                        └──────────────skip or dry run──────────────────────────────────────┘
-    failed: the group of ranks is broken; the last committed placement serves on, nothing is rebalanced any more
+    collecting ──due or requested──> planning ──Reweight or Migrate──> migrating ──last layer──> collecting
+        │ ^                             └────────Skip or dry run──────────────────────────────────────┘
+        v │ resume
+      paused: no rebalance begins; one that was under way has been cancelled
+      failed: the ranks cannot talk, or code of ours or of the host raised; the last committed placement serves on
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
-import numpy as np
-
-from equipoise.algorithms.registry import HISTORY, check_algorithm
+from equipoise.algorithms.registry import check_algorithm
 from equipoise.config import EplbConfig
-from equipoise.errors import ConfigError, PhaseError, TransferError
-from equipoise.manager.background_planner import BackgroundPlanner, PlanningFailed
-from equipoise.manager.commands import Phase, Rebalance, RebalanceReport, RebalanceTotals
+from equipoise.errors import ConfigError, PhaseError, TransferCancelled, TransferError
+from equipoise.manager.background_planner import PlanningFailed, RebalancePlanner
+from equipoise.manager.commands import Rebalance
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import Migration, MigrationBroken
-from equipoise.manager.planning import PlannedRebalance, plan_rebalance
-from equipoise.manager.recording import LoadRecording
-from equipoise.manager.replies import rebalance_report
-from equipoise.manager.timing import RebalanceTimer
-from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.manager.planning import Migrate, Reweight, Skip
+from equipoise.manager.reporting import Answer, Attempt, RebalanceTimer, Reporter
+from equipoise.manager.reports import Phase
+from equipoise.transfer.planning.types import TransferPlan
 
-_LONGEST_WAIT = 64
-"""Periods after which a rebalance is tried again at the latest, however often it has failed."""
-
-OnReport = Callable[[RebalanceReport], None]
+_MAX_BACKOFF = 64  # periods after which a rebalance is tried again at the latest, however often it has failed
 
 
 class Rebalancing:
     """One rebalance at a time, from its cause to its report. Every rank has one and calls it alike.
 
     Args:
-        metadata: the live placement.
-        load: what plans are made from.
-        planner: runs them on rank 0.
+        placement: the live one.
+        planner: makes the plans.
         migration: takes the live placement to the planned one.
-        max_staged_experts: experts a rank can stage at once.
-        num_groups: groups of group-limited routing, if the model has it.
-        clock: seconds, monotonic.
-        on_report: told of every rebalance that ends.
-
-    Attributes:
-        phase: the same on all ranks, between ticks.
-        error: why the phase is failed, or why the last rebalance failed.
-        last_report: of the last rebalance that ended.
-        totals: sums over all that have ended.
+        failures: makes an error of one rank known to all.
+        reporter: reports rebalances that end.
+        timer: told of each tick.
     """
 
     def __init__(
         self,
         config: EplbConfig,
-        metadata: ExpertLocationMetadata,
-        load: LoadRecording,
-        planner: BackgroundPlanner[PlannedRebalance],
+        placement: LivePlacement,
+        planner: RebalancePlanner,
         migration: Migration,
-        *,
-        max_staged_experts: int,
-        num_groups: int | None,
-        clock: Callable[[], float],
-        on_report: OnReport | None,
+        failures: FailureWatch,
+        reporter: Reporter,
+        timer: RebalanceTimer,
     ) -> None:
-        self.phase: Phase = "collecting"
-        self.error: str | None = None
-        self.last_report: RebalanceReport | None = None
-        self.totals = RebalanceTotals()
+        self._phase: Phase = "collecting"
+        self._error: str | None = None
+        self._pause_reason: str | None = None
+        self._on_paused: list[Callable[[], None]] = []
         self._config = config
-        self._metadata = metadata
-        self._load = load
+        self._placement = placement
         self._planner = planner
         self._migration = migration
-        self._max_staged_experts = max_staged_experts
-        self._num_groups = num_groups
-        self._clock = clock
-        self._on_report = on_report
-        self._timer = RebalanceTimer(clock)
-        self._request: Rebalance | None = None
-        self._answer: OnReport | None = None
-        self._plan: PlannedRebalance | None = None
+        self._failures = failures
+        self._reporter = reporter
+        self._timer = timer
+        self._attempt: Attempt | None = None  # under way, or about to begin
         self._forward_pass_id = 0
         self._steps_since_last = 0
         self._steps_to_wait = config.eplb_rebalance_num_iterations
 
     @property
+    def phase(self) -> Phase:
+        """The same on all ranks, between ticks."""
+        return "paused" if self._phase == "collecting" and self._pause_reason is not None else self._phase
+
+    @property
+    def error(self) -> str | None:
+        """Why the phase is failed or paused, or why the last rebalance failed."""
+        return f"paused: {self._pause_reason}" if self.phase == "paused" else self._error
+
+    @property
     def wants_tick(self) -> bool:
         """Work is pending that ticks carry on even when no request runs. The same on all ranks."""
-        return self.phase in ("planning", "migrating") or self._request is not None
+        if self._phase == "failed":
+            return False
+        return self._attempt is not None or self._failures.under_way
 
     @property
     def layers_pending(self) -> int:
         """Layers of a migration under way that have not committed yet."""
         return self._migration.layers_pending
 
-    def request(self, request: Rebalance, answer: OnReport) -> None:
+    def request(self, request: Rebalance, answer: Answer) -> None:
         """Has the next tick begin a rebalance; ``answer`` is told of its end.
 
         Raises:
-            PhaseError: another one is under way, or nothing is rebalanced any more.
+            PhaseError: another one is under way, or nothing is rebalanced now or any more.
             ConfigError: a value that cannot be.
         """
-        if self.phase == "failed":
-            raise PhaseError(f"rebalancing has stopped: {self.error}")
-        if self._request is not None or self.phase != "collecting":
-            raise PhaseError(f"a rebalance is under way (phase {self.phase}, {self.layers_pending} layers to go)")
+        self._require_not_failed()
+        if self._pause_reason is not None:
+            raise PhaseError(f"rebalancing is paused: {self._pause_reason}")
+        if self._attempt is not None:
+            stage = {"collecting": "begins in the next tick", "planning": "is being planned"}
+            how_far = stage.get(self._phase, f"is migrating, {self.layers_pending} layers to go")
+            raise PhaseError(f"another rebalance {how_far}")
         if request.algorithm is not None:
             check_algorithm(request.algorithm, field="algorithm")
-        for name in ("max_moves_per_layer", "window_steps"):
-            value, least = getattr(request, name), int(name == "window_steps")
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}", field=name)
-        if request.move_price is not None and not 0 <= request.move_price < math.inf:
-            raise ConfigError(f"move_price must be finite and at least 0, got {request.move_price}", field="move_price")
-        self._request, self._answer = request, answer
+        for name, minimum in (("max_moves_per_layer", 0), ("window_steps", 1), ("move_price", 0)):
+            value = getattr(request, name)
+            if value is not None and not minimum <= value < math.inf:
+                raise ConfigError(f"{name} must be finite and at least {minimum}, got {value}", field=name)
+        self._attempt = Attempt(request.algorithm or self._config.eplb_algorithm, request, answer)
+
+    def pause(self, reason: str, done: Callable[[], None]) -> None:
+        """Collective. Lets no rebalance begin and cancels one under way; ``done`` is called once nothing moves.
+
+        Raises:
+            PhaseError: nothing is rebalanced any more.
+        """
+        self._require_not_failed()
+        self._pause_reason, why = reason, f"paused: {reason}"
+        if self._phase == "migrating":
+            self._migration.cancel(why)
+            self._on_paused.append(done)
+            return
+        if self._phase == "planning":
+            self._planner.abandon()
+            self._end(why, cancelled=True)
+        elif self._attempt is not None:
+            self._timer.begin()
+            self._end(why, cancelled=True)
+        done()
+
+    def resume(self) -> None:
+        """Collective. Lets rebalances begin again."""
+        self._pause_reason = None
+
+    def _require_not_failed(self) -> None:
+        if self._phase == "failed":
+            raise PhaseError(f"rebalancing has stopped: {self._error}")
 
     def end_step(self, *, counted: bool) -> None:
         """A forward pass has ended; ``counted``: it is load, and brings the next periodic rebalance closer."""
         self._steps_since_last += counted
 
     def tick(self, *, forward_pass_id: int, idle: bool) -> None:
-        """Collective: carries the rebalance on, or begins one.
+        """Collective: carries the rebalance on, or begins one. Raises nothing: an error ends in phase ``failed``.
 
         Args:
             forward_pass_id: of the step to come.
             idle: no forward pass has run since the last tick.
         """
+        if self._phase == "failed":
+            return
         self._forward_pass_id = forward_pass_id
         self._timer.enter_tick(idle=idle)
-        if self.phase == "collecting" and (self._request is not None or self._due()):
-            self._begin_planning()
-        elif self.phase == "planning":
-            self._poll_planning(idle)
-        elif self.phase == "migrating":
-            self._migrate(idle)
+        try:
+            failure = self._failures.take()
+            if failure is not None:
+                self._fail(failure)
+            else:
+                self._carry_on(idle)
+        except TransferError as error:
+            self._fail(f"the ranks cannot talk any more: {error}")
+        except Exception as error:  # the others learn of it when code next runs on all ranks
+            self._failures.note("a tick", error)
         self._timer.leave_tick()
 
-    def _due(self) -> bool:
-        return self._config.enable_eplb and self._steps_since_last >= self._steps_to_wait
-
-    def _algorithm(self) -> str:
-        return (self._request.algorithm if self._request else None) or self._config.eplb_algorithm
+    def _carry_on(self, idle: bool) -> None:
+        before = self._phase, self._migration.num_commits
+        if self._phase == "planning":
+            self._poll_planning(idle)
+        elif self._phase == "migrating":
+            self._migrate(idle)
+        elif self._pause_reason is None:
+            due = self._config.enable_eplb and self._steps_since_last >= self._steps_to_wait
+            if due or self._attempt is not None:
+                self._begin_planning()
+        if (self._phase, self._migration.num_commits) != before and self._phase != "failed":
+            self._failures.post()
 
     def _begin_planning(self) -> None:
-        self._timer.begin()
-        asked = self._request.window_steps if self._request is not None else None
-        windows = self._load.windows(HISTORY, asked)
-        self._timer.load_gathered()
-        job = partial(
-            plan_rebalance,
-            windows.numpy(),
-            self._metadata.clone("cpu"),
-            self._config,
-            algorithm=self._algorithm(),
-            request=self._request,
-            window_steps=self._load.window_steps(asked),
-            num_groups=self._num_groups,
-            max_staged_experts=self._max_staged_experts,
-            clock=self._clock,
-        )
-        self._planner.start(job)
-        self.phase = "planning"
+        self._attempt = self._attempt or Attempt(self._config.eplb_algorithm)
+        failure = self._planner.begin(self._attempt.algorithm, self._attempt.request)
+        if failure is not None:
+            self._fail(failure)
+        else:
+            self._phase = "planning"
 
     def _poll_planning(self, idle: bool) -> None:
         try:
             plan = self._planner.poll(idle=idle)
         except PlanningFailed as failure:
-            self._end(error=f"planning failed: {failure}")
+            self._end(f"planning failed: {failure}")
             return
         if plan is None:
             return
-        self._timer.plan_arrived()
-        self._plan = plan
-        dry_run = self._request is not None and self._request.dry_run
-        if plan.decision.action == "skip" or dry_run:
-            self._end(error=plan.error)
-            return
-        self._migration.begin(plan.placement(self._metadata), plan.transfer)
-        self.phase = "migrating"
+        assert self._attempt is not None
+        self._attempt.plan = plan
+        match plan:
+            case Skip():
+                self._end(plan.error)
+            case _ if self._attempt.request is not None and self._attempt.request.dry_run:
+                self._end()
+            case Reweight():
+                self._begin_migrating(plan, None)
+            case Migrate():
+                self._begin_migrating(plan, plan.transfer)
+
+    def _begin_migrating(self, plan: Reweight | Migrate, transfer: TransferPlan | None) -> None:
+        assert self._attempt is not None
+        self._phase, self._attempt.migrating = "migrating", True
+        with self._failures.guard("starting the migration"):
+            self._migration.begin(plan.placement(self._placement.committed), transfer)
 
     def _migrate(self, idle: bool) -> None:
         try:
-            arrived = self._migration.advance(idle=idle)
+            if self._migration.advance(idle=idle):
+                self._end()
+        except TransferCancelled as error:
+            self._end(str(error), cancelled=True)
         except TransferError as error:
-            self._end(error=f"{type(error).__name__}: {error}", broken=isinstance(error, MigrationBroken))
-            return
-        if arrived:
-            self._end()
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, MigrationBroken):
+                self._fail(reason)
+            else:
+                self._end(reason)
 
-    def _end(self, error: str | None = None, broken: bool = False) -> None:
-        plan, migration, migrated = self._plan, self._migration, self.phase == "migrating"
-        nothing = np.zeros((self._metadata.topology.num_ranks, 4), dtype=np.int64)
-        report = rebalance_report(
-            self._metadata,
-            plan,
-            request=self._request,
-            algorithm=self._algorithm(),
-            forward_pass_id=self._forward_pass_id,
-            profile=self._timer.profile(
-                plan,
-                migrated=migrated,
-                peak_staging_bytes=migration.peak_staging_bytes if migrated else 0,
-                layers=list(migration.profiles) if migrated else [],
-            ),
-            per_rank_bytes=migration.bytes_over_ranks() if migrated else nothing,
-            error=error,
-        )
-        self.last_report, self.error, self.totals = report, error, self.totals.plus(report)
+    def _end(self, error: str | None = None, *, cancelled: bool = False) -> None:
+        attempt, self._attempt = self._attempt, None
+        assert attempt is not None
+        attempt.forward_pass_id = self._forward_pass_id
         # After a failure the next try of our own waits twice as long as the last one did.
         period = self._config.eplb_rebalance_num_iterations
-        self._steps_to_wait = min(2 * self._steps_to_wait, _LONGEST_WAIT * period) if error else period
+        failed = error is not None and not cancelled
+        self._steps_to_wait = min(2 * self._steps_to_wait, _MAX_BACKOFF * period) if failed else period
         self._steps_since_last = 0
-        answer = self._answer
-        self._request = self._answer = self._plan = None
-        self.phase = "failed" if broken else "collecting"
-        for tell in (answer, self._on_report):
-            if tell is not None:
-                tell(report)
+        self._phase, self._error = "collecting", error
+        self._reporter.end(attempt, error, cancelled=cancelled)
+        while self._on_paused:
+            self._on_paused.pop()()
+
+    def _fail(self, reason: str) -> None:
+        """Ends rebalancing for good; a thread that still transfers commits nothing any more."""
+        self._failures.log.error("rebalancing has stopped: %s", reason)
+        self._migration.cancel(reason)
+        if self._attempt is not None:
+            self._end(reason)
+        self._phase, self._error = "failed", reason

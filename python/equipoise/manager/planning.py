@@ -1,6 +1,6 @@
-"""One rebalance, planned: load windows and the present placement in, a decision and a new placement out. Pure.
+"""One rebalance, planned: load windows and the present placement in; Skip, Reweight or Migrate out. Pure.
 
-Runs on rank 0 beside the forward passes; the result is a plain value that is broadcast to the other ranks.
+Everything that travels to the other ranks is here as plain arrays, so they need not plan.
 """
 
 from __future__ import annotations
@@ -15,39 +15,74 @@ from equipoise.algorithms.registry import find_algorithm
 from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
 from equipoise.manager.commands import Rebalance
-from equipoise.manager.decision import Decision, decide_to_move, decide_to_plan
+from equipoise.manager.decision import keep_reason, skip_reason
 from equipoise.placement.alignment import align_placement
 from equipoise.placement.balancedness import balancedness, mean_balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata, PlacementDiff
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.types import TransferPlan
 
+OptionalFloats = list[float | None]
+
 
 @dataclass(frozen=True)
-class PlannedRebalance:
-    """A decision and, unless it is to skip, the placement to migrate to."""
+class Skip:
+    """Nothing changes."""
 
-    decision: Decision
+    reason: str
     window_steps: int
-    balancedness_before: list[float | None]  # (L,), of the whole window
-    balancedness_after: list[float | None]  # (L,), of the same window on the new placement
-    physical_to_logical_map: np.ndarray | None  # (L, P) int64
-    dispatch_weights: np.ndarray | None  # (L, P) float32
-    diff: PlacementDiff | None  # from the present placement
-    transfer: TransferPlan | None  # the way there; None if no expert moves
-    seconds: float  # the algorithm, and fitting its result to the present placement
-    transfer_seconds: float  # planning the transfer
-    error: str | None = None
+    balancedness_before: OptionalFloats  # (L,), of the whole window
+    seconds: float = 0.0  # the algorithm, if it ran
+    error: str | None = None  # why planning failed, if it did
 
-    def placement(self, like: ExpertLocationMetadata) -> ExpertLocationMetadata:
-        """The new placement as metadata of the same shape as ``like``."""
-        assert self.physical_to_logical_map is not None, "a skipped rebalance has no placement"
+
+@dataclass(frozen=True)
+class Reweight:
+    """Every expert stays; replicas share their tokens otherwise."""
+
+    reason: str
+    window_steps: int
+    balancedness_before: OptionalFloats
+    balancedness_after: OptionalFloats  # (L,), of the same window with the new weights
+    dispatch_weights: np.ndarray  # (L, P) float32
+    seconds: float  # the algorithm, and fitting its result to the present placement
+
+    def placement(self, current: ExpertLocationMetadata) -> ExpertLocationMetadata:
+        """The planned placement."""
         return ExpertLocationMetadata.from_physical_to_logical(
-            self.physical_to_logical_map,
-            like.num_logical_experts,
-            like.topology,
+            current.physical_to_logical_map,
+            current.num_logical_experts,
+            current.topology,
             dispatch_weights=self.dispatch_weights,
         )
+
+
+@dataclass(frozen=True)
+class Migrate:
+    """Experts change slots."""
+
+    reason: str
+    window_steps: int
+    balancedness_before: OptionalFloats
+    balancedness_after: OptionalFloats  # (L,), of the same window on the new placement
+    physical_to_logical_map: np.ndarray  # (L, P) int64
+    dispatch_weights: np.ndarray  # (L, P) float32
+    diff: PlacementDiff  # from the present placement
+    transfer: TransferPlan | None  # the way there; None where the host moves experts itself
+    seconds: float
+    transfer_seconds: float  # planning the transfer
+
+    def placement(self, current: ExpertLocationMetadata) -> ExpertLocationMetadata:
+        """The planned placement."""
+        return ExpertLocationMetadata.from_physical_to_logical(
+            self.physical_to_logical_map,
+            current.num_logical_experts,
+            current.topology,
+            dispatch_weights=self.dispatch_weights,
+        )
+
+
+Plan = Skip | Reweight | Migrate
 
 
 def plan_rebalance(
@@ -59,9 +94,9 @@ def plan_rebalance(
     request: Rebalance | None,
     window_steps: int,
     num_groups: int | None,
-    max_staged_experts: int,
+    max_staged_experts: int | None,
     clock: Callable[[], float],
-) -> PlannedRebalance:
+) -> Plan:
     """Decides and plans.
 
     Args:
@@ -69,78 +104,130 @@ def plan_rebalance(
         current: the committed placement, on the CPU.
         request: the operator's, or None for a periodic rebalance.
         window_steps: steps the windows hold, for the report.
-        max_staged_experts: experts a rank can stage at once.
+        max_staged_experts: experts a rank can stage at once; None: the host moves them, no transfer is planned.
         clock: seconds.
     """
     load = windows.sum(0) if len(windows) else np.zeros((current.num_layers, current.num_logical_experts))
-    before = balancedness(load, current).numpy()
-    mean_before = mean_balancedness(before)
-
-    def result(decision: Decision, after: np.ndarray, **found: object) -> PlannedRebalance:
-        nothing = {"physical_to_logical_map": None, "dispatch_weights": None, "diff": None, "transfer": None}
-        values = {**nothing, "seconds": 0.0, "transfer_seconds": 0.0, **found}
-        return PlannedRebalance(
-            decision=decision,
-            window_steps=window_steps,
-            balancedness_before=as_optional_floats(before),
-            balancedness_after=as_optional_floats(after),
-            **values,  # type: ignore[arg-type]
-        )
-
-    decision = decide_to_plan(
+    per_layer = balancedness(load, current).numpy()
+    before, mean_before = as_optional_floats(per_layer), mean_balancedness(per_layer)
+    reason = skip_reason(
         window_steps=window_steps,
         mean_balancedness=mean_before,
         threshold=config.eplb_min_rebalancing_utilization_threshold,
         requested=request is not None,
     )
-    if decision.action == "skip" or mean_before is None:
-        return result(decision, before)
+    if reason is not None or mean_before is None:
+        return Skip(reason or "no load", window_steps, before)
     limit = request.max_moves_per_layer if request else None
     price = request.move_price if request else None
     start = clock()
     try:
-        planned = rebalance_experts(
+        planned = _solve(
             windows,
-            current.topology,
+            current,
             algorithm=algorithm,
-            current=current,
             num_groups=num_groups,
             max_moves_per_layer=limit if limit is not None else config.eplb_max_moves_per_layer,
             move_price=price if price is not None else config.eplb_move_price,
         )
     except InvalidInputError as error:
-        return result(Decision("skip", "planning failed"), before, error=str(error), seconds=clock() - start)
+        return Skip("planning failed", window_steps, before, seconds=clock() - start, error=str(error))
+    seconds = clock() - start
+    return _judge(
+        Skip("", window_steps, before, seconds),
+        load,
+        current,
+        planned,
+        force=bool(request and request.force),
+        max_staged_experts=max_staged_experts,
+        clock=clock,
+    )
+
+
+def _solve(
+    windows: np.ndarray,
+    current: ExpertLocationMetadata,
+    *,
+    algorithm: str,
+    num_groups: int | None,
+    max_moves_per_layer: int | None,
+    move_price: float,
+) -> ExpertLocationMetadata:
+    planned = rebalance_experts(
+        windows,
+        current.topology,
+        algorithm=algorithm,
+        current=current,
+        num_groups=num_groups,
+        max_moves_per_layer=max_moves_per_layer,
+        move_price=move_price,
+    )
     # Names of slots and ranks change nothing for the load, but much for what must move.
     grouped = num_groups is not None or find_algorithm(algorithm).by_nodes
-    planned = align_placement(current, planned, relabel="nodes" if grouped else "ranks")
-    seconds = clock() - start
-    after = balancedness(load, planned).numpy()
-    mean_after = mean_balancedness(after)
+    return align_placement(current, planned, relabel="nodes" if grouped else "ranks")
+
+
+def _judge(
+    so_far: Skip,
+    load: np.ndarray,
+    current: ExpertLocationMetadata,
+    planned: ExpertLocationMetadata,
+    *,
+    force: bool,
+    max_staged_experts: int | None,
+    clock: Callable[[], float],
+) -> Plan:
+    """What to do with a placement that the algorithm proposes.
+
+    Args:
+        so_far: what is known before.
+        load: (L, E), the whole window.
+    """
+    steps, before, seconds = so_far.window_steps, so_far.balancedness_before, so_far.seconds
+    per_layer = balancedness(load, planned).numpy()
+    mean_before, mean_after = mean_of(before), mean_balancedness(per_layer)
+    assert mean_before is not None
     assert mean_after is not None, "the same load has tokens on any placement"
     diff = current.diff(planned)
-    move = decide_to_move(
-        slots_changed=int(diff.slots_changed.sum()),
-        weights_changed=not np.array_equal(planned.dispatch_weights, current.dispatch_weights),
+    slots_changed = int(diff.slots_changed.sum())
+    gain = f"balancedness {mean_before:.3f} -> {mean_after:.3f}"
+    weights = planned.dispatch_weights.numpy()
+    reason = keep_reason(
+        slots_changed=slots_changed,
+        weights_changed=not np.array_equal(weights, current.dispatch_weights.numpy()),
         before=mean_before,
         after=mean_after,
-        force=bool(request and request.force),
+        force=force,
     )
+    if reason is not None:
+        return Skip(f"{reason} ({gain})", steps, before, seconds)
+    after = as_optional_floats(per_layer)
+    if slots_changed == 0:
+        reason = f"new dispatch weights only, no expert moves ({gain})"
+        return Reweight(reason, steps, before, after, weights, seconds)
     start = clock()
     transfer = None
-    if move.action == "migrate":
+    if max_staged_experts is not None:
         transfer = plan_transfer(current, planned, current.topology, max_staged_experts=max_staged_experts)
-    return result(
-        move,
+    return Migrate(
+        f"{slots_changed} slots change ({gain})",
+        steps,
+        before,
         after,
-        physical_to_logical_map=planned.physical_to_logical_map.numpy(),
-        dispatch_weights=planned.dispatch_weights.numpy(),
-        diff=diff,
-        transfer=transfer,
-        seconds=seconds,
-        transfer_seconds=clock() - start,
+        planned.physical_to_logical_map.numpy(),
+        weights,
+        diff,
+        transfer,
+        seconds,
+        clock() - start,
     )
 
 
-def as_optional_floats(values: np.ndarray) -> list[float | None]:
+def as_optional_floats(values: np.ndarray) -> OptionalFloats:
     """NaN, which JSON has not, becomes None."""
     return [None if np.isnan(value) else float(value) for value in values]
+
+
+def mean_of(values: OptionalFloats) -> float | None:
+    """Average over the layers that have a value."""
+    return mean_balancedness([np.nan if value is None else value for value in values])

@@ -10,7 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from equipoise.manager.commands import Phase, StatusReply, StepTotals
+from equipoise.engine.commands import StepTotals
+from equipoise.manager.commands import StatusReply
+from equipoise.manager.reports import Phase
 
 
 class EngineFigures(Collector):

@@ -6,8 +6,9 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from equipoise.engine.commands import GetStepTotals
 from equipoise.errors import EquipoiseError
-from equipoise.manager.commands import GetStatus, GetStepTotals
+from equipoise.manager.commands import GetStatus
 from equipoise.server.engine_figures import EngineFigures
 from equipoise.server.engine_protocol import ServingEngine
 

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from equipoise.admin.auth import AdminKeyRoute
 from equipoise.admin.jsonable import jsonable
-from equipoise.manager.commands import GetSteps
+from equipoise.engine.commands import GetSteps
 
 router = APIRouter(route_class=AdminKeyRoute)
 

@@ -22,7 +22,7 @@ from equipoise.transfer.memory.store import ExpertWeights
 
 
 class ModelRunner:
-    """A loaded model with its cache; also the host that balancing sees (an ``EngineAdapter``)."""
+    """A loaded model with its cache; also the host that balancing sees."""
 
     def __init__(self, blueprint: ModelBlueprint, rank: int, device: torch.device, config: ServeConfig) -> None:
         self._model: Any = blueprint.model

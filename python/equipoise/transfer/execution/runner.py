@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 
 from equipoise.distributed.communicator import Communicator
-from equipoise.errors import InDoubtError, TransferError
+from equipoise.errors import InDoubtError, TransferCancelled, TransferError
 from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
@@ -84,6 +84,11 @@ class TransferRunner(Protocol):
         """
         ...
 
+    def cancel(self, reason: str) -> None:
+        """Collective. Has the plan under way end without another commit: the next :meth:`commit` raises
+        TransferCancelled. Nothing happens where none is under way."""
+        ...
+
     def close(self) -> None:
         """Ends the runner for good."""
         ...
@@ -102,6 +107,7 @@ class InlineRunner:
         self._plan: TransferPlan | None = None
         self._outcome: StagedBatch | TransferError | None = None
         self._next: tuple[int, TransferBatch] | None = None
+        self._cancelled: str | None = None
         self.error: str | None = None
 
     @property
@@ -110,7 +116,7 @@ class InlineRunner:
 
     def start(self, plan: TransferPlan) -> None:
         assert not self.active
-        self._plan = plan
+        self._plan, self._cancelled = plan, None
         self._batches = batches_of(plan)
         self._next = next(self._batches, None)
 
@@ -120,6 +126,9 @@ class InlineRunner:
         if self._outcome is None:
             if self._next is None:
                 return TransferState.IDLE
+            if self._cancelled is not None:
+                self._outcome, self._next = TransferCancelled(self._cancelled), None
+                return TransferState.READY
             self._outcome = self._stage(*self._next, communicator)
             self._next = None if isinstance(self._outcome, TransferError) else next(self._batches, None)
         return TransferState.READY
@@ -153,6 +162,9 @@ class InlineRunner:
         profile = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
         return profile
+
+    def cancel(self, reason: str) -> None:
+        self._cancelled = reason
 
     def close(self) -> None:
         self._next = self._outcome = None

@@ -8,11 +8,11 @@ Two threads, and who may touch what::
                                             _outcome            <───────         a staged batch, or its error
     commit takes _outcome, clears  ───────> _outcome is None            ───────> stages the next batch
     poll   reads                   <─────── _failure            <───────         why it ended, if it did
-    poll   after start_over, adds 1 ──────> _num_started_over           ───────> abandons a plan begun before
+    after start_over or cancel, adds 1 ───> _num_started_over           ───────> abandons a plan begun before
     poll   watches                 <─────── _last_progress      <───────         at each batch handed over
     close  sets                    ───────> _closed                     ───────> ends
 
-    of the serving thread alone: _active _broken _polls _silent_polls _states _last_batch _thread
+    of the serving thread alone: _active _broken _cancelled _polls _silent_polls _states _last_batch _thread
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.distributed.posted_sum import SumBetweenPolls
-from equipoise.errors import EquipoiseError, InDoubtError, TransferError
+from equipoise.errors import EquipoiseError, InDoubtError, TransferCancelled, TransferError
 from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.runner import OnCommit, TransferState, batches_of, start_over
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
@@ -74,6 +74,7 @@ class TransferWorker:
         self._broken = False
         self._last_batch: TransferBatch | None = None  # of the plan under way
         self._num_started_over = 0
+        self._cancelled: str | None = None  # why the plan under way is to end without another commit
         self._closed = False
         self._last_progress = clock()
         self._states = SumBetweenPolls()  # ranks in each TransferState
@@ -94,7 +95,7 @@ class TransferWorker:
             assert not self._active
             if not plan.layers:
                 return
-            self._plan, self._active = plan, True
+            self._plan, self._active, self._cancelled = plan, True, None
             self._polls = self._silent_polls = 0
             self._last_batch = plan.layers[-1].batches[-1]
             self._last_progress = self._clock()
@@ -117,6 +118,10 @@ class TransferWorker:
         with self._condition:
             outcome = self._outcome
         assert outcome is not None
+        if self._cancelled is not None and not isinstance(outcome, TransferError):
+            outcome = TransferCancelled(self._cancelled)
+            with self._condition:
+                self._num_started_over += 1
         if isinstance(outcome, TransferError):
             with self._condition:
                 self._outcome, self._active = None, False
@@ -132,6 +137,10 @@ class TransferWorker:
             self._active = outcome.batch is not self._last_batch
             self._condition.notify_all()
         return profile
+
+    def cancel(self, reason: str) -> None:
+        if self._active:
+            self._cancelled = reason
 
     def close(self) -> None:
         with self._condition:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from equipoise.manager.log_line import describe
+from equipoise.manager.reports import describe
 from equipoise.transfer.execution.profile import LayerProfile
 from helpers.fake_engine import REPORT
 

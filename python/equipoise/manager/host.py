@@ -1,0 +1,37 @@
+"""What a host says of itself to a manager, beside options, weights and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement, OnLayersCommitted
+from equipoise.manager.migration import Migration
+from equipoise.manager.reporting import OnReport
+
+MakeMigration = Callable[[LivePlacement, FailureWatch], Migration]
+"""A host's mover, made for the live placement; errors of one rank are told to the watch."""
+
+
+@dataclass(frozen=True)
+class HostTraits:
+    """In what a host differs from the embedded engine, whose traits are the defaults."""
+
+    layer_ids: Sequence[int] | None = None
+    """The host's number of each MoE layer, for hosts whose first layers are dense; None: 0 to L - 1."""
+
+    dispatches: bool = False
+    """The host chooses among replicas itself: there is no dispatcher of ours, and ``route`` is not called."""
+
+    replicated_counts: bool = False
+    """Each rank counts the tokens of all ranks (no all-to-all backend): nothing is summed over ranks."""
+
+    num_groups: int | None = None
+    """Groups of group-limited routing, if the model has it."""
+
+    on_layers_committed: OnLayersCommitted | None = None
+    """Called inside each commit, on every rank, before anything else runs: the host's own maps follow."""
+
+    on_report: OnReport | None = None
+    """Called with every rebalance that ends, requested or not, on every rank."""

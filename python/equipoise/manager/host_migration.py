@@ -1,0 +1,98 @@
+"""HostMigration: the host's own mover brings the experts; ours are the decision, the plan and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from equipoise.errors import TransferCancelled
+from equipoise.manager.failures import FailureWatch
+from equipoise.manager.live_placement import LivePlacement
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.transfer.execution.profile import LayerProfile
+from equipoise.transfer.planning.types import TransferPlan
+
+MoveLayers = Callable[[ExpertLocationMetadata, list[int]], None]
+"""(target, the host's layer numbers): collective and blocking; brings the weights and the host's maps of these layers
+to the target, on all ranks, or raises."""
+
+
+class HostMigration:
+    """Has the host's own mover do the work, some layers a tick.
+
+    Args:
+        move_layers: see :data:`MoveLayers`.
+        failures: told of what the mover raises.
+        layers_per_tick: layers of one call; None: all.
+    """
+
+    def __init__(
+        self,
+        placement: LivePlacement,
+        move_layers: MoveLayers,
+        failures: FailureWatch,
+        *,
+        layers_per_tick: int | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.max_staged_experts: int | None = None
+        self.layers_pending = self.num_commits = self.peak_staging_bytes = 0
+        self.profiles: list[LayerProfile] = []
+        self._placement = placement
+        self._move_layers = move_layers
+        self._failures = failures
+        self._layers_per_tick = layers_per_tick
+        self._clock = clock
+        self._target: ExpertLocationMetadata | None = None
+        self._pending: list[int] = []
+        self._cancelled: str | None = None
+
+    def begin(self, target: ExpertLocationMetadata, plan: TransferPlan | None) -> None:
+        del plan  # none was made
+        committed = self._placement.committed
+        maps = (committed.physical_to_logical_map, target.physical_to_logical_map)
+        weights = (committed.dispatch_weights, target.dispatch_weights)
+        changed = (maps[0] != maps[1]).any(1) | (weights[0] != weights[1]).any(1)
+        self._target, self._cancelled, self.profiles, self.num_commits = target, None, [], 0
+        self._pending = changed.nonzero().flatten().tolist()
+        self.layers_pending = len(self._pending)
+
+    def advance(self, *, idle: bool) -> bool:
+        del idle  # the mover is waited for
+        assert self._target is not None
+        if self._cancelled is not None:
+            self._pending, self.layers_pending = [], 0
+            raise TransferCancelled(self._cancelled)
+        rows = self._pending[: self._layers_per_tick]
+        if rows:
+            ids = [self._placement.layer_ids[row] for row in rows]
+            start = self._clock()
+            try:
+                self._move_layers(self._target, ids)
+                self._placement.commit(self._target, rows)
+            except Exception as error:  # on all ranks or on this one: the next tick ends it on all of them
+                self._failures.note(f"the host's mover, with layers {ids}", error)
+            seconds = (self._clock() - start) / len(rows)
+            self.profiles += [LayerProfile(layer_id, seconds, 0.0, 0.0, 0, 0, 0, 0) for layer_id in ids]
+            self.num_commits += len(rows)
+        self._pending = self._pending[len(rows) :]
+        self.layers_pending = len(self._pending)
+        return not self._pending
+
+    def cancel(self, reason: str) -> None:
+        self._cancelled = reason
+
+    def weights_changed(self) -> None:
+        """Nothing is staged between two ticks."""
+
+    def bytes_over_ranks(self) -> np.ndarray:
+        """(G, 4) zeros: only the host knows."""
+        return np.zeros((self._placement.metadata.topology.num_ranks, 4), dtype=np.int64)
+
+    def warm_up(self) -> None:
+        """The host's mover is the host's to warm up."""
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
