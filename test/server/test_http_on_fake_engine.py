@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from equipoise.admin.jsonable import jsonable
+from equipoise.admin.codec import jsonable
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
 from equipoise.engine.commands import GetSteps, StepRecord
 from equipoise.errors import ConfigError, PhaseError, TransferError

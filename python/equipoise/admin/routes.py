@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from equipoise.admin.bodies import RebalanceBody
+from equipoise.admin.codec import jsonable
 from equipoise.admin.http_errors import ErrorAnsweringRoute, error_body
-from equipoise.admin.jsonable import jsonable
 from equipoise.errors import ConfigError
 from equipoise.manager.commands import (
     Command,

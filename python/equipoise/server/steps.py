@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from equipoise.admin.auth import AdminKeyRoute
-from equipoise.admin.jsonable import jsonable
+from equipoise.admin.codec import jsonable
 from equipoise.engine.commands import GetSteps
 
 router = APIRouter(route_class=AdminKeyRoute)

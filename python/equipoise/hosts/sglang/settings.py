@@ -22,7 +22,7 @@ OWN_OPTIONS = (
     "eplb_staging_bytes",
     "eplb_transfer_timeout",
     "eplb_transfer_duty",
-    "profile",
+    "eplb_profile",
 )
 """Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags."""
 
