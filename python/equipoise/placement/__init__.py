@@ -7,4 +7,8 @@ Public modules, which other rooms import::
     maps.py          The maps of a placement as arrays: what was handed in is checked, and its inverse and dispatch f...
     metadata.py      ExpertLocationMetadata: which logical expert each slot holds, per layer, with its inverse
     relabel.py       Names for the ranks of a plan from nothing, so that it costs the fewest moves against the placem...
+
+Private to this room::
+
+    packed_rows.py   Copies rows of several tensors at once, from the host to a device without waiting for it
 """

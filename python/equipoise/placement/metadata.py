@@ -15,7 +15,10 @@ import torch
 
 from equipoise.errors import PlacementError
 from equipoise.placement.maps import IntMap, build_expert_maps
+from equipoise.placement.packed_rows import copy_rows_
 from equipoise.topology import EpTopology
+
+_PADDING = (0, 0, 0, -1, 1.0)  # of ExpertLocationMetadata._tensors, where an expert has fewer replicas than fit
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ class ExpertLocationMetadata:
             dispatch_weights=dispatch_weights,
             max_replicas=max_replicas,
         )
-        p2l, l2p, num_replicas, weights, cdf = (torch.from_numpy(array).to(device) for array in maps)
+        # Hazard: a tensor that is made inside torch.inference_mode() cannot be written outside of it.
+        with torch.inference_mode(mode=False):
+            p2l, l2p, num_replicas, weights, cdf = (torch.from_numpy(array).to(device) for array in maps)
         return cls(p2l, l2p, num_replicas, weights, cdf, topology)
 
     @classmethod
@@ -150,8 +155,7 @@ class ExpertLocationMetadata:
                 f"an expert has {most} replicas in the new placement, room is for max_replicas={self.max_replicas}",
                 field="num_replicas",
             )
-        for layer in layers:
-            self._copy_layer(layer, new, layer)
+        self._copy_layers(layers, new, layers)
 
     def update_layer_(self, layer_id: int, physical_to_logical: IntMap) -> None:
         """Sets one layer to a map of its own, in place, with uniform dispatch weights.
@@ -166,18 +170,17 @@ class ExpertLocationMetadata:
         new = self.from_physical_to_logical(
             row, self.num_logical_experts, self.topology, max_replicas=self.max_replicas
         )
-        self._copy_layer(layer_id, new, 0)
+        self._copy_layers([layer_id], new, [0])
 
-    def _copy_layer(self, layer: int, new: ExpertLocationMetadata, new_layer: int) -> None:
-        width = min(new.max_replicas, self.max_replicas)
-        self.physical_to_logical_map[layer].copy_(new.physical_to_logical_map[new_layer])
-        self.num_replicas[layer].copy_(new.num_replicas[new_layer])
-        self.dispatch_weights[layer].copy_(new.dispatch_weights[new_layer])
-        self.logical_to_physical_map[layer, :, :width].copy_(new.logical_to_physical_map[new_layer, :, :width])
-        self.logical_to_physical_map[layer, :, width:].fill_(-1)
-        self.dispatch_cdf[layer, :, :width].copy_(new.dispatch_cdf[new_layer, :, :width])
-        self.dispatch_cdf[layer, :, width:].fill_(1.0)
+    @torch.inference_mode()
+    def _copy_layers(self, layers: Sequence[int], new: ExpertLocationMetadata, new_layers: Sequence[int]) -> None:
+        copy_rows_(self._tensors(), new._tensors(), _PADDING, layers, new_layers)
 
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        maps = self.physical_to_logical_map, self.num_replicas, self.dispatch_weights
+        return (*maps, self.logical_to_physical_map, self.dispatch_cdf)
+
+    @torch.inference_mode(mode=False)
     def clone(self, device: torch.device | str | None = None) -> ExpertLocationMetadata:
         """A copy that shares no memory with this one."""
         target = device if device is not None else self.physical_to_logical_map.device

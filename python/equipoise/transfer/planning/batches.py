@@ -31,7 +31,13 @@ from equipoise.transfer.planning.layer_in_motion import (
 
 @kernel
 def split_into_batches(
-    old: np.ndarray, new: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int, capacity: int
+    old: np.ndarray,
+    new: np.ndarray,
+    num_experts: int,
+    num_ranks: int,
+    ranks_per_node: int,
+    capacity: int,
+    alive: np.ndarray,
 ) -> np.ndarray:
     """The placements after each batch.
 
@@ -42,11 +48,12 @@ def split_into_batches(
         num_ranks: ``G``.
         ranks_per_node: ranks of a node.
         capacity: most experts that a rank may receive in a batch, at least 1.
+        alive: (G,) int32, 1 for ranks that take part.
 
     Returns:
         (batches, P) int32; the last row is ``new``. One row if every rank receives at most ``capacity`` experts.
     """
-    layer = begin_motion(old, new, num_experts, num_ranks, ranks_per_node)
+    layer = begin_motion(old, new, num_experts, ranks_per_node, alive)
     arrivals = 0
     for rank in range(num_ranks):
         arrivals += layer.pending[rank]

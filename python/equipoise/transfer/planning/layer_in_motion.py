@@ -25,9 +25,13 @@ class LayerInMotion(NamedTuple):
 
 @helper
 def begin_motion(
-    old: np.ndarray, new: np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int
+    old: np.ndarray, new: np.ndarray, num_experts: int, ranks_per_node: int, alive: np.ndarray
 ) -> LayerInMotion:
-    """A layer that still lies as in ``old`` (P,), without any budget."""
+    """Returns a layer that still lies as in ``old`` (P,), without any budget.
+
+    Slots of ranks that are not ``alive``, (G,) int32, count as holding and wanting nothing.
+    """
+    num_ranks = alive.shape[0]
     num_nodes, size = num_ranks // ranks_per_node, old.shape[0] // num_ranks
     now, total = int32_zeros(old.shape[0]), int32_zeros(num_experts)
     pending, budget = int32_zeros(num_ranks), int32_zeros(num_ranks)
@@ -37,6 +41,8 @@ def begin_motion(
     for slot in range(old.shape[0]):
         expert, rank = old[slot], slot // size
         now[slot] = expert
+        if alive[rank] == 0:
+            continue
         copies[expert, rank] += 1
         on_node[expert, rank // ranks_per_node] += 1
         total[expert] += 1

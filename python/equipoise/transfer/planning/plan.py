@@ -6,7 +6,7 @@ differ are planned one by one, and the kernels are put together: batches of a la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -40,6 +40,7 @@ def plan_transfer(
     *,
     num_logical_experts: int | None = None,
     max_staged_experts: int | None = None,
+    live_ranks: Collection[int] | None = None,
 ) -> TransferPlan:
     """Plans the way from one placement to another.
 
@@ -50,10 +51,13 @@ def plan_transfer(
         num_logical_experts: ``E``; taken from the metadata, else from the largest id in ``old``.
         max_staged_experts: most experts that a rank may hold in staging, at least 1; layers of which a rank receives
             more move in several batches. None: every layer in one batch.
+        live_ranks: ranks that take part; the others neither send nor receive, whatever the maps say of their slots.
+            None: all.
 
     Raises:
-        ConfigError: ``max_staged_experts`` or ``num_logical_experts`` below 1.
-        PlacementError: shapes that do not fit, an id outside [0, E), or an expert without a slot in either placement.
+        ConfigError: ``max_staged_experts`` or ``num_logical_experts`` below 1, a live rank outside [0, G), or none.
+        PlacementError: shapes that do not fit, an id outside [0, E), or an expert without a slot in either placement,
+            on a live rank if that was given: such an expert has to be loaded anew by the host.
     """
     before, after = _slot_map(old, "old", topology), _slot_map(new, "new", topology)
     if before.shape != after.shape:
@@ -61,8 +65,9 @@ def plan_transfer(
     if num_logical_experts is None:
         known = [each.num_logical_experts for each in (old, new) if isinstance(each, ExpertLocationMetadata)]
         num_logical_experts = known[0] if known else int(before.max()) + 1
-    _require_complete(before, "old", num_logical_experts)
-    _require_complete(after, "new", num_logical_experts)
+    alive = _alive(live_ranks, topology)
+    _require_complete(before, "old", num_logical_experts, alive)
+    _require_complete(after, "new", num_logical_experts, alive)
     before, after = read_only_int32(before), read_only_int32(after)
     if max_staged_experts is not None and max_staged_experts < 1:
         raise ConfigError(f"max_staged_experts must be at least 1, got {max_staged_experts}", field="staging_bytes")
@@ -70,7 +75,7 @@ def plan_transfer(
     layers = []
     for layer_id in np.flatnonzero((before != after).any(1)).tolist():
         at, batches = before[layer_id], []
-        for new_map, table in schedule_layer(at, after[layer_id], num_logical_experts, topology, capacity):
+        for new_map, table in schedule_layer(at, after[layer_id], num_logical_experts, topology, capacity, alive):
             batches.append(TransferBatch(at, new_map, table))
             at = new_map
         layers.append(LayerTransferPlan(layer_id, tuple(batches)))
@@ -86,7 +91,17 @@ def _slot_map(placement: PlacementLike, name: str, topology: EpTopology) -> np.n
     return as_slot_map(placement, name, topology)
 
 
-def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
+def _alive(live_ranks: Collection[int] | None, topology: EpTopology) -> np.ndarray:
+    """(G,) int32, read-only: 1 for ranks that take part."""
+    if live_ranks is None:
+        return read_only_int32(np.ones(topology.num_ranks))
+    ranks = sorted(int(rank) for rank in live_ranks)
+    if not ranks or ranks[0] < 0 or ranks[-1] >= topology.num_ranks:
+        raise ConfigError(f"live_ranks must be some of 0 to {topology.num_ranks - 1}, got {ranks}", field="live_ranks")
+    return read_only_int32(np.isin(np.arange(topology.num_ranks), ranks))
+
+
+def _require_complete(array: np.ndarray, name: str, num_experts: int, alive: np.ndarray) -> None:
     if num_experts < 1:
         raise ConfigError(f"num_logical_experts must be at least 1, got {num_experts}", field="num_logical_experts")
     if array.min() < 0 or array.max() >= num_experts:
@@ -95,15 +110,18 @@ def _require_complete(array: np.ndarray, name: str, num_experts: int) -> None:
         )
     if num_experts > array.shape[1]:
         raise PlacementError(f"{name} has {array.shape[1]} slots for {num_experts} logical experts", field=name)
+    in_use = array[:, np.repeat(alive, array.shape[1] // alive.size).astype(bool)]
     present = np.zeros((array.shape[0], num_experts), dtype=bool)
-    np.put_along_axis(present, array, True, axis=1)
+    np.put_along_axis(present, in_use, True, axis=1)
     if not present.all():
         layer, expert = (int(i) for i in np.argwhere(~present)[0])
-        raise PlacementError(f"{name} has no slot for expert {expert} in layer {layer}", field=name)
+        dead = np.flatnonzero(alive == 0).tolist()
+        where = f" on a live rank (ranks {dead} are dead)" if dead else ""
+        raise PlacementError(f"{name} has no slot for expert {expert} in layer {layer}{where}", field=name)
 
 
 def schedule_layer(
-    old: np.ndarray, new: np.ndarray, num_experts: int, topology: EpTopology, capacity: int
+    old: np.ndarray, new: np.ndarray, num_experts: int, topology: EpTopology, capacity: int, alive: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The batches of one layer, in order.
 
@@ -113,6 +131,7 @@ def schedule_layer(
         num_experts: ``E``.
         topology: where slots lie.
         capacity: most experts that a rank may receive in a batch.
+        alive: (G,) int32, 1 for ranks that take part.
 
     Yields:
         The placement after the batch, (P,) int32, and its transfers, (transfers, 5) int32 in round order with the
@@ -122,11 +141,14 @@ def schedule_layer(
     if capacity >= topology.slots_per_rank:
         maps = new[None]
     else:
-        maps = split_into_batches(old, new, num_experts, num_ranks, ranks_per_node, capacity)
+        maps = split_into_batches(old, new, num_experts, num_ranks, ranks_per_node, capacity, alive)
     maps.setflags(write=False)  # before the kernels see it: numba compiles read-only arrays apart
+    dead = np.flatnonzero(alive == 0)
     now, before = old, first_slots(old, num_experts, num_ranks)
+    before[:, dead] = -1  # what a dead rank holds is no source, and what it wants no destination
     for slot_map in maps:
         after = first_slots(slot_map, num_experts, num_ranks)
+        after[:, dead] = -1
         transfers = assign_sources(now, slot_map, before, after, ranks_per_node)
         table = _transfer_table(transfers, assign_rounds(transfers, num_ranks), before, after)
         table.setflags(write=False)

@@ -180,8 +180,9 @@ def _find_sources(
                 break
         if source[slot] == _NOWHERE:
             place = 0
-            while before[place] != after[slot]:
+            while place < before.shape[0] and before[place] != after[slot]:
                 place += 1
+            assert place < before.shape[0]  # the rank has the expert, or receives it: not true of one that is dead
             source[slot] = place
             readers[place] += 1
     return num_changed
