@@ -120,10 +120,8 @@ def test_the_transfer_thread_makes_the_weights_device_its_own(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, device))
     )
-    monkeypatch.setattr(
-        torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda _: None, device_index=3)
-    )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None, device_index=3))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     side = stream_module.SideStream(torch.device("cuda", 3))
     updater = ExpertLocationUpdater(InMemoryHub(1).communicator(0), EpTopology(1, 1, 3), [[torch.zeros(3, 2)]])
