@@ -30,9 +30,9 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import equipoise.engine.demo_model
 from cpu import cpu_name
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
-from equipoise.engine.commands import GetSteps, StepRecord
 from equipoise.engine.engine import Engine
 from equipoise.engine.requests import GenerateRequest, SamplingParams
+from equipoise.engine.step_log import GetSteps, StepRecord
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.reports import RebalanceReport
 

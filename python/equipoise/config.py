@@ -144,6 +144,10 @@ class EngineConfig:
     random_seed: int = 0
     """Seed of sampled decoding."""
 
+    watchdog_timeout: float = 300.0
+    """Seconds without a sign of life from all ranks, after which a hung engine is given up: exit code 1. A forward pass
+    must not take longer."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of log lines on stderr, of the server and of all ranks."""
 
@@ -156,6 +160,7 @@ class EngineConfig:
             self.nnodes,
             f"a divisor of the rank count, ep_size={self.ep_size}",
         )
+        _require(self.watchdog_timeout > 0, "watchdog_timeout", self.watchdog_timeout, "above 0 seconds")
 
 
 @dataclass(frozen=True)

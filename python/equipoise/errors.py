@@ -11,6 +11,7 @@
     │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
     ├── PhaseError             the call is fine, but not now (HTTP 409)
     ├── EngineDeadError        the engine has ended, or one of its ranks died (HTTP 503)
+    ├── RequestFailedError     one request came to an end by an error of its own; the engine goes on (HTTP 500)
     ├── InDoubtError           this rank cannot know whether the others could commit: it may not
     └── TransferError          a migration did not happen; the old layer serves on
         ├── PlanMismatchError  ranks hold different plans; nothing was moved
@@ -64,6 +65,10 @@ class PhaseError(EquipoiseError):
 
 class EngineDeadError(EquipoiseError):
     """The engine has ended, or one of its workers died: nothing is answered any more."""
+
+
+class RequestFailedError(EquipoiseError):
+    """A single request failed while its tokens were drawn or decoded; the engine and all others go on."""
 
 
 class InDoubtError(EquipoiseError):

@@ -24,6 +24,7 @@ SERVE = {
     "--max-model-len": 1024,
     "--chunked-prefill-size": 2048,
     "--random-seed": 0,
+    "--watchdog-timeout": 300.0,
     "--log-level": "info",
     "--enable-eplb": False,
     "--eplb-algorithm": "auto",

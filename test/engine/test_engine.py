@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
-from equipoise.engine.commands import GetSteps, GetStepTotals
 from equipoise.engine.engine import Engine
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
+from equipoise.engine.step_log import GetSteps, GetStepTotals
 from equipoise.errors import ConfigError, EngineDeadError, PhaseError
 from equipoise.load.trace import LoadTrace
 from equipoise.manager.commands import DumpRecording, GetStatus, Rebalance, StartRecording, StopRecording

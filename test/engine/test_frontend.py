@@ -13,10 +13,10 @@ import torch
 
 from equipoise.config import EngineConfig
 from equipoise.engine import frontend as frontend_module
-from equipoise.engine.commands import GetSteps, GetStepTotals
 from equipoise.engine.frontend import Frontend
 from equipoise.engine.messages import Abort, Control, Ready, Reply, Stop, Submit, Tokens
 from equipoise.engine.requests import GenerateRequest, SamplingParams
+from equipoise.engine.step_log import GetSteps, GetStepTotals
 from equipoise.manager.command_handler import PendingReply
 from equipoise.manager.commands import GetStatus, Rebalance
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from equipoise.engine.model.step_batch import StepBatch
 from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.scheduler import Scheduler
+from helpers.engine_loop import outcomes_of
 
 EOS = 99
 
@@ -95,7 +96,7 @@ def test_every_request_gets_its_own_answer(arrivals, num_rows: int, step_tokens:
         batch = scheduler.next_batch()
         if batch is not None:
             assert batch.num_tokens <= max(step_tokens, num_rows + 1)
-            events += scheduler.complete(batch, model.step(batch))
+            events += scheduler.complete(batch, outcomes_of(batch, model.step(batch)))
         for event in events:
             assert event.rid not in ended, "news after the end"
             made[event.rid] += event.token_ids
@@ -120,14 +121,14 @@ def test_decoding_goes_on_while_a_long_prompt_is_cut_into_chunks() -> None:
     scheduler.add(short)
     first = scheduler.next_batch()
     assert first is not None
-    scheduler.complete(first, model.step(first))
+    scheduler.complete(first, outcomes_of(first, model.step(first)))
     scheduler.add(GenerateRequest("long", tuple(range(20)), SamplingParams(4)))
     lengths = []
     for _ in range(3):
         batch = scheduler.next_batch()
         assert batch is not None
         lengths.append([segment.length for segment in batch.segments])
-        scheduler.complete(batch, model.step(batch))
+        scheduler.complete(batch, outcomes_of(batch, model.step(batch)))
     assert lengths == [[1, 7], [1, 7], [1, 6]]
 
 
@@ -138,7 +139,7 @@ def test_a_stop_string_ends_the_answer_before_it() -> None:
     scheduler.add(GenerateRequest("a", (1, 2), SamplingParams(6, ignore_eos=True, stop=(stop,))))
     events = []
     while (batch := scheduler.next_batch()) is not None:
-        events += scheduler.complete(batch, model.step(batch))
+        events += scheduler.complete(batch, outcomes_of(batch, model.step(batch)))
     assert "".join(event.text_delta for event in events) == "".join(chr(0x4E00 + i) for i in tokens[:2])
     assert [event.finish_reason for event in events] == [None, None, None, "stop"]
 
@@ -155,7 +156,7 @@ def test_prompts_get_on_however_many_requests_decode() -> None:
         batch = scheduler.next_batch()
         assert batch is not None
         fed.append([segment.length for segment in batch.segments])
-        scheduler.complete(batch, [5] * len(batch.sampled))
+        scheduler.complete(batch, outcomes_of(batch, [5] * len(batch.sampled)))
     assert fed == [[1, 1, 1]] * 4, "the two that decode fill a step, and yet the third moves"
 
 
@@ -168,7 +169,7 @@ def test_decoding_requests_stand_by_row_and_take_the_lowest_rows() -> None:
     def rows_of_next_step() -> list[int]:
         batch = scheduler.next_batch()
         assert batch is not None
-        scheduler.complete(batch, [5] * len(batch.sampled))
+        scheduler.complete(batch, outcomes_of(batch, [5] * len(batch.sampled)))
         return [segment.row for segment in batch.segments]
 
     for rid, new in (("a", 1), ("b", 9), ("c", 2), ("d", 2)):
@@ -197,7 +198,7 @@ def test_prompts_are_taken_as_they_came_whatever_their_rows() -> None:
     first = scheduler.next_batch()
     assert first is not None
     assert [(segment.row, segment.length) for segment in first.segments] == [(0, 1), (1, 5)]
-    scheduler.complete(first, [5])
+    scheduler.complete(first, outcomes_of(first, [5]))
     scheduler.add(GenerateRequest("late", (1,) * 9, SamplingParams(9)))  # into the lower row
     second = scheduler.next_batch()
     assert second is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from equipoise.engine.commands import StepRecord
-from equipoise.engine.step_log import StepLog
+from equipoise.engine.step_log import StepLog, StepRecord
 
 
 def test_sums_hold_steps_that_are_forgotten() -> None:

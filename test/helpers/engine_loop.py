@@ -14,12 +14,19 @@ from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.experts import EpContext
 from equipoise.engine.model.runner import ModelRunner
+from equipoise.engine.model.step_batch import StepBatch
 from equipoise.engine.requests import GenerateRequest, SamplingParams
-from equipoise.engine.scheduler import Scheduler
+from equipoise.engine.scheduler import Outcome, Scheduler
 from equipoise.engine.step_channel import StepChannel, StepInput
 
 # Of different lengths: one token, some, and more than the window of the tiny gpt-oss.
 PROMPTS = [[7], list(range(40, 52)), [5, 9, 200, 13] * 15, [30, 31, 32]]
+
+
+def outcomes_of(batch: StepBatch, tokens: Sequence[int]) -> list[Outcome]:
+    """One outcome per segment of a step, from the next tokens of its sampled segments."""
+    drawn = dict(zip(batch.sampled, tokens, strict=True))
+    return [Outcome(drawn.get(index), index in drawn) for index in range(len(batch.segments))]
 
 
 def serve_config(model: Path, *, ep_size: int = 1, redundant: int = 0, **engine: object) -> ServeConfig:
@@ -76,7 +83,7 @@ def engine_greedy(
         channel.send(StepInput(batch))
         logits = runner.forward(batch)
         assert logits is not None
-        for event in scheduler.complete(batch, logits.argmax(-1).tolist()):
+        for event in scheduler.complete(batch, outcomes_of(batch, logits.argmax(-1).tolist())):
             answers[event.rid] += event.token_ids
     channel.send(StepInput(stop=True))
     return list(answers.values())

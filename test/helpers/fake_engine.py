@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-from equipoise.engine.commands import GetSteps, GetStepTotals, StepRecord, StepTotals
 from equipoise.engine.requests import GenerateRequest, TokenEvent
+from equipoise.engine.step_log import GetSteps, GetStepTotals, StepRecord, StepTotals
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
 from equipoise.load.recording import Dump
 from equipoise.manager.commands import Command, DumpRecording, GetStatus, Rebalance, StatusReply

@@ -14,7 +14,7 @@ import torch
 from equipoise import EpTopology, ExpertLocationMetadata
 from equipoise.config import EplbConfig
 from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
-from equipoise.engine.commands import GetSteps
+from equipoise.engine.step_log import GetSteps
 from equipoise.errors import ConfigError
 from equipoise.manager.command_handler import PendingReply
 from equipoise.manager.commands import DumpRecording, GetStatus, Rebalance, StartRecording

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from equipoise.admin.codec import jsonable
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
-from equipoise.engine.commands import GetSteps, StepRecord
+from equipoise.engine.step_log import GetSteps, StepRecord
 from equipoise.errors import ConfigError, PhaseError, TransferError
 from equipoise.manager.commands import DumpRecording, Rebalance, StartRecording, StopRecording
 from equipoise.server.app import create_app

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from equipoise.config import ServeConfig
@@ -16,6 +15,8 @@ from equipoise.engine.messages import (
     Control,
     Died,
     Ended,
+    Ping,
+    Pong,
     Ready,
     Reply,
     Started,
@@ -24,22 +25,13 @@ from equipoise.engine.messages import (
     ToEngine,
     Tokens,
 )
-from equipoise.engine.processes import CLOSE_SECONDS, EngineProcesses
+from equipoise.engine.pending import PendingCalls
+from equipoise.engine.processes import CLOSE_SECONDS, PING_SECONDS, EngineProcesses, Pulse
 from equipoise.engine.requests import GenerateRequest, TokenEvent
-from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, RequestFailedError
 from equipoise.manager.commands import Command
 
-
-@dataclass
-class _Waiting:
-    """A call that waits for messages of the engine, in the event loop that made it."""
-
-    loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue[object]
-
-    def put(self, item: object) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+_log = logging.getLogger("equipoise.engine")
 
 
 class Engine:
@@ -52,7 +44,6 @@ class Engine:
         eos_token_ids: tokens that end an answer.
         weight_bytes: bytes of weights that each rank read.
         worker_pids: process ids of the ranks.
-        error: why the engine is dead; None while it lives.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -63,11 +54,8 @@ class Engine:
         self.eos_token_ids: tuple[int, ...] = ()
         self.weight_bytes: tuple[int, ...] = ()
         self.worker_pids: tuple[int, ...] = ()
-        self.error: str | None = None
-        self._books = threading.Lock()  # guards who waits, and error; never held while sending
-        self._streams: dict[str, _Waiting] = {}
-        self._calls: dict[int, _Waiting] = {}
-        self._num_calls = 0
+        self._pending = PendingCalls()
+        self._pulse = Pulse()
         self._reader: threading.Thread | None = None
         self._processes = EngineProcesses(config)
 
@@ -96,33 +84,41 @@ class Engine:
         engine._reader.start()
         return engine
 
+    @property
+    def error(self) -> str | None:
+        """Why the engine is dead; None while it lives."""
+        return self._pending.error
+
+    @property
+    def silent_seconds(self) -> float:
+        """Time since all ranks together last showed that they make progress; 0 while they do."""
+        return self._pulse.silent_seconds
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Streams the answer to ``request``; leaving the iteration early aborts it.
 
         Raises:
             ConfigError: ``input_ids`` empty, too long or outside the vocabulary, or ``rid`` in use.
+            RequestFailedError: this request alone came to an end; the engine goes on.
             EngineDeadError: the engine is dead, or dies meanwhile.
         """
         self._check(request)
-        waiting = _Waiting(asyncio.get_running_loop(), asyncio.Queue())
-        with self._books:
-            self._require_alive()
-            if request.rid in self._streams:
-                raise ConfigError(f"rid {request.rid!r} names a request that is running", field="rid")
-            self._streams[request.rid] = waiting
+        stream = self._pending.open_stream(request.rid)
         finished = False
         try:
             self._send(Submit(request))
             while not finished:
-                event = await waiting.inbox.get()
+                event = await stream.inbox.get()
                 if isinstance(event, EquipoiseError):
                     raise event
                 assert isinstance(event, TokenEvent)
+                if event.error is not None:
+                    finished = True
+                    raise RequestFailedError(f"request {request.rid} failed: {event.error}")
                 finished = event.finish_reason is not None
                 yield event
         finally:
-            with self._books:
-                self._streams.pop(request.rid, None)
+            self._pending.close_stream(request.rid)
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._send(Abort(request.rid))
@@ -138,18 +134,12 @@ class Engine:
             EquipoiseError: what the command failed with.
             EngineDeadError: the engine is dead, or dies meanwhile.
         """
-        waiting = _Waiting(asyncio.get_running_loop(), asyncio.Queue())
-        with self._books:
-            self._require_alive()
-            call_id = self._num_calls
-            self._num_calls += 1
-            self._calls[call_id] = waiting
+        call_id, call = self._pending.open_call()
         try:
             self._send(Control(call_id, command))
-            reply = await waiting.inbox.get()
+            reply = await call.inbox.get()
         finally:
-            with self._books:
-                self._calls.pop(call_id, None)
+            self._pending.close_call(call_id)
         if isinstance(reply, EquipoiseError):
             raise reply
         return reply
@@ -158,7 +148,7 @@ class Engine:
         """Ends all processes and waits until they are gone. May be called more than once."""
         with contextlib.suppress(EngineDeadError):
             self._send(Stop())
-        self._die("the engine was closed")
+        self._pending.fail("the engine was closed")
         if self._reader is None:
             self._processes.terminate()  # the ranks were still starting: nothing that must end in order
         elif self._reader is not threading.current_thread():
@@ -169,24 +159,23 @@ class Engine:
         ids = request.input_ids
         if not ids:
             raise ConfigError("input_ids must not be empty", field="input_ids")
-        if len(ids) >= self.max_model_len:
+        if len(ids) > self.max_model_len - (request.sampling.max_new_tokens > 0):
             raise ConfigError(
                 f"input_ids has {len(ids)} tokens, with max_model_len={self.max_model_len} at most "
                 f"{self.max_model_len - 1} leave room for an answer",
                 field="input_ids",
             )
+        biased = [token for token, _ in request.sampling.logit_bias]
+        if biased and not 0 <= min(biased) <= max(biased) < self.vocab_size:
+            raise ConfigError(f"logit_bias must name tokens in [0, {self.vocab_size})", field="logit_bias")
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise ConfigError(
                     f"input_ids must hold integers in [0, {self.vocab_size}), got {token!r}", field="input_ids"
                 )
 
-    def _require_alive(self) -> None:
-        if self.error is not None:
-            raise EngineDeadError(self.error)
-
     def _send(self, message: ToEngine) -> None:
-        self._require_alive()
+        self._pending.require_alive()
         self._processes.send(message)
 
     def _await_ready(self, tell: Callable[[str], None]) -> None:
@@ -208,30 +197,25 @@ class Engine:
                     raise EngineDeadError("the engine ended while it was starting")
 
     def _read(self) -> None:
-        """The reader thread: hands what comes from the engine to the calls that wait for it."""
-        while True:
-            for message in self._processes.receive():
-                if isinstance(message, Tokens):
-                    self._hand_out(message)
-                elif isinstance(message, Reply):
-                    with self._books:
-                        call = self._calls.get(message.call_id)
-                    if call is not None:
-                        call.put(message.value)
-                elif isinstance(message, Died | Ended):
-                    self._die(message.obituary if isinstance(message, Died) else "the engine was closed")
-                    return
-
-    def _hand_out(self, message: Tokens) -> None:
-        with self._books:
-            pairs = [(self._streams.get(event.rid), event) for event in message.events]
-        for stream, event in pairs:
-            if stream is not None:
-                stream.put(event)
-
-    def _die(self, reason: str) -> None:
-        with self._books:
-            if self.error is None:
-                self.error = reason
-            for waiting in [*self._streams.values(), *self._calls.values()]:
-                waiting.put(EngineDeadError(self.error))
+        """Run the reader thread: hand what comes from the engine to the calls that wait for it, watch its pulse."""
+        self._pulse.beat()
+        timeout = self.config.engine.watchdog_timeout
+        while self._pulse.silent_seconds < timeout:
+            for message in self._processes.receive(PING_SECONDS):
+                if isinstance(message, Tokens | Pong):
+                    self._pulse.beat()
+                if isinstance(message, Tokens | Reply):
+                    self._pending.hand_out(message)
+                elif isinstance(message, Died):
+                    _log.error("the engine is dead: %s", message.obituary)
+                    return self._pending.fail(message.obituary)
+                elif isinstance(message, Ended):
+                    return self._pending.fail("the engine was closed")
+            if self._pulse.wants_ping():
+                with contextlib.suppress(EngineDeadError):
+                    self._send(Ping())
+        reason = f"given up after {timeout:g} s without a sign of life (--watchdog-timeout): a rank hangs or is stopped"
+        _log.error("the engine is dead: %s", reason)
+        self._pending.fail(reason)
+        self._processes.terminate()
+        return None

@@ -28,11 +28,16 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Ask for a sign of life of all ranks. Answered with Pong."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the engine: every rank leaves its loop and exits."""
 
 
-ToEngine = Submit | Abort | Control | Stop
+ToEngine = Submit | Abort | Control | Ping | Stop
 
 
 # Rank 0 to launcher -------------------------------------------------------------------------------------------------
@@ -57,6 +62,11 @@ class Tokens:
 class Reply:
     call_id: int
     value: object  # an EquipoiseError if the command failed
+
+
+@dataclass(frozen=True)
+class Pong:
+    """All ranks have met in a barrier between two steps."""
 
 
 # Supervisor to launcher ---------------------------------------------------------------------------------------------
@@ -87,4 +97,4 @@ class Ended:
     """Every rank left as it was told to."""
 
 
-FromEngine = Ready | Tokens | Reply | Started | Died | Ended
+FromEngine = Ready | Tokens | Reply | Pong | Started | Died | Ended

@@ -1,4 +1,4 @@
-"""Starts, talks to and ends the engine's processes, on the launcher's side.
+"""Starts, watches, talks to and ends the engine's processes, on the launcher's side.
 
 Two pipes lead there. The pipe for requests reaches rank 0, and breaks when rank 0 is gone; the pipe for control reaches
 the supervisor, which reports why a rank is gone, and breaks when the supervisor is.
@@ -7,9 +7,12 @@ the supervisor, which reports why a rank is gone, and breaks when the supervisor
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
@@ -20,6 +23,46 @@ from equipoise.errors import EngineDeadError
 
 CLOSE_SECONDS = 10.0
 """How long the ranks may take to leave on their own before they are ended."""
+
+PING_SECONDS = 1.0
+"""Between a sign of life and the next question for one."""
+
+
+class Pulse:
+    """Keep the time of the last sign of life. One thread writes, any may read.
+
+    A sign of life is something that no rank can be missing from: tokens of a step, or the answer to a ``Ping``, which
+    rank 0 gives once all ranks have met in a barrier between two steps. A rank that is stopped or hangs keeps the
+    others waiting in a collective, so silence is all there is to notice.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last = clock()
+        self._asked = False
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last sign of life, less the pause that there is between two of an idle engine."""
+        with self._lock:
+            return max(0.0, self._clock() - self._last - PING_SECONDS)
+
+    def beat(self) -> None:
+        """Take note of a sign of life."""
+        with self._lock:
+            self._last, self._asked = self._clock(), False
+
+    def wants_ping(self) -> bool:
+        """Whether to ask now; True at most once until the next sign of life."""
+        with self._lock:
+            if self._asked or self._clock() - self._last < PING_SECONDS:
+                return False
+            self._asked = True
+            return True
 
 
 class EngineProcesses:
@@ -33,32 +76,39 @@ class EngineProcesses:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        # Nothing is held while receiving: if the receiver waited for a sender, a full pipe would stop both sides.
-        self._sending = threading.Lock()
         self._requests, far_requests = Pipe()
         self._control, far_control = Pipe()
         self.supervisor = _start_supervisor(far_requests, far_control)
         far_requests.close()
         far_control.close()
         self._control.send(config)
+        # A rank that is stopped reads no more, and a full pipe blocks its sender: never an event loop.
+        self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._broken = False
+        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
 
     def send(self, message: ToEngine) -> None:
-        """To rank 0.
+        """Send to rank 0, without waiting for it.
 
         Raises:
             EngineDeadError: it is gone.
         """
+        if self._broken:
+            raise EngineDeadError("the engine has just died")
+        self._outbox.put(message)
+
+    def _write(self) -> None:
         try:
-            with self._sending:
+            while (message := self._outbox.get()) is not None:
                 self._requests.send(message)
         except OSError:
-            raise EngineDeadError("the engine has just died") from None
+            self._broken = True
 
-    def receive(self) -> list[FromEngine]:
-        """Waits for the next messages; a broken pipe of the supervisor is a death like any other."""
+    def receive(self, timeout: float | None = None) -> list[FromEngine]:
+        """Wait for the next messages, at most ``timeout`` seconds; a broken pipe of the supervisor is a death too."""
         messages: list[FromEngine] = []
         pipes = [self._control] if self._requests.closed else [self._control, self._requests]
-        for ready in wait(pipes):
+        for ready in wait(pipes, timeout):
             assert isinstance(ready, Connection)
             try:
                 messages.append(ready.recv())
@@ -81,6 +131,7 @@ class EngineProcesses:
         except subprocess.TimeoutExpired:
             self.supervisor.kill()
             self.supervisor.wait()
+        self._outbox.put(None)
         self._requests.close()
 
     def _supervisor_report(self) -> Died | Ended:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from equipoise.engine.detokenizer import IncrementalDetokenizer
 from equipoise.engine.model.step_batch import Segment, StepBatch
-from equipoise.engine.requests import FinishReason, GenerateRequest, TokenEvent
+from equipoise.engine.requests import FinishReason, GenerateRequest, TokenEvent, TokenLogprob
+
+_log = logging.getLogger("equipoise.engine")
 
 
 @dataclass
@@ -18,10 +21,22 @@ class _Running:
     detokenizer: IncrementalDetokenizer
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     cached: int = 0  # of which the cache holds
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def num_new(self) -> int:
         return len(self.tokens) - len(self.request.input_ids)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave for one segment."""
+
+    token: int | None = None  # the next token; None where the prompt goes on in a later step
+    ends_prompt: bool = False  # logits behind the last token are there, whether or not one was drawn
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the token
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the segment's tokens, or of those behind them
+    error: str | None = None
 
 
 class Scheduler:
@@ -87,8 +102,14 @@ class Scheduler:
         self._in_step = [running for running, _ in chosen]
         segments = tuple(Segment(running.row, running.cached, length) for running, length in chosen)
         tokens = [running.tokens[running.cached : running.cached + length] for running, length in chosen]
-        sampled = [i for i, (running, length) in enumerate(chosen) if running.cached + length == len(running.tokens)]
-        return StepBatch(segments, tuple(token for part in tokens for token in part), tuple(sampled))
+        sampled, scored = [], []
+        for i, (running, length) in enumerate(chosen):
+            if running.cached + length == len(running.tokens):
+                sampled.append(i)
+            if running.request.sampling.prompt_logprobs and running.cached < len(running.request.input_ids):
+                scored.append(i)
+        flat = tuple(token for part in tokens for token in part)
+        return StepBatch(segments, flat, tuple(sampled), tuple(scored))
 
     def _allot(self) -> list[tuple[_Running, int]]:
         """Choose new tokens per request for the next step: all that decode, then prompts up to the step's budget."""
@@ -102,23 +123,39 @@ class Scheduler:
                 budget -= prompts[-1][1]
         return decoding + prompts
 
-    def sampled_requests(self, batch: StepBatch) -> list[GenerateRequest]:
-        """Requests whose next tokens the step's logits are for, in the order of the logits."""
-        return [self._in_step[i].request for i in batch.sampled]
+    def requests_in_step(self) -> list[GenerateRequest]:
+        """Requests of the step that was made last, in the order of its segments."""
+        return [running.request for running in self._in_step]
 
-    def complete(self, batch: StepBatch, new_tokens: Sequence[int]) -> list[TokenEvent]:
-        """Take the outcome of a step: one token per sampled segment."""
-        for running, segment in zip(self._in_step, batch.segments, strict=True):
-            running.cached = segment.end
+    def complete(self, batch: StepBatch, outcomes: Sequence[Outcome]) -> list[TokenEvent]:
+        """Take the outcome of a step, one per segment. An error ends the request it is of, and no other."""
         events = []
-        for index, token in zip(batch.sampled, new_tokens, strict=True):
-            running = self._in_step[index]
-            running.tokens.append(token)
-            events.append(self._advance(running, token))
+        for running, segment, outcome in zip(self._in_step, batch.segments, outcomes, strict=True):
+            running.cached = segment.end
+            running.prompt_logprobs += outcome.prompt_logprobs
+            if outcome.error is not None:
+                events.append(self.fail(running.request.rid, outcome.error))
+            elif outcome.ends_prompt and running.request.sampling.max_new_tokens == 0:
+                self._release(running)
+                events.append(TokenEvent(running.request.rid, [], "", "length", (), tuple(running.prompt_logprobs)))
+            elif outcome.token is not None:
+                running.tokens.append(outcome.token)
+                try:
+                    events.append(self._advance(running, outcome))
+                except Exception as error:  # a tokenizer that cannot decode what a model can say
+                    _log.exception("request %s failed while its tokens were decoded", running.request.rid)
+                    events.append(self.fail(running.request.rid, f"{type(error).__name__}: {error}"))
         self._in_step = []
         return events
 
-    def _advance(self, running: _Running, token: int) -> TokenEvent:
+    def fail(self, rid: str, reason: str) -> TokenEvent:
+        """End a running request with an error of its own."""
+        self._release(self._running[rid])
+        return TokenEvent(rid, [], "", "error", error=reason)
+
+    def _advance(self, running: _Running, outcome: Outcome) -> TokenEvent:
+        token = outcome.token
+        assert token is not None
         sampling = running.request.sampling
         reason: FinishReason | None = None
         text = ""
@@ -135,7 +172,8 @@ class Scheduler:
             text += rest
             reason = "stop" if stopped else reason
             self._release(running)
-        return TokenEvent(running.request.rid, [token], text, reason)
+        prompt, running.prompt_logprobs = tuple(running.prompt_logprobs), []
+        return TokenEvent(running.request.rid, [token], text, reason, outcome.logprobs, prompt)
 
     def _release(self, running: _Running) -> None:
         del self._running[running.request.rid]

@@ -17,10 +17,14 @@ _FRAME = 4096  # bytes of the first broadcast; one suffices for all but long pro
 
 @dataclass(frozen=True)
 class StepInput:
-    """One turn of every rank's loop: submit the commands, run the batch if there is one, tick, stop if asked to."""
+    """One turn of every rank's loop: submit the commands, run the batch if there is one, tick.
+
+    ``ping``: all ranks meet in a barrier, so that rank 0 can say that they live. ``stop``: they leave their loops.
+    """
 
     batch: StepBatch | None = None
     commands: tuple[Command, ...] = ()
+    ping: bool = False
     stop: bool = False
 
 
@@ -47,6 +51,11 @@ class StepChannel:
             dist.broadcast(
                 torch.frombuffer(bytearray(data[_FRAME:]), dtype=torch.uint8), group_src=0, group=self._group
             )
+
+    def meet(self) -> None:
+        """Wait for all ranks. Collective."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
 
     def receive(self) -> StepInput:
         assert self._group is not None, "a single rank makes its own step inputs"

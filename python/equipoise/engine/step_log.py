@@ -1,12 +1,50 @@
-"""Log of forward passes on rank 0: the last ones one by one, all of them in sums."""
+"""Log of forward passes on rank 0, and the commands that ask for it: the last ones one by one, all of them in sums."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from dataclasses import dataclass
 
-from equipoise.engine.commands import StepRecord, StepTotals
+from equipoise.manager.commands import Command
 from equipoise.manager.reports import Phase
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One forward pass as rank 0 saw it."""
+
+    forward_pass_id: int
+    seconds: float  # forward pass and everything balancing added to it
+    num_tokens: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over every forward pass since start that was in one phase: they never fall."""
+
+    phase: Phase
+    num_tokens: int
+    seconds: float
+    durations: dict[float, int]  # steps of at most so many seconds, and of more than the bound before; the last is inf
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.durations.values())
+
+
+@dataclass(frozen=True)
+class GetSteps(Command[list[StepRecord]]):
+    """Ask for the last steps from forward pass ``since`` on, oldest first."""
+
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class GetStepTotals(Command[list[StepTotals]]):
+    """Ask for all steps in sums, one for each phase that a step has been in."""
+
 
 _STEPS_KEPT = 10_000
 _BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, float("inf"))

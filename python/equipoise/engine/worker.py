@@ -89,6 +89,10 @@ class RankWorker:
                     assert logits is not None
                     phase = self._manager.phase if phase == "collecting" else phase
                     self._frontend.complete(step_input.batch, logits, forward_pass_id, phase)
+            if step_input.ping:
+                self._channel.meet()
+                if self._frontend is not None:
+                    self._frontend.pong()
             if step_input.stop:
                 break
         self._manager.close()

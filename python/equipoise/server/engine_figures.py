@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from equipoise.engine.commands import StepTotals
+from equipoise.engine.step_log import StepTotals
 from equipoise.manager.commands import StatusReply
 from equipoise.manager.reports import Phase
 

@@ -6,7 +6,7 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from equipoise.engine.commands import GetStepTotals
+from equipoise.engine.step_log import GetStepTotals
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import GetStatus
 from equipoise.server.engine_figures import EngineFigures

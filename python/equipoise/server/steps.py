@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from equipoise.admin.auth import AdminKeyRoute
 from equipoise.admin.codec import jsonable
-from equipoise.engine.commands import GetSteps
+from equipoise.engine.step_log import GetSteps
 
 router = APIRouter(route_class=AdminKeyRoute)
 

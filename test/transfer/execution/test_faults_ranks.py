@@ -31,7 +31,7 @@ from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS
 from equipoise.transfer.execution.worker import TransferWorker
 from equipoise.transfer.planning.plan import plan_transfer
-from helpers.engine_loop import PROMPTS, plain_greedy, serve_config
+from helpers.engine_loop import PROMPTS, outcomes_of, plain_greedy, serve_config
 from helpers.faults import Fault, FaultyCommunicator, FaultyMemory, InjectedFault, ScheduledFaults, memory_of
 from helpers.placements import live_weights, pooled, rank_weights, same_bytes
 from helpers.run_ranks import run_ranks
@@ -258,7 +258,7 @@ class Serving(Rank):
                 batch = self.scheduler.next_batch()
             self.channel.send(StepInput(batch))
             logits = self.model.forward(batch)
-            for event in self.scheduler.complete(batch, logits.argmax(-1).tolist()):
+            for event in self.scheduler.complete(batch, outcomes_of(batch, logits.argmax(-1).tolist())):
                 answer = self.answers[event.rid]
                 answer += event.token_ids
                 assert answer == self.expected[int(event.rid)][: len(answer)], "another answer than transformers'"

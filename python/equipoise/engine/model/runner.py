@@ -74,7 +74,7 @@ class ModelRunner:
         """Run one step. Collective.
 
         Returns:
-            (num sampled, V) float32 logits on the CPU on rank 0, None on the others, which compute no logits.
+            Rank 0: (N, V) float32 logits, on the CPU, of the tokens that ``batch.logit_rows`` names. Other ranks: None.
         """
         with record_function("equipoise.engine.forward"):
             return self._forward(batch)
@@ -91,7 +91,7 @@ class ModelRunner:
         if self._rank != 0:
             self._model.base_model(**inputs)
             return None
-        logits: torch.Tensor = self._model(**inputs, logits_to_keep=layout.last_tokens).logits
+        logits: torch.Tensor = self._model(**inputs, logits_to_keep=layout.logit_tokens).logits
         return logits[0].float().cpu()
 
 

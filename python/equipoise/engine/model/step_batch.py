@@ -45,10 +45,20 @@ class StepBatch:
     segments: tuple[Segment, ...]  # fewest runs: those of length 1 first, by row
     token_ids: tuple[int, ...]  # (T,), in segment order
     sampled: tuple[int, ...]  # segments whose last token is followed by a new one
+    scored: tuple[int, ...] = ()  # segments whose every token's logits are wanted: prompts with log probabilities
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def logit_rows(self) -> list[range]:
+        """Per segment, the tokens of the step whose logits are wanted, in the order in which the logits come."""
+        rows, end = [], 0
+        for index, segment in enumerate(self.segments):
+            end += segment.length
+            first = end - segment.length if index in self.scored else end - (index in self.sampled)
+            rows.append(range(first, end))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class StepLayout:
 
     position_ids: torch.Tensor  # (1, T)
     rows: torch.Tensor  # (T,) cache rows that the new tokens go to
-    last_tokens: torch.Tensor  # (num sampled,) tokens of the step whose logits are wanted
+    logit_tokens: torch.Tensor  # (N,) tokens of the step whose logits are wanted
     runs: tuple[Run, ...]  # in the order of the segments
     _masks: dict[tuple[int, Visibility], torch.Tensor | None] = field(default_factory=dict)
 
@@ -97,11 +107,10 @@ class StepLayout:
         segments = batch.segments
         lengths = [segment.length for segment in segments]
         positions = [np.arange(segment.start, segment.end) for segment in segments]
-        ends = np.cumsum(lengths)
         return cls(
             position_ids=_on_device(np.concatenate(positions), device)[None],
             rows=_on_device(np.repeat([segment.row for segment in segments], lengths), device),
-            last_tokens=_on_device([int(ends[i]) - 1 for i in batch.sampled], device),
+            logit_tokens=_on_device([token for rows in batch.logit_rows() for token in rows], device),
             runs=_runs(segments, _PADDING_WORTH_A_CALL.get(device.type, math.inf)),
         )
 
