@@ -22,7 +22,7 @@ from rich.progress import track
 
 import equipoise.engine.demo_model
 from demo_server import Server, Traffic
-from demo_view import last_screen, layer_table, scene, step_table
+from demo_view import command_text, last_screen, layer_table, scene, step_table
 
 WINDOW_STEPS = 80  # the load window of every picture and plan: a few seconds of traffic
 NUM_CLIENTS = 8
@@ -109,8 +109,8 @@ class Demo:
             if waited >= (seconds or self._act_seconds) and (fresh or seconds is not None):
                 break
             await asyncio.sleep(0.4)
-        if not self.console.is_terminal:  # a log keeps every act, not the last picture alone
-            self.console.print(scene(title, words, status, self.traffic.last_text, len(self.traffic.answers)))
+        # Above the live picture, where it stays when the next act begins and when the demo has ended.
+        self.console.print(scene(title, words, status, self.traffic.last_text, len(self.traffic.answers)))
         return status
 
     async def _get(self, path: str) -> dict[str, Any]:
@@ -157,25 +157,28 @@ def replay_dump(dump: str, json_path: Path, console: Console) -> None:
     command = ["equipoise", "replay", dump, "--num-ranks", "4", "--num-nodes", "2", "--num-redundant-experts", "8"]
     command += ["--window", "40", "--algorithm", "deepseek", "--algorithm", "auto", "--json", str(json_path)]
     console.print("\n[bold]What rebalancing every 40 steps would have done with this very run:[/]")
-    console.print(f"[bold]$ {' '.join(command)}[/]", soft_wrap=True)
+    console.print(command_text(command, console.width))
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--act-seconds", type=float, default=5.0, help="least time of an act (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="acts as short as they can be")
     parser.add_argument("--keep-running", action="store_true", help="leave the server up at the end, until Ctrl-C")
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for dump and replay (default: out/demo)"
     )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.act_seconds = 0.0
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     console = Console()
     options = ["--model-path", "demo", "--ep-size", "4", "--nnodes", "2", "--ep-num-redundant-experts", "8"]
     options += f"--eplb-rebalance-num-iterations {WINDOW_STEPS} --dump-dir {arguments.out}".split()
     server = Server(options, on_line=lambda line: console.print(f"  {line}", style="dim", markup=False))
-    console.print(f"[bold]$ {' '.join(server.command)}[/]", soft_wrap=True)
+    console.print(command_text(server.command, console.width))
     with server:
         demo = Demo(server, console, arguments.act_seconds)
 

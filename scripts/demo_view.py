@@ -11,6 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 
+def command_text(command: list[str], width: int) -> Text:
+    """A command over as many lines as it takes, broken between arguments, to be copied as it stands."""
+    words = [command[0]]
+    for word in command[1:]:
+        # A value stays on the line of its flag.
+        if words[-1].startswith("--") and " " not in words[-1] and not word.startswith("--"):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    lines = [f"$ {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}"
+    return Text("\n".join(lines), style="bold")
+
+
 def heat_style(relative: float) -> str:
     if relative > 1.5:
         return "bold white on red"
@@ -90,11 +109,12 @@ def last_screen(story: Any, num_right: int, num_answers: int, seconds: float) ->
     table.add_row("", f"-> [bold]{balance[2]:.3f}[/] after one rebalance while requests streamed")
     moved = f"{sum(report['slots_changed'])} slots changed, {report['bytes_moved'] / 1e6:.2f} MB over a wire"
     table.add_row("price", f"{moved}, {1e3 * report['planning_seconds']:.1f} ms of planning beside the steps")
-    times = ", ".join(f"{p50[act]:.0f} ({p99[act]:.0f}) ms {act}" for act in steps if act in p50)
-    table.add_row("step time", f"p50 (p99): {times}")
+    times = ", ".join(f"{p50[act]:.0f} ({p99[act]:.0f}) {act}" for act in steps if act in p50)
+    table.add_row("step time", f"p50 (p99) in ms: {times}")
     style = "bold green" if num_right == num_answers else "bold red"
     table.add_row("proof", f"[{style}]{num_right} of {num_answers}[/] greedy answers equal plain transformers'")
     table.add_row("", "")
-    table.add_row("next", "make demo ARGS=--keep-running leaves the server up: GET /eplb/status, POST /eplb/rebalance")
-    table.add_row("", "README.md: serve your own model, replay your own load; examples/: three scripts to copy")
+    table.add_row("next", "`make demo ARGS=--keep-running` leaves the server up")
+    table.add_row("", "README.md: serve your own model, replay your own load")
+    table.add_row("", "examples/: scripts to copy")
     return Panel(table, title=f"Equipoise in {seconds:.0f} s", title_align="left")

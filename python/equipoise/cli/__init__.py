@@ -9,4 +9,5 @@ Private to this room::
     doctor.py            `equipoise doctor sglang FLAGS`: a table of what a launch would run into
     explain_transfer.py  `equipoise explain-transfer OLD NEW`: what a change of placement moves, for people
     replay.py            ``equipoise replay``: recorded load, one or more algorithms, a table and JSON
+    tables.py            Prints tables and paragraphs so that they fit the terminal
 """

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from equipoise.cli.tables import print_paragraphs, print_table
 from equipoise.errors import ConfigError, InvalidInputError, PlacementError
 from equipoise.formats.readers.placements import read_placement
 from equipoise.topology import EpTopology
@@ -142,12 +143,13 @@ def explain_transfer(
     if not chosen:
         console.print("nothing moves" if layer_id is None else f"nothing moves in layer {layer_id}")
         return 0
-    console.print(plan_table(plan) if layer_id is None else layer_table(chosen[0], topology))
+    print_table(plan_table(plan) if layer_id is None else layer_table(chosen[0], topology), console)
     total = [summarise_layer(layer, topology) for layer in chosen]
-    console.print(
+    print_paragraphs(
         f"{sum(layer.num_transfers for layer in chosen)} experts sent in {len(chosen)} of {plan.num_layers} layers, "
         f"{sum(row.crossings for row in total)} of them to another node; "
-        f"rounds: {sum(row.num_rounds for row in total)}, batches: {sum(row.num_batches for row in total)}"
+        f"rounds: {sum(row.num_rounds for row in total)}, batches: {sum(row.num_batches for row in total)}",
+        console,
     )
     return 0
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import Progress
-from rich.table import Table
 
 from equipoise.algorithms.registry import available_algorithms
+from equipoise.cli.tables import print_paragraphs, print_table
 from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError, TraceError
 from equipoise.load.trace import LoadTrace
@@ -65,8 +64,8 @@ def run_replay(
                 )
             )
     names = [path.name for path in traces]
-    _print_table(to_table(results, f"Replay of {', then '.join(names)}"), console)
-    console.print(legend(results), highlight=False, markup=False, soft_wrap=True)
+    print_table(to_table(results, f"Replay of {', then '.join(names)}"), console)
+    print_paragraphs(legend(results), console)
     if json_path is not None:
         write_json(to_json(results, config, names), json_path)
         console.print(f"written: {json_path}", highlight=False, markup=False, soft_wrap=True)
@@ -109,13 +108,3 @@ def _check_arguments(traces: Sequence[Path], algorithms: Sequence[str], json_pat
             raise ConfigError(f"algorithm must be one of {', '.join(known)}, got {algorithm!r}", field="algorithm")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise ConfigError(f"json must name a file in an existing directory, got {json_path}", field="json")
-
-
-def _print_table(table: Table, console: Console) -> None:
-    """Prints the table as wide as it needs to be: a number with its end cut off is worse than a wrapped line."""
-    width = console.width
-    try:
-        console.width = max(width, Measurement.get(console, console.options.update(width=10_000), table).maximum)
-        console.print(table, crop=False)
-    finally:
-        console.width = width
