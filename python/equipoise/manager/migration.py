@@ -220,6 +220,10 @@ class WeightMigration:
                 if self._runner.error is not None:
                     raise MigrationBroken(f"{self._runner.error} (after: {error})") from error
                 raise
+            except Exception as error:  # the other ranks have committed: this one's weights may be half written
+                self._failures.note("a commit; weights of this rank may be half written, restart it", error)
+                self.num_commits += 1
+                return
 
     def _add(self, profile: LayerProfile) -> None:
         assert self._experts is not None
