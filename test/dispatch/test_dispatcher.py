@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise import EpTopology, ExpertLocationMetadata
-from equipoise.dispatch.dispatcher import ExpertDispatcher, nearest_replicas, weyl_uniform
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.dispatch.replicas import nearest_replicas, weyl_uniform
 
 TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
 
@@ -26,7 +28,7 @@ def random_placement(seed: int, num_layers: int = 2, num_experts: int = 6) -> Ex
 @settings(deadline=None, max_examples=60)
 def test_every_id_goes_to_a_slot_that_holds_its_expert(seed: int, rank: int, algorithm: str) -> None:
     metadata = random_placement(seed)
-    dispatcher = ExpertDispatcher(metadata, rank=rank, algorithm=algorithm)
+    dispatcher = ExpertDispatcher(metadata, rank=rank, policy=DispatchPolicy(algorithm))
     topk = torch.from_numpy(np.random.default_rng(seed).integers(-1, 6, (9, 3)))
     for layer in range(2):
         slots = dispatcher.dispatch(layer, topk)
@@ -57,7 +59,7 @@ def test_dynamic_follows_the_weights_even_in_steps_of_one_token(shares: list[flo
     topology = EpTopology(2, 1, 2)
     weights = [[shares[0], 1, shares[1], 1]]
     metadata = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 0, 2]], 3, topology, dispatch_weights=weights)
-    dispatcher = ExpertDispatcher(metadata, rank=1, algorithm="dynamic")
+    dispatcher = ExpertDispatcher(metadata, rank=1, policy=DispatchPolicy("dynamic"))
     hits = 0
     for _ in range(300):
         hits += int(dispatcher.dispatch(0, torch.zeros(1, 1, dtype=torch.int64))[0, 0] == 0)
@@ -69,7 +71,9 @@ def test_a_replica_of_weight_zero_gets_nothing() -> None:
     metadata = ExpertLocationMetadata.from_physical_to_logical(
         [[0, 1, 0, 0]], 2, EpTopology(2, 1, 2), dispatch_weights=[[0, 1, 1, 0]]
     )
-    slots = ExpertDispatcher(metadata, rank=0, algorithm="dynamic").dispatch(0, torch.zeros(500, 2, dtype=torch.int64))
+    slots = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy("dynamic")).dispatch(
+        0, torch.zeros(500, 2, dtype=torch.int64)
+    )
     assert slots.unique().tolist() == [2]
 
 
@@ -89,10 +93,10 @@ def test_live_maps_are_seen_after_an_update() -> None:
     target = random_placement(2)
     for algorithm in ("static", "dynamic"):
         live = metadata.clone()
-        dispatcher = ExpertDispatcher(live, rank=3, algorithm=algorithm)
+        dispatcher = ExpertDispatcher(live, rank=3, policy=DispatchPolicy(algorithm))
         live.update_layers_(target, [1])
         dispatcher.refresh([1])
-        fresh = ExpertDispatcher(live.clone(), rank=3, algorithm=algorithm)
+        fresh = ExpertDispatcher(live.clone(), rank=3, policy=DispatchPolicy(algorithm))
         topk = torch.arange(6)[:, None]
         for layer in range(2):
             assert torch.equal(dispatcher.dispatch(layer, topk), fresh.dispatch(layer, topk))
@@ -100,5 +104,5 @@ def test_live_maps_are_seen_after_an_update() -> None:
 
 def test_an_empty_batch_is_fine() -> None:
     for algorithm in ("static", "dynamic"):
-        dispatcher = ExpertDispatcher(random_placement(0), rank=0, algorithm=algorithm)
+        dispatcher = ExpertDispatcher(random_placement(0), rank=0, policy=DispatchPolicy(algorithm))
         assert dispatcher.dispatch(0, torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 2)

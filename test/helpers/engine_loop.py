@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
 from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.experts import EpContext
 from equipoise.engine.model.runner import ModelRunner
@@ -61,8 +62,12 @@ def engine_greedy(
     """All prompts together through scheduler, runner and experts of this rank; rank 0 returns the answers."""
     blueprint = ModelBlueprint.prepare(config)
     runner = ModelRunner(blueprint, rank, torch.device("cpu"), config)
-    dispatcher = ExpertDispatcher(blueprint.metadata, rank=rank, algorithm="dynamic")
-    runner.connect(EpContext(blueprint.topology, rank, group, dispatcher.dispatch))
+    dispatcher = ExpertDispatcher(blueprint.metadata, rank=rank, policy=DispatchPolicy.from_config(config.eplb))
+
+    def route(layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None) -> torch.Tensor:
+        return dispatcher.dispatch(layer_id, topk_ids, rank_bounds=rank_bounds)
+
+    runner.connect(EpContext(blueprint.topology, rank, group, route))
     channel = StepChannel(group, rank)
     if rank != 0:
         while not (plan := channel.receive()).stop:

@@ -1,123 +1,173 @@
-"""From logical experts to the slots that serve them: the choice among replicas, for the top-k ids of a batch.
+"""ExpertDispatcher: from the logical experts of a batch to the slots that serve them.
 
-Two ways, named as SGLang names them. ``static``: each rank always takes the nearest replica (same rank, else same
-node, else anywhere; ties spread over ranks). ``dynamic``: replicas take turns in the proportion of their dispatch
-weights. The turns come from a Weyl sequence (token number times the golden ratio, modulo 1; Knuth's multiplicative
-hash), which spreads even a short run of tokens more evenly than random numbers would, needs no generator state and
-is the same on every machine.
-
-Everything here stays on the device of the maps: no host sync, and nothing allocated that outlives a step.
+``static`` takes the nearest replica, ``dynamic`` lets replicas take turns by planned weight (both in
+``replicas.py``), ``batch`` solves the shares on the tokens at hand (``quotas.py`` tells how). Nothing here allocates
+what outlives a step, and on a GPU nothing waits for the device.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 
-from equipoise.config import DispatchAlgorithm
+from equipoise.config import EplbConfig
+from equipoise.dispatch.batch_cpu import CpuBatchDispatch
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.dispatch.replicas import (
+    cumulative_weights,
+    nearest_replicas,
+    sample_replicas,
+    usable_weights,
+    weyl_uniform,
+)
+from equipoise.dispatch.scopes import GatherCounts, gather_by_sum
+from equipoise.dispatch.tables import DispatchTables
+from equipoise.distributed.communicator import Communicator
+from equipoise.errors import PlacementError
 from equipoise.placement.metadata import ExpertLocationMetadata
-from equipoise.topology import EpTopology
-
-_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: consecutive multiples modulo 2**32 spread evenly
-# Odd constants that set ranks, layers and the k choices of a token apart, so that they do not pick in step.
-_RANK_STRIDE = 0x85EBCA6B
-_LAYER_STRIDE = 0xC2B2AE35
-_CHOICE_STRIDE = 0x27D4EB2F
-_MASK32 = 0xFFFFFFFF
-
-
-def nearest_replicas(logical_to_physical: torch.Tensor, topology: EpTopology, rank: int) -> torch.Tensor:
-    """The slot of each expert that is nearest to ``rank``.
-
-    Args:
-        logical_to_physical: (..., E, X) int64, padded with -1.
-
-    Returns:
-        (..., E) int64 slots. Among equally near replicas, ranks take turns by their number.
-    """
-    slot_rank = logical_to_physical // topology.slots_per_rank
-    node = topology.node_of_rank(rank)
-    distance = 2 - (slot_rank // topology.ranks_per_node == node).long() - (slot_rank == rank).long()
-    distance = torch.where(logical_to_physical < 0, 3, distance)
-    nearest = distance == distance.amin(-1, keepdim=True)
-    turn = rank % nearest.sum(-1, keepdim=True)
-    choice = (nearest & (nearest.cumsum(-1) == turn + 1)).long().argmax(-1, keepdim=True)
-    return logical_to_physical.gather(-1, choice).squeeze(-1)
-
-
-def weyl_uniform(token_number: torch.Tensor, num_choices: int, *, layer_id: int, rank: int) -> torch.Tensor:
-    """(T,) int64 token numbers to (T, num_choices) float32 in [0, 1), exact in 24 bits so never 1."""
-    offset = (layer_id * _LAYER_STRIDE + rank * _RANK_STRIDE) & _MASK32
-    choice = torch.arange(num_choices, device=token_number.device) * _CHOICE_STRIDE
-    mixed = (token_number[:, None] & _MASK32) * _GOLDEN + choice + offset
-    return ((mixed & _MASK32) >> 8).to(torch.float32) * 2.0**-24
-
-
-def sample_replicas(
-    topk_ids: torch.Tensor, uniform: torch.Tensor, logical_to_physical: torch.Tensor, dispatch_cdf: torch.Tensor
-) -> torch.Tensor:
-    """The replica whose share of [0, 1) each uniform number falls into.
-
-    Args:
-        topk_ids: (T, K) int64 logical experts, none negative.
-        uniform: (T, K) float32 in [0, 1).
-        logical_to_physical: (E, X) int64 of one layer.
-        dispatch_cdf: (E, X) float32 of one layer; 1 from an expert's last replica on, so padding is never chosen.
-
-    Returns:
-        (T, K) int64 slots.
-    """
-    replica = (uniform.unsqueeze(-1) >= dispatch_cdf[topk_ids]).sum(-1)
-    return logical_to_physical[topk_ids, replica]
 
 
 class ExpertDispatcher:
-    """Dispatch for one rank over the live maps; sees a layer's new map as soon as it was updated in place."""
+    """Dispatch for one rank over the live maps; sees a layer's new map once told of it by :meth:`refresh`.
 
-    def __init__(self, metadata: ExpertLocationMetadata, *, rank: int, algorithm: DispatchAlgorithm) -> None:
+    Args:
+        metadata: the live placement, changed in place.
+        rank: this rank.
+        policy: what decides among replicas.
+        gather: for ``batch`` in scope ``node`` or ``all``: how counts of the scope's ranks come together. Not needed
+            where every call passes all ranks' tokens (``rank_bounds``).
+        live_ranks: (G,) bool, ranks that take tokens; all if None.
+
+    Raises:
+        PlacementError: an expert has no replica on a live rank.
+    """
+
+    def __init__(
+        self,
+        metadata: ExpertLocationMetadata,
+        *,
+        rank: int,
+        policy: DispatchPolicy | None = None,
+        gather: GatherCounts | None = None,
+        live_ranks: Sequence[bool] | None = None,
+    ) -> None:
+        self.policy = policy if policy is not None else DispatchPolicy()
         self._metadata = metadata
         self._rank = rank
-        self._algorithm = algorithm
         device = metadata.physical_to_logical_map.device
+        topology = metadata.topology
+        live = torch.ones(topology.num_ranks, dtype=torch.bool) if live_ranks is None else torch.tensor(live_ranks)
+        self._live_slots = live.repeat_interleave(topology.slots_per_rank).to(device)
         # Advances on the device, so that a captured CUDA graph does not freeze it.
         self._next_token = torch.zeros((), dtype=torch.int64, device=device)
-        self._nearest = (
-            nearest_replicas(metadata.logical_to_physical_map, metadata.topology, rank)
-            if algorithm == "static"
-            else None
-        )
+        self._nearest: torch.Tensor | None = None
+        self._cdf: torch.Tensor | None = None
+        self._tables: DispatchTables | None = None
+        self._batch: CpuBatchDispatch | None = None
+        if self.policy.algorithm == "static":
+            self._nearest = torch.empty_like(metadata.num_replicas)
+        elif self.policy.algorithm == "dynamic":
+            self._cdf = torch.empty_like(metadata.dispatch_cdf)
+        else:
+            self._tables = DispatchTables(metadata, live_ranks=live_ranks)
+            self._batch = CpuBatchDispatch(self._tables, self.policy, topology, rank, gather)
+        if self._tables is None:
+            self.refresh(range(metadata.num_layers))
 
-    def dispatch(self, layer_id: int, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Slots for the chosen experts of a batch.
+    @classmethod
+    def from_config(
+        cls, config: EplbConfig, metadata: ExpertLocationMetadata, communicator: Communicator
+    ) -> ExpertDispatcher:
+        """The dispatcher that the options name; counts are gathered over ``communicator`` where that is needed."""
+        policy = DispatchPolicy.from_config(config)
+        ranks = policy.ranks_of_scope(metadata.topology, communicator.rank)
+        return cls(metadata, rank=communicator.rank, policy=policy, gather=gather_by_sum(communicator, ranks))
+
+    def dispatch(
+        self,
+        layer_id: int,
+        topk_ids: torch.Tensor,
+        *,
+        rank_bounds: Sequence[int] | None = None,
+        num_unpadded: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Slots for the chosen experts of this rank's tokens.
 
         Args:
             layer_id: MoE layer, 0-based.
-            topk_ids: (T, K) int64 logical experts; -1 for "none".
+            topk_ids: (T, K), (T,) or (..., K) logical experts of any integer dtype; -1 for "none".
+            rank_bounds: where ``topk_ids`` holds every rank's tokens, (G + 1) bounds of their rows.
+            num_unpadded: tokens from this number on are padding; a device scalar is not waited for.
 
         Returns:
-            (T, K) int64 slots; -1 stays -1.
+            Slots of this rank's tokens, in the dtype of ``topk_ids`` and its shape but for rows of other ranks; -1 for
+            "none" and for padding.
         """
-        experts = topk_ids.clamp(min=0)
+        with _profiler_range():
+            ids = topk_ids.unsqueeze(-1) if topk_ids.ndim == 1 else topk_ids.flatten(0, -2)
+            if num_unpadded is not None:
+                ids = torch.where(torch.arange(len(ids), device=ids.device)[:, None] < num_unpadded, ids, -1)
+            bounds = None if rank_bounds is None else list(rank_bounds)
+            if self._batch is not None:
+                width = ids.shape[1]
+                ends = None if bounds is None else [bound * width for bound in bounds]
+                slots = self._batch.dispatch(layer_id, ids.flatten(), ends).view(-1, width)
+            else:
+                mine = ids if bounds is None else ids[bounds[self._rank] : bounds[self._rank + 1]]
+                slots = self._without_batch(layer_id, mine)
+            return slots.view(topk_ids.shape if bounds is None else (len(slots), *topk_ids.shape[1:]))
+
+    def _without_batch(self, layer_id: int, ids: torch.Tensor) -> torch.Tensor:
+        """(T, K) slots, the nearest or in turns."""
+        experts = ids.clamp(min=0).long()
         if self._nearest is not None:
             slots = self._nearest[layer_id][experts]
         else:
-            num_tokens, num_choices = topk_ids.shape
-            number = self._next_token + torch.arange(num_tokens, device=topk_ids.device)
-            uniform = weyl_uniform(number, num_choices, layer_id=layer_id, rank=self._rank)
+            assert self._cdf is not None
+            number = self._next_token + torch.arange(len(ids), device=ids.device)
+            uniform = weyl_uniform(number, ids.shape[1], layer_id=layer_id, rank=self._rank)
             slots = sample_replicas(
-                experts,
-                uniform,
-                self._metadata.logical_to_physical_map[layer_id],
-                self._metadata.dispatch_cdf[layer_id],
+                experts, uniform, self._metadata.logical_to_physical_map[layer_id], self._cdf[layer_id]
             )
-        return torch.where(topk_ids < 0, topk_ids, slots)
+        return torch.where(ids < 0, ids, slots.to(ids.dtype))
 
     def advance(self, num_tokens: int) -> None:
-        """Ends a step: the next one continues the turns ``num_tokens`` further."""
+        """Ends a step: the next one continues the turns ``num_tokens`` further. Every rank calls it alike."""
         self._next_token += num_tokens
+        if self._batch is not None:
+            self._batch.advance()
 
-    def refresh(self, layer_ids: list[int]) -> None:
-        """Takes note that the live maps of these layers changed (in place, as the maps do)."""
-        if layer_ids and self._nearest is not None:
-            index = torch.tensor(layer_ids, device=self._nearest.device)
-            maps = self._metadata.logical_to_physical_map[index]
-            self._nearest[index] = nearest_replicas(maps, self._metadata.topology, self._rank)
+    def refresh(self, layer_ids: Sequence[int]) -> None:
+        """Takes over the live maps of these layers, in place.
+
+        Raises:
+            PlacementError: an expert has no replica on a live rank.
+        """
+        if not layer_ids:
+            return
+        if self._tables is not None:
+            self._tables.refresh(layer_ids)
+            return
+        index = torch.tensor(list(layer_ids), device=self._live_slots.device)
+        maps = self._metadata.logical_to_physical_map[index]
+        weights = usable_weights(maps, self._metadata.dispatch_weights[index], self._live_slots)
+        lost = (weights.sum(-1) == 0).nonzero()
+        if len(lost):
+            layer, expert = lost[0].tolist()
+            raise PlacementError(
+                f"expert {expert} of layer {list(layer_ids)[layer]} has no replica on a live rank", field="live_ranks"
+            )
+        if self._nearest is not None:
+            self._nearest[index] = nearest_replicas(maps, self._metadata.topology, self._rank, weights)
+        else:
+            assert self._cdf is not None
+            self._cdf[index] = cumulative_weights(weights)
+
+
+def _profiler_range() -> contextlib.AbstractContextManager[object]:
+    """A named range while torch's profiler runs; entering one costs microseconds even where nobody looks."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function("equipoise.dispatch")
+    return contextlib.nullcontext()

@@ -96,7 +96,7 @@ class EplbManager:
         self._compiling: WarmUp | None = None
         self._dispatcher: ExpertDispatcher | None = None
         if not host.dispatches:
-            self._dispatcher = ExpertDispatcher(metadata, rank=rank, algorithm=config.ep_dispatch_algorithm)
+            self._dispatcher = ExpertDispatcher.from_config(config, metadata, communicator)
         self.placement = LivePlacement(
             metadata, host.layer_ids, dispatcher=self._dispatcher, on_layers_committed=host.on_layers_committed
         )
@@ -154,14 +154,15 @@ class EplbManager:
         """Work is pending that ticks carry on even when no request runs. The same on all ranks."""
         return self._rebalancing.wants_tick
 
-    def route(self, layer_id: int, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Dispatches and counts a batch: (T, K) int64 logical experts to (T, K) int64 slots; -1 stays -1.
+    def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None = None) -> torch.Tensor:
+        """Dispatches and counts this rank's tokens: (T, K) logical experts to (T, K) slots; -1 stays -1.
 
-        ``layer_id`` is the host's number of the layer.
+        ``layer_id`` is the host's number of the layer. With ``rank_bounds``, (G + 1), ``topk_ids`` holds all ranks'
+        tokens in order: dispatch ``batch`` in scope ``node`` or ``all`` then needs no message.
         """
         assert self._dispatcher is not None, "this host dispatches itself"
         row = self._row_of[layer_id]
-        physical_ids = self._dispatcher.dispatch(row, topk_ids)
+        physical_ids = self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds)
         self.recorder.record(row, physical_ids)
         return physical_ids
 

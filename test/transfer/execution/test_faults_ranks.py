@@ -227,7 +227,7 @@ class Serving(Rank):
         self.model = ModelRunner(blueprint, rank, torch.device("cpu"), config)
         self.host, self.faults = TorchCommunicator(dist.group.WORLD), ScheduledFaults([], rank)
         self.connect(self.model.expert_weights(), TOPOLOGY, background=True)
-        self.dispatcher = ExpertDispatcher(self.metadata, rank=rank, algorithm="dynamic")
+        self.dispatcher = ExpertDispatcher(self.metadata, rank=rank)
         self.model.connect(EpContext(TOPOLOGY, rank, gloo_group(), self.dispatcher.dispatch))
         self.channel = StepChannel(gloo_group(), rank)
         self.scheduler = Scheduler(

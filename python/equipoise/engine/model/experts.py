@@ -15,7 +15,7 @@ from equipoise.engine.model.token_exchange import make_exchange
 from equipoise.errors import ModelError
 from equipoise.topology import EpTopology
 
-Route = Callable[[int, torch.Tensor], torch.Tensor]
+Route = Callable[[int, torch.Tensor, Sequence[int] | None], torch.Tensor]
 
 
 def find_experts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -73,7 +73,7 @@ class EpContext:
     topology: EpTopology
     rank: int
     group: dist.ProcessGroup | None  # None: one rank
-    route: Route  # (layer id, (T, K) int64 logical ids) -> (T, K) int64 slots
+    route: Route  # (layer id, (T, K) int64 logical ids of all ranks, bounds of ranks) -> int64 slots of this rank's
 
 
 class EpExperts(torch.nn.Module):
@@ -104,11 +104,11 @@ class EpExperts(torch.nn.Module):
         weights = top_k_weights.reshape(index.shape)
         context = self._context
         if context.group is None:
-            slots = context.route(self.layer_id, index)
+            slots = context.route(self.layer_id, index, None)
             return self._inner(tokens, slots, weights).reshape(hidden_states.shape)
         bounds = token_bounds(tokens.shape[0], context.topology.num_ranks)
         mine = slice(bounds[context.rank], bounds[context.rank + 1])
-        slots = context.route(self.layer_id, index[mine])
+        slots = context.route(self.layer_id, index, bounds)
         result = self._through_experts(tokens[mine], slots, weights[mine], bounds[1], context.group)
         return self._gather(result, bounds, context.group).reshape(hidden_states.shape)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.dispatch.dispatcher import nearest_replicas
+from equipoise.dispatch.replicas import nearest_replicas
 from equipoise.hosts.sglang.share_table import even_table, share_table
 from equipoise.placement.metadata import ExpertLocationMetadata
 

@@ -1,0 +1,87 @@
+"""Dispatch by the batch on a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from equipoise.dispatch.assign_numba import dispatch_batch
+from equipoise.dispatch.policy import ROTATION, ROTATION_MASK, DispatchPolicy
+from equipoise.dispatch.scopes import GatherCounts
+from equipoise.dispatch.tables import DispatchTables
+from equipoise.errors import ConfigError
+from equipoise.topology import EpTopology
+
+
+class CpuBatchDispatch:
+    """Solves and assigns with numba.
+
+    Args:
+        tables: of the live placement.
+        policy: its scope and costs.
+        rank: this rank.
+        gather: counts of the scope's ranks; None where the caller always passes all tokens of the scope.
+    """
+
+    def __init__(
+        self,
+        tables: DispatchTables,
+        policy: DispatchPolicy,
+        topology: EpTopology,
+        rank: int,
+        gather: GatherCounts | None,
+    ) -> None:
+        self._tables = tables
+        self._policy = policy
+        self._topology = topology
+        self._rank = rank
+        self._gather = gather
+        self._ranks = policy.ranks_of_scope(topology, rank)
+        self._alone = np.zeros((0, tables.num_experts), dtype=np.int32)
+        self._controls = policy.controls(topology, rank)
+        # Counts and loads are int32 in fixed point; see TableArrays.sizes.
+        self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
+
+    def dispatch(self, layer_id: int, ids: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
+        """Slots of this rank's part of ``ids``.
+
+        Args:
+            ids: (N,) logical experts: this rank's own; with ``bounds`` those of all ranks.
+            bounds: (G + 1) where each rank's ids begin and end.
+        """
+        if bounds is None:
+            gathered, row, first, last = self._counts_of_scope(ids), self._rank - self._ranks.start, 0, ids.numel()
+        else:
+            begin, end = bounds[self._ranks.start], bounds[self._ranks.stop]
+            gathered, row = self._alone, 0
+            first, last = bounds[self._rank] - begin, bounds[self._rank + 1] - begin
+            ids = ids[begin:end]
+        if ids.numel() > self._most_ids:
+            raise ConfigError(
+                f"a batch of {ids.numel()} choices is more than dispatch by the batch can count "
+                f"({self._most_ids} a rank of its scope)",
+                field="ep_dispatch_algorithm",
+            )
+        slots = np.empty(last - first, dtype=ids.numpy().dtype)
+        dispatch_batch(layer_id, ids.numpy(), first, last, gathered, row, self._tables.host, self._controls, slots)
+        return torch.from_numpy(slots)
+
+    def advance(self) -> None:
+        """Lets the next step round in favour of other replicas."""
+        step = self._policy.num_scopes(self._topology)
+        self._controls[ROTATION] = (int(self._controls[ROTATION]) + step) & ROTATION_MASK
+
+    def set_controls(self, policy: DispatchPolicy) -> None:
+        """Takes over the costs of a policy of the same scope."""
+        self._policy = policy
+        rotation = self._controls[ROTATION]
+        self._controls[:] = policy.controls(self._topology, self._rank)
+        self._controls[ROTATION] = rotation
+
+    def _counts_of_scope(self, ids: torch.Tensor) -> np.ndarray:
+        if len(self._ranks) == 1:
+            return self._alone
+        assert self._gather is not None, "tokens of other ranks are needed: pass bounds, or a way to gather counts"
+        valid = ids[(ids >= 0) & (ids < self._tables.num_experts)]
+        counts = torch.bincount(valid, minlength=self._tables.num_experts).to(torch.int32)
+        return self._gather(counts).numpy()
