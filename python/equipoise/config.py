@@ -77,15 +77,13 @@ class EplbConfig:
     """Slots per layer beyond one for each logical expert; logical + redundant must divide evenly over the ranks."""
 
     ep_dispatch_algorithm: DispatchAlgorithm = "dynamic"
-    """Choice among replicas. `static`: the nearest; `dynamic`: spread by dispatch weight; `batch`: so that the tokens
-    of the batch at hand load the ranks evenly."""
+    """Choice among replicas. `static`: the nearest; `dynamic`: by dispatch weight; `batch`: evens out each batch."""
 
     ep_dispatch_scope: DispatchScope = "rank"
     """Whose tokens `batch` evens out together: each rank its own, without a message; those of a `node`; of `all`."""
 
     ep_dispatch_active_expert_cost: float | Literal["auto"] = 0.0
-    """Tokens that an activated expert costs its rank (`batch`): 0 evens out computing, many the reading of weights,
-    which bounds decoding; `auto`: from the size of an expert and the device."""
+    """Tokens that an activated expert costs its rank (`batch`); `auto`: from the size of an expert and the device."""
 
     ep_dispatch_cross_node_cost: float = 0.0
     """What a token sent to another node costs, in parts of computing it there (`batch` in scope `rank` or `node`)."""

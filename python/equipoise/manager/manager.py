@@ -17,7 +17,7 @@ between forward passes (``chunked``, ``sync``). Layers commit between two forwar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
