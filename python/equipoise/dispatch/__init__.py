@@ -15,6 +15,7 @@ Private::
     quotas.py         Solves the quotas of replicas from counts: the method, and its reference in torch
     assign.py         Assigns tokens to replicas by their quotas: the reference in torch
     solve_numba.py    The same quotas on a CPU
+    level_numba.py    The water-fill of one expert's tokens over its replicas
     open_numba.py     Which replicas open where an activated expert has a cost
     assign_numba.py   Counts, solves and assigns a batch on a CPU
     batch_cpu.py      `batch` on a CPU: what the dispatcher calls

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.dispatch.level_numba import shifted_level
 from equipoise.dispatch.open_numba import add_choices, open_replicas
 from equipoise.dispatch.policy import (
     ACTIVE_COST,
@@ -147,7 +148,7 @@ def _descend(
                 z = x[m, j] + ((momentum * (x[m, j] - before[m, j])) >> 4)
                 bid[j] = ((2 * ahead[rank[m, j]] * step[m]) >> 32) - z
                 before[m, j] = x[m, j]
-            level = _shifted_level(bid, tokens[m] << bits, is_open, m, size[m], 0)
+            level = shifted_level(bid, tokens[m] << bits, is_open, m, size[m], 0)
             for j in range(size[m]):
                 x[m, j] = max(level - bid[j], 0) if is_open[m, j] else 0
         largest = _loads(rank, size, x, base, load)
@@ -173,31 +174,6 @@ def _loads(rank: np.ndarray, size: np.ndarray, x: np.ndarray, base: np.ndarray, 
     for r in range(1, base.shape[0]):
         largest = max(largest, load[r])
     return largest
-
-
-@helper
-def _shifted_level(bid: np.ndarray, tokens: int, is_open: np.ndarray, m: int, size: int, exact: int) -> int:
-    """Shifts a row's bids so that the least is 0 and finds the level up to which ``tokens`` fill the open ones.
-
-    Not ``exact``: with a reciprocal in place of the division, a unit or two less.
-    """
-    least = 1 << 62
-    for j in range(size):
-        if is_open[m, j]:
-            least = min(least, bid[j])
-    for j in range(size):
-        bid[j] = min(bid[j] - least, tokens + 1) if is_open[m, j] else tokens + 1
-    level = tokens + 1
-    while True:
-        below, total = 0, tokens
-        for j in range(size):
-            if is_open[m, j] and bid[j] <= level:
-                below += 1
-                total += bid[j]
-        lower = total // below if exact else (2 * total * min((1 << 31) // below, (1 << 31) - 1)) >> 32
-        if lower >= level:
-            return level
-        level = lower
 
 
 @helper
@@ -241,7 +217,7 @@ def _sweep(
             for j in range(size[m]):
                 load[rank[m, j]] -= quotas[m, j]
                 bid[j] = load[rank[m, j]] + far[rank[m, j]]
-            level = _shifted_level(bid, tokens[m], is_open, m, size[m], 1)
+            level = shifted_level(bid, tokens[m], is_open, m, size[m], 1)
             left = tokens[m]
             for j in range(size[m]):
                 quotas[m, j] = max(level - bid[j], 0) if is_open[m, j] else 0
