@@ -40,6 +40,8 @@ ROOMS = (
     "hosts",
     "server",
     "replay",
+    "replay/views",
+    "cli/offline",
     "cli",
 )
 CORE = ROOMS[: ROOMS.index("manager") + 1]  # belongs to any host: no environment, no global state, no print

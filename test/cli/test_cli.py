@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 import equipoise
-from equipoise.cli.main import Serve, main, parse
+from equipoise.cli.arguments import Serve
+from equipoise.cli.main import COMMANDS, main, parse
 from equipoise.errors import InvalidInputError
 
 
@@ -84,6 +86,30 @@ class TestHelp:
 
     def test_version(self) -> None:
         assert run_cli("--version").stdout.strip() == f"equipoise {equipoise.__version__}"
+        assert run_cli("-V").stdout == run_cli("--version").stdout
+
+    def test_alone_it_prints_help(self) -> None:
+        done = run_cli()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "equipoise advise dump.pt" in done.stdout
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_of_every_command_reflows(
+        self, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """No option's text has a line that ends early, as one from a source file's line would."""
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        boxed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", " "))]
+        assert max(map(len, boxed)) <= 80
+        lines = [line.strip("│").rstrip() for line in boxed]
+        for line, after in pairwise(lines):
+            indent, word = len(after) - len(after.lstrip()), after.split()[0] if after.split() else ""
+            continues = indent >= 18 and line.startswith(" " * 18) and not line.lstrip().startswith(("(", "•"))
+            if continues and word and not word.startswith("("):
+                assert len(line) + len(word) + 2 >= 74, (line, after)
 
 
 class TestArguments:
@@ -92,8 +118,12 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            ("", "Expected one of {serve, replay, explain-transfer, doctor}"),
-            ("nope", "nope"),
+            ("nope", "unknown command 'nope'"),
+            ("sreve", "did you mean serve?"),
+            ("serve --model-path m --ep-sise 2", "did you mean --ep-size?"),
+            ("inspect", "at least one FILE"),
+            ("synth x.csv --num-steps 0", "num_steps must be at least 1"),
+            ("thin a b.csv --sum many", "--sum"),
             ("serve", "--model-path"),
             ("serve --model-path m --ep-size four", "--ep-size"),
             ("serve --model-path m --ep-size", "--ep-size"),

@@ -71,6 +71,12 @@ REPLAY = {
     "--expert-bytes": None,
     "--tokens-per-step": 128,
 }
+READING = {"--tokens-per-step", "--num-logical-experts", "--read-as"}
+CLUSTER = {
+    "--gpu", "--num-nodes", "--num-ranks", "--model", "--hidden-size", "--intermediate-size", "--bytes-per-weight",
+    "--memory-bandwidth", "--flops", "--network-bandwidth", "--efficiency", "--balanced-share", "--num-groups",
+}  # fmt: skip
+OUTPUTS = {"--jobs", "--resume", "--html", "--png", "--json"}
 REPLAY_ONLY_ON_THE_COMMAND_LINE = {"--algorithm", "--json"}
 
 
@@ -87,7 +93,7 @@ def flags_in_help(command: str) -> set[str]:
     text = subprocess.run(
         [sys.executable, "-m", "equipoise", command, "--help"], capture_output=True, text=True, env=environment
     ).stdout
-    return set(re.findall(r"^│ (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)) - {"--help"}
+    return set(re.findall(r"^│ (?:-\w [A-Z]+, |-h, )?(--[a-z-]+)", text, re.MULTILINE)) - {"--help"}
 
 
 def test_options_are_frozen() -> None:
@@ -101,6 +107,27 @@ def test_options_are_frozen() -> None:
         ("serve", set(SERVE)),
         ("replay", set(REPLAY) | REPLAY_ONLY_ON_THE_COMMAND_LINE),
         ("explain-transfer", EXPLAIN_TRANSFER),
+        ("inspect", READING),
+        ("convert", READING),
+        ("merge", READING | {"--out"}),
+        ("thin", READING | {"--sum", "--first", "--last"}),
+        ("plan", READING | CLUSTER | {"--out", "--format", "--num-redundant-experts", "--algorithm", "--dispatch"}),
+        ("advise", READING | CLUSTER | OUTPUTS | {"--max-redundant-experts", "--engine"}),
+        (
+            "compare",
+            READING
+            | CLUSTER
+            | OUTPUTS
+            | {
+                "--algorithm",
+                "--num-redundant-experts",
+                "--interval",
+                "--dispatch",
+                "--planning-delay",
+                "--layers-per-chunk",
+            },
+        ),
+        ("warm-up", set()),
     ],
 )
 def test_help_lists_every_flag_and_no_other(command: str, flags: set[str]) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from equipoise.cli.replay import open_traces, run_replay
+from equipoise.cli.replay import run_replay
 from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError, InvalidInputError, TraceError
-from equipoise.load.trace import LoadTrace
+from equipoise.load.trace import LoadTrace, open_traces
 from equipoise.replay.report import human_bytes
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
@@ -106,13 +106,13 @@ def test_wrong_arguments_are_one_clear_line(tmp_path, options, message):
 def test_traces_of_different_models_name_both_files(tmp_path):
     traces = [save_trace(tmp_path / "a"), save_trace(tmp_path / "b", experts=16)]
     with pytest.raises(TraceError, match=r"b has \(layers, experts\) = \(3, 16\), .*a has \(3, 8\)"):
-        open_traces(traces, 128)
+        open_traces(traces)
 
 
 def test_a_token_trace_that_never_saw_the_last_expert_takes_the_others_number(tmp_path):
     for name, highest in (("a", 7), ("b", 5)):
         np.savez(tmp_path / f"{name}.npz", topk=np.arange(64).reshape(32, 2, 1) % (highest + 1))
-    traces = open_traces([tmp_path / "b.npz", tmp_path / "a.npz"], 4)
+    traces = open_traces([tmp_path / "b.npz", tmp_path / "a.npz"], tokens_per_step=4)
     assert [trace.num_logical_experts for trace in traces] == [8, 8]
 
 

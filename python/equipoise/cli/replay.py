@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from equipoise.algorithms.registry import available_algorithms
+from equipoise.cli.offline.recordings import say_what
 from equipoise.cli.tables import print_paragraphs, print_table
 from equipoise.config import ReplayConfig
-from equipoise.errors import ConfigError, TraceError
-from equipoise.load.trace import LoadTrace
+from equipoise.errors import ConfigError
+from equipoise.load.trace import open_traces
 from equipoise.load.windows import cut_windows
 from equipoise.replay.report import legend, to_json, to_table, write_json
 from equipoise.replay.simulate import replay, score_baselines
@@ -34,7 +35,9 @@ def run_replay(
         EquipoiseError: an algorithm failed.
     """
     _check_arguments(traces, algorithms, json_path)
-    recorded = open_traces(traces, config.tokens_per_step)
+    recorded = open_traces(traces, tokens_per_step=config.tokens_per_step)
+    for trace in recorded:
+        say_what(trace, console)
     topology = EpTopology.for_experts(
         recorded[0].num_logical_experts, config.num_redundant_experts, config.num_ranks, config.num_nodes
     )
@@ -70,31 +73,6 @@ def run_replay(
         write_json(to_json(results, config, names), json_path)
         console.print(f"written: {json_path}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def open_traces(paths: Sequence[Path], tokens_per_step: int) -> list[LoadTrace]:
-    """Opens traces of one model.
-
-    A trace of single tokens does not say how many experts there are; where one never saw the last of them, it takes the
-    other traces' number.
-
-    Raises:
-        TraceError: a file cannot be read, or has other layers or experts than the first; the message names it.
-    """
-    traces = [LoadTrace.open(path, tokens_per_step=tokens_per_step) for path in paths]
-    most = max(trace.num_logical_experts for trace in traces)
-    for index, (path, trace) in enumerate(zip(paths, traces, strict=True)):
-        if trace.num_logical_experts < most and trace.metadata.get("source") == "tokens":
-            traces[index] = LoadTrace.open(path, tokens_per_step=tokens_per_step, num_logical_experts=most)
-    expected = (traces[0].num_layers, traces[0].num_logical_experts)
-    for path, trace in zip(paths, traces, strict=True):
-        found = (trace.num_layers, trace.num_logical_experts)
-        if found != expected:
-            raise TraceError(
-                f"trace {path} has (layers, experts) = {found}, {paths[0]} has {expected}: not the same model",
-                field="trace",
-            )
-    return traces
 
 
 def _check_arguments(traces: Sequence[Path], algorithms: Sequence[str], json_path: Path | None) -> None:

@@ -39,12 +39,17 @@ class SyntheticLoad:
     skew: float = 0.6
     drift_steps: float = math.inf  # steps after which popularity has forgotten 63% of what it was
     shift_at: Sequence[int] = ()  # steps at which the popularity is drawn anew
-    shifted_fraction: float = 1.0  # share of a layer's experts that a shift redraws
+    shifted_fraction: float = 1.0  # part of a layer's experts that a shift redraws
+    alternate_every: int | None = None  # steps after which one of two workloads takes over from the other
+    burst_every: int | None = None  # steps between bursts, in which few experts take a third of all tokens
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_layers", "num_logical_experts", "tokens_per_step", "top_k"):
             if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", field=name)
+        for name in ("alternate_every", "burst_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", field=name)
         if self.top_k > self.num_logical_experts:
             raise ConfigError(
@@ -72,15 +77,31 @@ def synthetic_trace(load: SyntheticLoad) -> LoadTrace:
     keep = math.exp(-1.0 / load.drift_steps)
     shifts = frozenset(load.shift_at)
     score = rng.standard_normal(shape)
+    other = rng.standard_normal(shape) if load.alternate_every is not None else score
     counts = np.empty((load.num_steps, *shape), dtype=np.int64)
     for step in range(load.num_steps):
         if step in shifts:
             score = np.where(rng.random(shape) < load.shifted_fraction, rng.standard_normal(shape), score)
         elif keep < 1:
             score = keep * score + math.sqrt(1 - keep * keep) * rng.standard_normal(shape)
-        share = _capped(_weights(score, load), load.top_k)
+        of_step = other if load.alternate_every is not None and step // load.alternate_every % 2 else score
+        share = _weights(of_step, load)
+        if load.burst_every is not None and step % load.burst_every == load.burst_every - 1:
+            share = _burst(share, rng)
+        share = _capped(share, load.top_k)
         counts[step] = rng.multinomial(load.tokens_per_step * load.top_k, share)
-    return LoadTrace(counts, metadata={"source": "synthetic", "seed": load.seed, "shift_at": sorted(shifts)})
+    return LoadTrace(
+        counts,
+        metadata={"source": "synthetic", "seed": load.seed, "shift_at": sorted(shifts), "top_k": load.top_k},
+        found="synthetic load",
+    )
+
+
+def _burst(share: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A third of the load on a sixteenth of the experts of each layer, drawn anew for each burst."""
+    num_layers, num_experts = share.shape
+    hot = rng.permuted(np.tile(np.arange(num_experts) < max(1, num_experts // 16), (num_layers, 1)), axis=1)
+    return share * (2 / 3) + hot / hot.sum(1, keepdims=True) / 3
 
 
 def _weights(score: np.ndarray, load: SyntheticLoad) -> np.ndarray:

@@ -6,6 +6,7 @@ Public modules, which other rooms import::
     commands.py            Commands to a running engine and their replies: plain frozen values that cross processes
     host.py                HostTraits: what a host says of itself
     manager.py             EplbManager: the loop of balancing, driven once per forward pass by its host
+    planning.py            plan_rebalance: load windows and the present placement in; Skip, Reweight or Migrate out
     reports.py             What a rebalance decided, did and cost, and its words for a log
 
 Private to this room::
@@ -17,7 +18,6 @@ Private to this room::
     live_placement.py      LivePlacement: the placement in force, on the device and on the CPU, and who follows it
     migration.py           Migration and WeightMigration: takes the live placement to a planned one
     phases.py              The phase machine: when a rebalance begins, what each tick does for it, and how it ends
-    planning.py            plan_rebalance: load windows and the present placement in; Skip, Reweight or Migrate out
     reporting.py           RebalanceTimer and Reporter: where the time goes, what it came to, and who is told
     warm_up.py             Compiles every kernel that a rebalance needs, before anybody waits for one
 """

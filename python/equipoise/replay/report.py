@@ -16,8 +16,7 @@ from rich.text import Text
 from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError
 from equipoise.formats.atomic_file import write_whole
-from equipoise.placement.balancedness import mean_balancedness
-from equipoise.replay.result import ReplayResult
+from equipoise.replay.result import ReplayResult, score_summary
 
 FORMAT = "equipoise.replay"
 VERSION = 1
@@ -120,9 +119,9 @@ def to_json(results: Sequence[ReplayResult], config: ReplayConfig, trace_names: 
         ],
         "steps_left_out": windows.steps_left_out,
         "empty_windows_skipped": windows.empty_windows,
-        "no_rebalancing": _summary(first.no_rebalancing),
-        "oracle": {"algorithms": list(first.oracle_algorithms), **_summary(first.oracle)},
-        "algorithms": [_result(result) for result in results],
+        "no_rebalancing": score_summary(first.no_rebalancing),
+        "oracle": {"algorithms": list(first.oracle_algorithms), **score_summary(first.oracle)},
+        "algorithms": [result.to_dict() for result in results],
     }
 
 
@@ -152,34 +151,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _result(result: ReplayResult) -> dict[str, Any]:
-    return {
-        "algorithm": result.policy,
-        "history": result.history,
-        **_summary(result.balancedness),
-        "gap_closed": result.gap_closed,
-        "slots_changed": result.slots_changed,
-        "moves": result.moves,
-        "cross_node_moves": result.cross_node_moves,
-        "bytes_moved": result.bytes_moved,
-        "cross_node_bytes": result.cross_node_bytes,
-        "planning_seconds_median": result.planning_seconds_median,
-        "planning_seconds_max": result.planning_seconds_max,
-        "plans": [asdict(plan) for plan in result.plans],
-    }
-
-
-def _summary(balancedness: np.ndarray) -> dict[str, Any]:
-    """Means over everything, per window (from window 1 on) and per layer."""
-    return {
-        "mean_balancedness": mean_balancedness(balancedness),
-        "mean_peak_to_average": mean_balancedness(1.0 / balancedness),
-        "balancedness_per_window": [mean_balancedness(row) for row in balancedness],
-        "balancedness_per_layer": [mean_balancedness(column) for column in balancedness.T],
-    }
-
-
 def _scores(balancedness: np.ndarray) -> tuple[str, str, str]:
-    summary = _summary(balancedness)
+    summary = score_summary(balancedness)
     worst = min(value for value in summary["balancedness_per_window"] if value is not None)
     return f"{summary['mean_balancedness']:.4f}", f"{worst:.4f}", f"{summary['mean_peak_to_average']:.3f}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
+from equipoise.errors import ConfigError
 from equipoise.load.windows import Windows
 from equipoise.placement.balancedness import mean_balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -121,6 +123,68 @@ class ReplayResult:
         if oracle is None or oracle <= self.mean_no_rebalancing:
             return None
         return (self.mean_balancedness - self.mean_no_rebalancing) / (oracle - self.mean_no_rebalancing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: means, per window and per layer, moves and times."""
+        return {
+            "algorithm": self.policy,
+            "history": self.history,
+            **score_summary(self.balancedness),
+            "gap_closed": self.gap_closed,
+            "slots_changed": self.slots_changed,
+            "moves": self.moves,
+            "cross_node_moves": self.cross_node_moves,
+            "bytes_moved": self.bytes_moved,
+            "cross_node_bytes": self.cross_node_bytes,
+            "planning_seconds_median": self.planning_seconds_median,
+            "planning_seconds_max": self.planning_seconds_max,
+            "plans": [asdict(plan) for plan in self.plans],
+        }
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws balancedness over windows beside no rebalancing and the oracle.
+
+        Args:
+            axes: matplotlib axes; those of a new figure if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        if axes is None:
+            try:
+                from matplotlib.figure import Figure
+            except ImportError:
+                raise ConfigError("plot needs matplotlib: pip install equipoise[plot]") from None
+            axes = Figure(figsize=(9, 4), layout="constrained").subplots()
+        for label, values, style in (
+            (self.policy, self.balancedness, "-"),
+            ("no rebalancing", self.no_rebalancing, "k--"),
+            ("oracle", self.oracle, "k:"),
+        ):
+            if not np.isnan(values).all():
+                axes.plot(np.arange(1, len(values) + 1), np.nanmean(values, axis=1), style, label=label)
+        axes.set(xlabel="window", ylabel="balancedness, mean over layers", ylim=(0, 1.02))
+        axes.legend(loc="lower right")
+        return axes
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplayResult({self.policy!r}: balancedness {self.mean_balancedness:.3f}, "
+            f"without rebalancing {self.mean_no_rebalancing:.3f}, {self.slots_changed} slots changed)"
+        )
+
+
+def score_summary(balancedness: np.ndarray) -> dict[str, Any]:
+    """Means over everything, per window (from window 1 on) and per layer; None stands for "no token"."""
+    return {
+        "mean_balancedness": mean_balancedness(balancedness),
+        "mean_peak_to_average": mean_balancedness(1.0 / balancedness),
+        "balancedness_per_window": [mean_balancedness(row) for row in balancedness],
+        "balancedness_per_layer": [mean_balancedness(column) for column in balancedness.T],
+    }
 
 
 def _mean(values: np.ndarray) -> float:

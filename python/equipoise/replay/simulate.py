@@ -43,7 +43,7 @@ class Baselines:
 
 
 def replay(
-    trace: LoadTrace | Sequence[LoadTrace] | Windows,
+    trace: np.ndarray | LoadTrace | Sequence[LoadTrace] | Windows,
     topology: EpTopology,
     policy: Policy | str,
     *,
@@ -63,40 +63,31 @@ def replay(
     """Plays one or more traces, one after the other, against a policy.
 
     Args:
-        trace: recorded load, or windows that were cut already (``window`` is not used then).
+        trace: recorded load, (T, L, E) counts, or windows that were cut already (``window`` is not used then).
         topology: where the slots lie; its slots must hold every expert at least once.
         policy: an algorithm's name, or an object that plans.
         window: steps in a load window. A trace's last, partial window is left out.
-        history: most windows a plan looks back on; what suits the algorithm if None, see
-            :class:`~equipoise.algorithms.registry.Algorithm`.
-        rebalance_every: windows between two plans.
-        initial: the first placement; the trivial one if None.
+        history: most windows a plan looks back on; what suits the algorithm if None.
+        rebalance_every, initial: windows between two plans; the first placement, the trivial one if None.
         expert_bytes: bytes of one expert of one layer, to turn moves into bytes.
         num_groups, max_moves_per_layer, move_price: for a policy given by name, see ``rebalance_experts``.
         oracle_algorithms: what the oracle chooses from; every algorithm that can plan for this topology if None.
         baselines: from an earlier :func:`score_baselines` of the same windows, to spare the work.
-        clock: seconds, to time the planning with.
-        on_window: called after each window played.
+        clock, on_window: seconds, to time the planning with; called after each window played.
 
     Raises:
         TraceError: traces of different models, or too short for two windows.
         ConfigError: an unknown algorithm, a number below 1, slots that cannot hold the experts.
-        EquipoiseError: the policy failed, or its plan is for another model or topology; the message says on which
-            window.
+        EquipoiseError: the policy failed, or its plan is for another model or topology.
     """
-    numbers = {"window": window, "history": history, "rebalance_every": rebalance_every, "expert_bytes": expert_bytes}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
-    if history is None:
-        history = find_algorithm(policy).history if isinstance(policy, str) else HISTORY
+    _require_positive(window=window, history=history, rebalance_every=rebalance_every, expert_bytes=expert_bytes)
+    history = history or (find_algorithm(policy).history if isinstance(policy, str) else HISTORY)
     windows = trace if isinstance(trace, Windows) else cut_windows(_as_list(trace), window)
     start = _initial_placement(windows, topology) if initial is None else initial
     chosen = AlgorithmPolicy(policy, num_groups, max_moves_per_layer, move_price) if isinstance(policy, str) else policy
-    if baselines is None:
-        baselines = score_baselines(
-            windows, topology, initial=start, num_groups=num_groups, oracle_algorithms=oracle_algorithms
-        )
+    baselines = baselines or score_baselines(
+        windows, topology, initial=start, num_groups=num_groups, oracle_algorithms=oracle_algorithms
+    )
     scores, plans, current = _play(chosen, windows, start, history, rebalance_every, clock, on_window)
     return ReplayResult(
         policy=chosen.name,
@@ -207,5 +198,13 @@ def _initial_placement(windows: Windows, topology: EpTopology) -> ExpertLocation
     return ExpertLocationMetadata.trivial(num_layers, num_experts, topology)
 
 
-def _as_list(trace: LoadTrace | Sequence[LoadTrace]) -> list[LoadTrace]:
+def _require_positive(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
+
+
+def _as_list(trace: np.ndarray | LoadTrace | Sequence[LoadTrace]) -> list[LoadTrace]:
+    if isinstance(trace, np.ndarray):
+        return [LoadTrace(trace)]
     return [trace] if isinstance(trace, LoadTrace) else list(trace)

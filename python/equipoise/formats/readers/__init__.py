@@ -5,6 +5,8 @@ Public modules, which other rooms import::
     own.py             Equipoise's trace file and the .npz of a server's dump
     placements.py      Placements of every kind, and whatever else an engine may start with
     registry.py        Which reader takes a file, and which files are one recording
+    tensorrt_llm.py    TensorRT-LLM: statistics of ranks, YAML assignments
+    vllm_ascend.py     vLLM-Ascend: expert maps and load views
 
 Private to this room::
 
@@ -13,7 +15,5 @@ Private to this room::
     sglang.py          SGLang stat dumps: a ring put in order
     sglang_records.py  SGLang per_pass and per_token dumps of all ranks
     text_counts.py     CSV, JSON, JSON lines
-    tensorrt_llm.py    TensorRT-LLM: statistics of ranks, YAML assignments
     tokens.py          Token ids, and shares of subjects
-    vllm_ascend.py     vLLM-Ascend: expert maps and load views
 """

@@ -1,0 +1,69 @@
+"""What every way to balance is held against: an oracle, and a load that is even by decree."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.errors import InvalidInputError
+from equipoise.load.trace import LoadTrace
+from equipoise.placement.balancedness import balancedness
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.replay.costs import CostModel
+from equipoise.replay.live_result import LiveResult, StepRecorder
+from equipoise.replay.scoring import Dispatch, StepScorer, force_balanced
+from equipoise.topology import EpTopology
+
+ORACLE_ALGORITHMS = ("equipoise", "deepseek")
+
+
+def oracle(
+    trace: LoadTrace,
+    topology: EpTopology,
+    costs: CostModel,
+    *,
+    interval: int,
+    dispatch: Dispatch,
+    num_groups: int | None = None,
+) -> LiveResult:
+    """For each stretch of ``interval`` steps and each layer, the better plan made from that very stretch.
+
+    Moving is free. Not a proven optimum: the best that these algorithms find with the future in hand.
+    """
+    steps = StepRecorder(trace, topology, costs)
+    for start in range(0, trace.num_steps, interval):
+        load = trace.total(slice(start, start + interval))
+        if not load.any():
+            continue
+        scorer = StepScorer(_best_of(load, topology, num_groups), dispatch)
+        for counts in trace.logical_count[start : start + interval]:
+            if counts.any():
+                steps.add(counts, scorer.step(counts))
+    return steps.result("oracle", dispatch, interval)
+
+
+def _best_of(load: np.ndarray, topology: EpTopology, num_groups: int | None) -> ExpertLocationMetadata:
+    plans = []
+    for algorithm in ORACLE_ALGORITHMS:
+        try:
+            plans.append(rebalance_experts(load, topology, algorithm=algorithm, num_groups=num_groups))
+        except InvalidInputError:
+            continue  # it cannot plan for this topology
+    if not plans:
+        return ExpertLocationMetadata.trivial(load.shape[0], load.shape[1], topology)
+    scores = np.nan_to_num(np.stack([balancedness(load, plan).numpy() for plan in plans]), nan=1.0)
+    best = scores.argmax(0)
+    rows = [plans[int(choice)].physical_to_logical_map[layer].numpy() for layer, choice in enumerate(best)]
+    weights = [plans[int(choice)].dispatch_weights[layer].numpy() for layer, choice in enumerate(best)]
+    return ExpertLocationMetadata.from_physical_to_logical(
+        np.stack(rows), load.shape[1], topology, dispatch_weights=np.stack(weights)
+    )
+
+
+def forced_even(trace: LoadTrace, topology: EpTopology, costs: CostModel) -> LiveResult:
+    """Every rank has the mean load in every step and layer: what remains is not imbalance."""
+    steps = StepRecorder(trace, topology, costs)
+    for counts in trace.logical_count:
+        if counts.any():
+            steps.add(counts, force_balanced(counts, topology.num_ranks, topology.num_slots))
+    return steps.result("force-balanced", "-", 0)
