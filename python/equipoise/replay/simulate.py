@@ -64,8 +64,7 @@ def replay(
 
     Args:
         trace: recorded load, (T, L, E) counts, or windows that were cut already (``window`` is not used then).
-        topology: where the slots lie; its slots must hold every expert at least once.
-        policy: an algorithm's name, or an object that plans.
+        topology, policy: slots that hold every expert at least once; an algorithm's name, or an object that plans.
         window: steps in a load window. A trace's last, partial window is left out.
         history: most windows a plan looks back on; what suits the algorithm if None.
         rebalance_every, initial: windows between two plans; the first placement, the trivial one if None.
@@ -78,7 +77,7 @@ def replay(
     Raises:
         TraceError: traces of different models, or too short for two windows.
         ConfigError: an unknown algorithm, a number below 1, slots that cannot hold the experts.
-        EquipoiseError: the policy failed, or its plan is for another model or topology.
+        EquipoiseError: the policy failed, or planned for another model or topology.
     """
     _require_positive(window=window, history=history, rebalance_every=rebalance_every, expert_bytes=expert_bytes)
     history = history or (find_algorithm(policy).history if isinstance(policy, str) else HISTORY)
