@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup kernels demo test check format soak clean api dist bench-algorithms bench-transfer bench-stall
+.PHONY: help setup kernels demo test check format soak clean api dist test-gpu bench-algorithms bench-transfer bench-stall bench-gpu
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -34,6 +34,9 @@ demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it wh
 test: $(READY)  ## all tests (needs no GPU)
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
 
+test-gpu: $(READY)  ## what only a GPU can settle, with a report; without one, the part that needs none
+	$(BIN)/python scripts/test_gpu.py $(ARGS)
+
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +54,9 @@ bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own cod
 
 bench-stall: $(READY)  ## how long forward passes wait for a rebalance, in each transfer mode
 	$(BIN)/python benchmark/engine_stall.py $(ARGS)
+
+bench-gpu: $(READY)  ## what dispatch, commits, checksums and transfers cost on a GPU
+	$(BIN)/python benchmark/gpu.py $(ARGS)
 
 soak: $(READY)  ## the long tests: randomised ones at length, every benchmark and document's command in a new clone
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)

@@ -40,3 +40,21 @@ def test_in_memory_messages_of_the_wrong_size_are_refused():
     communicators[0].exchange([(1, torch.zeros(3))], [], 1.0)
     with pytest.raises(TransferError, match="expected 8 bytes from rank 0, got 12"):
         communicators[1].exchange([], [(0, torch.zeros(2))], 1.0)
+
+
+def test_pinned_host_memory_is_reserved_before_it_is_needed_and_made_whole_by_a_rebuild():
+    def body(inner):
+        communicator = PinnedHostCommunicator(inner, "cpu")
+        communicator.reserve(1000, 2)
+        reserved, peer = communicator.host_bytes, 1 - communicator.rank
+        for size in (1000, 10, 700):
+            landed = torch.zeros(size, dtype=torch.uint8)
+            communicator.exchange([(peer, torch.ones(size, dtype=torch.uint8))], [(peer, landed)], 5.0)
+        assert communicator.host_bytes == reserved, "what was reserved fits, whatever lies on top"
+        with pytest.raises(TransferError):
+            communicator.exchange([], [(peer, torch.zeros(9))], 0.05)
+        communicator.barrier()
+        communicator.rebuild()
+        return reserved, communicator.host_bytes, len(communicator._free)
+
+    assert results_of(body, 2) == [(4000, 4000, 4)] * 2

@@ -28,6 +28,7 @@ class PinnedHostCommunicator:
         self._inner = inner
         self.device = torch.device(device)
         self._free: list[torch.Tensor] = []
+        self._reserved = 0, 0  # bytes of a buffer, exchanges in flight
         self.host_bytes = 0
         """Pinned memory held, in bytes."""
 
@@ -45,8 +46,8 @@ class PinnedHostCommunicator:
 
     def reserve(self, num_bytes: int, in_flight: int) -> None:
         # Hazard: pinning takes tens of milliseconds and synchronises the device, so not beside a forward pass.
-        missing = 2 * in_flight - len(self._free)
-        for _ in range(missing):
+        self._reserved = num_bytes, in_flight
+        for _ in range(2 * in_flight - len(self._free)):
             self._free.append(self._allocate(num_bytes))
 
     def connect(self, timeout: float = 60.0) -> None:
@@ -88,6 +89,9 @@ class PinnedHostCommunicator:
 
     def rebuild(self, *, control: bool = False) -> None:
         self._inner.rebuild(control=control)
+        # Buffers of exchanges that failed were not given back: the old transport could still write to them.
+        self.host_bytes = sum(self._held(memory.numel()) for memory in self._free)
+        self.reserve(*self._reserved)
 
     def finish_copies(self) -> None:
         """The transport below knows no streams: copies must have ended before it starts, and before we return."""

@@ -1,0 +1,398 @@
+"""What only a GPU can settle, on one of them: most information a minute first. `make test-gpu` runs it and reports.
+
+Two ranks cannot share a GPU over NCCL ("Duplicate GPU detected"); threads and processes can, over pinned host memory.
+Each test notes its figures with ``record_property``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.distributed.communicator import TorchCommunicator
+from equipoise.distributed.groups import new_transfer_group
+from equipoise.distributed.in_memory import InMemoryHub
+from equipoise.distributed.pinned_host import PinnedHostCommunicator
+from equipoise.errors import TransferError
+from equipoise.load.recorder import ExpertDistributionRecorder
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+from equipoise.transfer.execution.runner import TransferState
+from equipoise.transfer.execution.stream import SideStream
+from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.execution.worker import TransferWorker
+from equipoise.transfer.memory.verification import checksum
+from equipoise.transfer.planning.plan import plan_transfer
+from helpers.faults import Fault, FaultyCommunicator, ScheduledFaults
+from helpers.migrate import migrate_layer
+from helpers.placements import live_weights, perturbed, pooled, random_map, rank_weights, same_bytes
+from helpers.run_ranks import run_ranks
+from helpers.run_threads import results_of
+
+TOPOLOGY = EpTopology(4, 2, 3)
+SPECS = (
+    (torch.bfloat16, (70, 70)),
+    (torch.float8_e4m3fn, (20_000,)),
+    (torch.int32, (9,)),
+    (torch.uint8, (3,)),
+)
+
+# A group of size 1 whose all-reduce never ends within its timeout; argument: plain, blocking or late.
+_WATCHDOG = """
+import os, sys, time, datetime, torch, torch.distributed as dist
+from equipoise.distributed.groups import new_transfer_group
+kind = sys.argv[1]
+torch.cuda.set_device(0)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+make = (lambda: dist.new_group(backend="nccl")) if kind == "plain" else (lambda: new_transfer_group("nccl", os.environ))
+group = make()
+value = torch.ones(1, device="cuda")
+dist.all_reduce(value, group=group)
+torch.cuda.synchronize()
+torch.cuda._sleep(int(4e10) if kind != "late" else int(6e9))
+work = dist.all_reduce(value, group=group, async_op=True)
+start = time.monotonic()
+try:
+    if kind == "late":
+        time.sleep(1.0)
+    work.wait(datetime.timedelta(seconds=2.0 if kind != "late" else 0.9))
+    print("waited", flush=True)
+except RuntimeError as error:
+    print("timeout after", round(time.monotonic() - start, 2), flush=True)
+if kind == "late":
+    os._exit(0)
+if kind == "blocking":
+    dist.distributed_c10d._abort_process_group(group)
+time.sleep(80)
+group = make()
+dist.all_reduce(value, group=group)
+torch.cuda.synchronize()
+print("alive", flush=True)
+os._exit(0)
+"""
+
+
+def cuda(weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [[tensor.cuda() for tensor in tensors] for tensors in weights]
+
+
+def over_host(communicator: Any) -> PinnedHostCommunicator:
+    return PinnedHostCommunicator(communicator, torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_versions_and_forks(record_property: Any) -> None:
+    """Settles A6: counting GPUs and importing the engine leave a fork usable."""
+    record_property("card", torch.cuda.get_device_name(0))
+    record_property("torch", torch.__version__)
+    record_property("nccl", ".".join(map(str, torch.cuda.nccl.version())))
+    code = (
+        "import os, torch\n"
+        "os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')\n"
+        "assert torch.cuda.device_count() > 0\n"
+        "import equipoise.engine.worker as worker\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    worker.require_usable_fork(); torch.zeros(1, device='cuda'); os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+def test_a_timeout_ends_no_process(record_property: Any) -> None:
+    """Settles A1: with a watchdog a timed-out wait kills the process a minute later; a transfer group has none."""
+    kinds = ("plain", "blocking", "late")
+    children = {
+        kind: subprocess.Popen([sys.executable, "-c", _WATCHDOG, kind], stdout=subprocess.PIPE, text=True)
+        for kind in kinds
+    }
+    said = {kind: child.communicate(timeout=200)[0].split("\n")[:-1] for kind, child in children.items()}
+    codes = {kind: child.returncode for kind, child in children.items()}
+    for kind in kinds:
+        record_property(f"{kind} group", f"{'; '.join(said[kind])} (exit code {codes[kind]})")
+    assert said["blocking"][-1] == "alive"
+    assert said["blocking"][0].startswith("timeout after 2.")
+    assert codes["blocking"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("algorithm", ["static", "dynamic"])
+def test_nothing_waits_for_the_device(algorithm: Any) -> None:
+    """Settles B2 and B3, with torch's own check of synchronising calls."""
+
+    def body(communicator: Any) -> None:
+        metadata = ExpertLocationMetadata.trivial(3, 8, TOPOLOGY, max_replicas=5).clone("cuda")
+        new = ExpertLocationMetadata.from_physical_to_logical(
+            np.roll(metadata.physical_to_logical_map.cpu().numpy(), 1, axis=1), 8, TOPOLOGY
+        )
+        dispatcher = ExpertDispatcher(metadata, rank=0, algorithm=algorithm)
+        recorder = ExpertDistributionRecorder(metadata, communicator, period=8, num_windows=2, buffer_size=4)
+        ids = torch.randint(0, 8, (16, 2), device="cuda")
+        for checked in (False, True):  # once to load kernels
+            torch.cuda.set_sync_debug_mode("error" if checked else "default")
+            try:
+                for layer in range(3):
+                    recorder.record(layer, dispatcher.dispatch(layer, ids))
+                recorder.end_step(metadata.physical_to_logical_map, forward_pass_id=int(checked), counted=True)
+                dispatcher.advance(16)
+                metadata.update_layers_(new, [0, 2])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(metadata.physical_to_logical_map[2].cpu(), new.physical_to_logical_map[2])
+
+    results_of(body, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_a_captured_graph_follows_the_maps(record_property: Any) -> None:
+    """Settles invariant 4: replays see maps that changed in place, and count like the CPU."""
+    layers, experts, topology = 58, 256, EpTopology(32, 4, 9)
+    rng = np.random.default_rng(0)
+    maps = [random_map(rng, experts, topology, layers) for _ in range(4)]
+
+    def metadata_of(device: str) -> ExpertLocationMetadata:
+        first = ExpertLocationMetadata.from_physical_to_logical(maps[0], experts, topology, max_replicas=33)
+        return first.clone(device)
+
+    live, twin = metadata_of("cuda"), metadata_of("cpu")
+    dispatchers = [ExpertDispatcher(each, rank=3, algorithm="dynamic") for each in (live, twin)]
+    ids = torch.randint(0, experts, (64, 8))
+    on_device = ids.cuda()
+    counts = torch.zeros(layers, topology.num_slots + 1, dtype=torch.int32, device="cuda")
+    ones = torch.ones(ids.numel(), dtype=torch.int32, device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        found = []
+        for layer in range(layers):
+            slots = dispatchers[0].dispatch(layer, on_device)
+            counts[layer].scatter_add_(0, slots.reshape(-1), ones)
+            found.append(slots)
+        return found
+
+    step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    record_property("eager us a layer", round(1e6 * (time.perf_counter() - start) / layers, 1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        slots = step()
+    counts.zero_()
+    total = torch.zeros_like(counts, device="cpu")
+    for number in range(40):
+        if number % 10 == 5:
+            new = ExpertLocationMetadata.from_physical_to_logical(maps[number // 10], experts, topology)
+            for metadata in (live, twin):
+                metadata.update_layers_(new, list(range(layers)))
+        graph.replay()
+        for layer in range(layers):
+            expected = dispatchers[1].dispatch(layer, ids)
+            assert torch.equal(slots[layer].cpu(), expected)
+            total[layer] += torch.bincount(expected.reshape(-1), minlength=topology.num_slots + 1).int()
+        for dispatcher in dispatchers:
+            dispatcher.advance(64)
+    assert torch.equal(counts.cpu(), total)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    record_property("captured us a layer", round(1e6 * (time.perf_counter() - start) / layers / 20, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_the_device_computes_the_same_checksum() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (*range(1, 100), 511, 44 << 20):
+        row = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+        assert checksum([row.cuda()]) == checksum([row]), size
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("in_a_pool", [False, True])
+@pytest.mark.parametrize("verification", ["off", "canary", "checksum"])
+def test_every_slot_holds_what_the_plan_says(verification: Any, in_a_pool: bool) -> None:
+    rng = np.random.default_rng(7)
+    placements = [random_map(rng, 9, TOPOLOGY, 2)]
+    for _ in range(6):
+        placements.append(perturbed(rng, random_map(rng, 9, TOPOLOGY, 2), 9))
+
+    def body(communicator: Any) -> None:
+        torch.cuda.set_device(0)
+        weights: Any = cuda(rank_weights(placements[0], communicator.rank, TOPOLOGY, SPECS))
+        weights = (
+            on_gpu(pooled(rank_weights(placements[0], communicator.rank, TOPOLOGY, SPECS), 3)) if in_a_pool else weights
+        )
+        updater = ExpertLocationUpdater(
+            over_host(communicator), TOPOLOGY, weights, verification=verification, rounds_in_flight=4
+        )
+        updater.warm_up()
+        staged = updater.max_staged_experts
+        for old, new in pairwise(placements):
+            plan = plan_transfer(old, new, TOPOLOGY, num_logical_experts=9, max_staged_experts=staged)
+            updater.agree_on(plan)
+            for layer in plan.layers:
+                migrate_layer(updater, layer)
+            expected = rank_weights(new, communicator.rank, TOPOLOGY, SPECS)
+            for tensors, right in zip(live_weights(weights), expected, strict=True):
+                assert all(same_bytes(a.cpu(), b) for a, b in zip(tensors, right, strict=True))
+
+    results_of(body, 4)
+
+
+def on_gpu(pool: Any) -> Any:
+    from equipoise.transfer.memory.pool import ExpertPool
+
+    return ExpertPool([tensor.cuda() for tensor in pool.tensors], pool.num_layers, pool.slots_per_rank)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("with_event", [True, False], ids=["as-is", "without-the-event"])
+def test_forward_passes_never_read_half_a_layer(with_event: bool, monkeypatch: Any, record_property: Any) -> None:
+    """A race hunt. Without the event that orders staging behind commits it must find one, or it proves nothing."""
+    if not with_event:
+        monkeypatch.setattr(SideStream, "overlapped", lambda self: torch.cuda.stream(self._stream))
+    hub, old = InMemoryHub(4), np.arange(12)[None]
+    placements = [np.roll(old, shift, axis=1) for shift in range(0, 12, 3)]
+
+    def body(communicator: Any) -> int:
+        torch.cuda.set_device(0)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            rows = [torch.full((1 << 18,), expert, dtype=torch.int64) for expert in range(12)]
+            slots = TOPOLOGY.slots_of_rank(communicator.rank)
+            live = old.copy()
+            weights = [[torch.stack([rows[expert] for expert in live[0, slots.start : slots.stop]]).cuda()]]
+            updater = ExpertLocationUpdater(
+                over_host(hub.communicator(communicator.rank)), TOPOLOGY, weights, verification="off"
+            )
+            runner = TransferWorker(updater)
+            checks = []
+
+            def apply(layer_id: int, batch: Any) -> None:
+                live[layer_id] = batch.new_map
+
+            for number in range(50):
+                target = placements[(number + 1) % 4]
+                runner.start(plan_transfer(live, target, TOPOLOGY))
+                while runner.active:
+                    torch.cuda._sleep(5_000_000)
+                    checks.append((live[0, slots.start : slots.stop].copy(), weights[0][0].sum(1)))
+                    if runner.poll(communicator) == TransferState.READY:
+                        torch.cuda._sleep(10_000_000)  # the commit is queued long before it runs
+                        runner.commit(apply)
+            runner.close()
+            torch.cuda.synchronize()
+            return sum((found.cpu() != torch.as_tensor(held) * (1 << 18)).any().item() for held, found in checks)
+
+    wrong = sum(results_of(body, 4, timeout=170.0))
+    record_property("wrong reads", wrong)
+    assert (wrong == 0) is with_event
+
+
+def _two_processes(rank: int, _world_size: int) -> dict[str, Any]:
+    torch.cuda.set_device(0)
+    topology = EpTopology(2, 1, 3)
+    old, new = np.arange(6)[None], np.roll(np.arange(6), 3)[None]
+    gloo = lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=60))  # noqa: E731
+    inner = TorchCommunicator(gloo(), control_group=gloo(), new_group=gloo, new_control_group=gloo)
+    host = PinnedHostCommunicator(inner, torch.device("cuda", 0))
+    faults = ScheduledFaults([], rank)
+    specs = ((torch.bfloat16, (4 << 20,)), (torch.int32, (5,)))
+    weights = cuda(rank_weights(old, rank, topology, specs))
+    updater = ExpertLocationUpdater(
+        FaultyCommunicator(host, faults), topology, weights, verification="checksum", timeout=3.0, vote_grace=3.0
+    )
+    start = time.perf_counter()
+    updater.warm_up()
+    warm_up_seconds = time.perf_counter() - start
+    outcomes = []
+    for kind in ("drop", "corrupt", "raise", None):
+        faults.schedule([Fault(kind, 1, "transfer")] if kind else [])  # type: ignore[arg-type]
+        start = time.perf_counter()
+        try:
+            migrate_layer(updater, plan_transfer(old, new, topology).layers[0])
+            outcomes.append("committed")
+        except TransferError as error:
+            outcomes.append(type(error).__name__)
+        seconds = time.perf_counter() - start
+        expected = rank_weights(new if kind is None else old, rank, topology, specs)[0]
+        assert all(same_bytes(a.cpu(), b) for a, b in zip(weights[0], expected, strict=True))
+    return {
+        "outcomes": outcomes,
+        "pinned MiB": host.host_bytes >> 20,
+        "warm-up seconds": round(warm_up_seconds, 2),
+        "GB/s": round(3 * (8 << 20) / seconds / 1e9, 2),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_two_processes_over_the_host(record_property: Any) -> None:
+    """The only real two-rank rebuild on CUDA that one GPU allows."""
+    first, second = run_ranks(_two_processes, 2, timeout=100)
+    assert first["outcomes"] == second["outcomes"]
+    assert first["outcomes"][1] == "VerificationError"
+    assert first["outcomes"][-1] == "committed"
+    for name, figure in first.items():
+        record_property(name, figure)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_products_depend_on_their_number_of_rows(record_property: Any) -> None:
+    """Settles A11's wording: whether one row's result is the same bits, whatever the number of rows beside it."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, rows = (
+            torch.randn(1024, 2048, device="cuda", dtype=dtype),
+            torch.randn(512, 2048, device="cuda", dtype=dtype),
+        )
+        alone = torch.nn.functional.linear(rows[:1], weight)
+        differing = sum(
+            not torch.equal(torch.nn.functional.linear(rows[:count], weight)[:1], alone) for count in range(2, 513)
+        )
+        record_property(f"{dtype}: numbers of rows that change row 0, of 511", differing)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_every_nccl_line_runs_once() -> None:
+    """On a group of size 1, which is all that one GPU allows."""
+    run_ranks(_nccl_alone, 1, timeout=50)
+
+
+def _nccl_alone(_rank: int, _world_size: int) -> None:
+    torch.cuda.set_device(0)
+    make = lambda: new_transfer_group("nccl", os.environ)  # noqa: E731
+    gloo = lambda: dist.new_group(backend="gloo")  # noqa: E731
+    communicator = TorchCommunicator(
+        make(), torch.device("cuda", 0), control_group=gloo(), new_group=make, new_control_group=gloo
+    )
+    assert communicator.knows_streams
+    communicator.connect(10.0)
+    communicator.rebuild()
+    communicator.rebuild(control=True)
+    values = torch.arange(3, device="cuda")
+    communicator.all_reduce_sum_(values)
+    dist.all_reduce(values, group=communicator._group)
+    assert values.tolist() == [0, 1, 2]
