@@ -106,13 +106,8 @@ class EplbConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         threshold = self.eplb_min_rebalancing_utilization_threshold
         _require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
-        _require(
-            self.eplb_transfer_timeout > 0,
-            "eplb_transfer_timeout",
-            self.eplb_transfer_timeout,
-            "above 0 seconds",
-        )
-        duty = self.eplb_transfer_duty
+        timeout, duty = self.eplb_transfer_timeout, self.eplb_transfer_duty
+        _require(timeout > 0, "eplb_transfer_timeout", timeout, "above 0 seconds")
         _require(0 < duty <= 1, "eplb_transfer_duty", duty, "in (0, 1]")
         redundant = self.ep_num_redundant_experts
         _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
