@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -14,7 +17,7 @@ from fastapi.routing import APIRoute
 from equipoise.admin.http_errors import ErrorAnsweringRoute
 from equipoise.admin.routes import admin_router
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, PhaseError
-from equipoise.manager.commands import Command, DumpRecording, GetStatus, Rebalance, StartRecording
+from equipoise.manager.commands import Command, DumpRecording, GetStatus, Pause, Rebalance, Resume, StartRecording
 from helpers.fake_engine import REPORT
 from helpers.http_server import error_of, running_server
 
@@ -102,3 +105,25 @@ def test_a_host_can_mark_the_endpoints_by_a_route_class() -> None:
 
     router = admin_router(Ranks().control, dump_dir=".", route_class=Marked)
     assert {route.endpoint.level for route in router.routes if isinstance(route, APIRoute)} == {"admin"}
+
+
+def test_a_rebalance_that_a_pause_cancelled_is_a_conflict_with_its_report() -> None:
+    cancelled = dataclasses.replace(REPORT, outcome="cancelled", error="paused: a reload")
+    answer = call(Ranks(cancelled), "POST", "/eplb/rebalance")
+    assert answer.status_code == 409
+    assert answer.json()["error"]["message"] == "paused: a reload"
+    assert answer.json()["report"]["outcome"] == "cancelled"
+
+
+def test_pause_and_resume_reach_the_ranks() -> None:
+    ranks = Ranks()
+    assert call(ranks, "POST", "/eplb/pause").json() == {"message": "paused"}
+    call(ranks, "POST", "/eplb/pause", json={"reason": "new weights"})
+    assert call(ranks, "POST", "/eplb/resume").json() == {"message": "rebalancing"}
+    assert ranks.commands == [Pause(), Pause("new weights"), Resume()]
+
+
+def test_an_admin_router_needs_no_torch() -> None:
+    """The HTTP process of a host answers before any rank has loaded: it must not pay for torch."""
+    code = "import sys, equipoise.admin.routes, equipoise.admin.codec; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from equipoise.admin.codec import COMMANDS, decode_command, decode_reply, encode_command, encode_reply
 from equipoise.errors import ConfigError, EquipoiseError, PhaseError, TransferError, VerificationError
-from equipoise.load.recording import Dump
 from equipoise.manager.commands import (
     Command,
     DumpRecording,
+    DumpReply,
     ExpertLocationReply,
     GetExpertLocation,
     GetStatus,
@@ -63,7 +63,7 @@ LOCATION = ExpertLocationReply(2, 1, 2, 3, [4], [[0, 1, 2, 0]], [[0.5, 1.0, 1.0,
         (Rebalance(), REPORT),
         (GetStatus(), FakeEngine().status()),
         (GetExpertLocation(), LOCATION),
-        (DumpRecording("d"), Dump("/d/f.npz", 3, 12)),
+        (DumpRecording("d"), DumpReply("/d/f.npz", 3, 12)),
         (DumpRecording("d"), None),
         (StartRecording(), None),
         (Pause("x"), None),

@@ -10,9 +10,8 @@ from typing import Any
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.engine.step_log import GetSteps, GetStepTotals, StepRecord, StepTotals
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
-from equipoise.load.recording import Dump
-from equipoise.manager.commands import Command, DumpRecording, GetStatus, Rebalance, StatusReply
-from equipoise.manager.reports import RebalanceProfile, RebalanceReport, RebalanceTotals
+from equipoise.manager.commands import Command, DumpRecording, DumpReply, GetStatus, Rebalance, StatusReply
+from equipoise.manager.reports import BalanceSummary, RebalanceProfile, RebalanceReport, RebalanceTotals
 
 
 class ByteTokenizer:
@@ -36,6 +35,8 @@ REPORT = RebalanceReport(
     balancedness_after=[0.9, None],
     mean_balancedness_before=0.5,
     mean_balancedness_after=0.9,
+    balance_before=BalanceSummary(0.5, 0.5, 0.5, 0, 2.0, 2.0, 2.0),
+    balance_after=BalanceSummary(0.9, 0.9, 0.9, 0, 1.1, 1.1, 1.1),
     slots_changed=[3, 0],
     moves=[2, 0],
     cross_node_moves=[1, 0],
@@ -107,7 +108,7 @@ class FakeEngine:
         if isinstance(command, Rebalance):
             return dataclasses.replace(self.report, outcome="dry_run") if command.dry_run else self.report
         if isinstance(command, DumpRecording):
-            return Dump(path=f"{command.directory}/dump.pt", num_steps=3, num_tokens=12)
+            return DumpReply(path=f"{command.directory}/dump.pt", num_steps=3, num_tokens=12)
         if isinstance(command, GetStatus):
             return self.status()
         if isinstance(command, GetSteps):
@@ -128,6 +129,7 @@ class FakeEngine:
             window_steps=5,
             layer_ids=[0, 1],
             mean_balancedness=0.75,
+            balance=BalanceSummary(0.75, 0.7, 0.6, 1, 1.4, 1.7, 1.3),
             balancedness=[0.75, None],
             rank_load=[[6.0, 3.0], [0.0, 0.0]],
             num_layers=2,

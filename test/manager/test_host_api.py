@@ -149,6 +149,9 @@ def test_a_host_with_dense_layers_gets_its_own_numbers_back() -> None:
         for load in status.rank_load:  # of one rank, not of four times as many tokens
             assert sum(load) == pytest.approx((2 * 50 + 6) * status.window_steps)
         assert report.mean_balancedness_after > report.mean_balancedness_before
+        assert report.balance_before.mean == pytest.approx(report.mean_balancedness_before)
+        assert report.balance_after.load_weighted > report.balance_before.load_weighted
+        assert report.balance_after.worst_layer in LAYER_IDS
 
 
 @pytest.mark.parametrize("layer_ids", [[1, 2], [1, 2, 2], [-1, 0, 1]])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from equipoise.manager.reports import describe
+import numpy as np
+import pytest
+
+from equipoise.manager.reports import describe, summarize_balance
 from equipoise.transfer.execution.profile import LayerProfile
 from helpers.fake_engine import REPORT
 
@@ -13,11 +16,15 @@ def test_one_line_says_what_moved_or_why_nothing_did() -> None:
     line = describe(REPORT, profile=False)
     assert line == (
         "rebalance after step 7: committed: balancedness 0.500 can become 0.900; "
-        "2 experts moved, 0.00 MB over a wire, steps waited 5.0 ms"
+        "2 experts moved, 0.00 MB over a wire, steps waited 5.0 ms; "
+        "before: worst layer 0 at 0.500, all tokens 0.500, PAR 2.000 (2.000 to 2.000), "
+        "after: worst layer 0 at 0.900, all tokens 0.900, PAR 1.100 (1.100 to 1.100)"
     )
     failed = dataclasses.replace(REPORT, outcome="failed", error="a peer left")
     assert describe(failed, profile=False) == "rebalance after step 7: failed: a peer left"
-    skipped = dataclasses.replace(REPORT, outcome="skipped", reason="all is well")
+    skipped = dataclasses.replace(
+        REPORT, outcome="skipped", reason="all is well", balance_before=None, balance_after=None
+    )
     assert describe(skipped, profile=False) == "rebalance after step 7: skipped: all is well"
 
 
@@ -46,3 +53,15 @@ def test_the_profile_is_a_table_with_a_line_per_commit() -> None:
         ["3", "5", "4,096", "1.00", "2.00", "3.00"],
         ["9", "6", "8,192", "10.00", "20.00", "30.00"],
     ]
+
+
+def test_a_summary_weighs_layers_alike_and_by_load_and_names_the_worst() -> None:
+    load = np.array([[4.0, 0, 0, 0], [0, 0, 0, 0], [100, 100, 100, 100], [60, 20, 60, 60]])
+    summary = summarize_balance(load, [3, 5, 7, 9])
+    assert summary is not None
+    assert summary.mean == pytest.approx((0.25 + 1 + 50 / 60) / 3)
+    assert summary.load_weighted == pytest.approx((1 + 100 + 50) / (4 + 100 + 60))
+    assert (summary.worst, summary.worst_layer) == (0.25, 3)
+    assert (summary.par_max, summary.par_min) == (4.0, 1.0)
+    assert summary.par_mean == pytest.approx((4 + 1 + 1.2) / 3)
+    assert summarize_balance(np.zeros((2, 4)), [0, 1]) is None

@@ -23,6 +23,8 @@ ADMIN_CALLS = [
     ("POST", "/stop_expert_distribution_record"),
     ("POST", "/dump_expert_distribution_record"),
     ("POST", "/eplb/rebalance"),
+    ("POST", "/eplb/pause"),
+    ("POST", "/eplb/resume"),
     ("GET", "/eplb/status"),
     ("GET", "/eplb/expert_location"),
     ("GET", "/eplb/steps"),

@@ -11,6 +11,13 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class PauseBody(StrictBody):
+    """POST /eplb/pause; may be empty."""
+
+    reason: str = "an operator asked for it"
+    """Shown in /eplb/status, and to whoever asks for a rebalance meanwhile."""
+
+
 class RebalanceBody(StrictBody):
     """POST /eplb/rebalance; an empty body asks for what the engine was started with."""
 

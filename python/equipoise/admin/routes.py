@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from equipoise.admin.bodies import RebalanceBody
+from equipoise.admin.bodies import PauseBody, RebalanceBody
 from equipoise.admin.codec import jsonable
 from equipoise.admin.http_errors import ErrorAnsweringRoute, error_body
 from equipoise.errors import ConfigError
@@ -20,7 +20,9 @@ from equipoise.manager.commands import (
     DumpRecording,
     GetExpertLocation,
     GetStatus,
+    Pause,
     Rebalance,
+    Resume,
     StartRecording,
     StopRecording,
 )
@@ -52,7 +54,8 @@ def _add_balancing(router: APIRouter, control: Control) -> None:
     async def rebalance(body: RebalanceBody | None = None) -> JSONResponse:
         """Plans from the load window of now, migrates, and answers when the last layer has committed.
 
-        A migration that failed answers 500 with the report: the old placement serves on.
+        A migration that failed answers 500 with the report, one that a pause cancelled 409: the layers that had not
+        committed serve on as they were.
         """
         asked = body or RebalanceBody()
         if asked.max_moves_per_layer is not None and not 0 <= asked.max_moves_per_layer < _MAX_INT:
@@ -66,7 +69,22 @@ def _add_balancing(router: APIRouter, control: Control) -> None:
         if report.outcome == "failed":
             failure = error_body(report.error or report.reason, "TransferError")
             return JSONResponse({**failure, "report": jsonable(report)}, status_code=500)
+        if report.outcome == "cancelled":
+            refusal = error_body(report.error or report.reason, "PhaseError")
+            return JSONResponse({**refusal, "report": jsonable(report)}, status_code=409)
         return JSONResponse(jsonable(report))
+
+    @router.post("/eplb/pause")
+    async def pause(body: PauseBody | None = None) -> JSONResponse:
+        """Begins no rebalance until /eplb/resume; one under way is cancelled. Answers once nothing moves."""
+        await _shielded(control(Pause((body or PauseBody()).reason)))
+        return JSONResponse({"message": "paused"})
+
+    @router.post("/eplb/resume")
+    async def resume() -> JSONResponse:
+        """Takes up rebalancing again."""
+        await control(Resume())
+        return JSONResponse({"message": "rebalancing"})
 
     @router.get("/eplb/status")
     async def status() -> JSONResponse:

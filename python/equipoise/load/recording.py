@@ -24,15 +24,6 @@ class LoadSnapshot:
     forward_pass_ids: tuple[int, ...]  # (T,)
 
 
-@dataclass(frozen=True)
-class Dump:
-    """A recording as a file."""
-
-    path: str  # absolute
-    num_steps: int
-    num_tokens: int  # token-expert assignments of one layer, summed over steps; the largest layer
-
-
 class StepRecording:
     """The last ``buffer_size`` steps of this rank; takes no memory before it is started.
 
@@ -100,12 +91,15 @@ class StepRecording:
 
 def write_dump(
     snapshot: LoadSnapshot, metadata: ExpertLocationMetadata, layer_ids: list[int], directory: str, wall_clock: float
-) -> Dump:
+) -> Path:
     """Writes a snapshot as a LoadTrace, whole or not at all.
 
     Args:
         layer_ids: the host's numbers of the MoE layers.
         wall_clock: seconds since the epoch, for the file's name.
+
+    Returns:
+        The file's absolute path.
 
     Raises:
         ConfigError: the directory is missing or cannot be written.
@@ -131,5 +125,4 @@ def write_dump(
         trace.save(path)
     except OSError as error:
         raise ConfigError(f"cannot write a dump into dump_dir {directory!r}: {error}", field="dump_dir") from None
-    tokens = int(snapshot.logical_count.sum((0, 2)).max())
-    return Dump(path=str(path), num_steps=len(snapshot.forward_pass_ids), num_tokens=tokens)
+    return path

@@ -10,10 +10,11 @@ from equipoise.algorithms.registry import available_algorithms
 from equipoise.config import EplbConfig
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.load.recorder import ExpertDistributionRecorder
-from equipoise.load.recording import Dump, write_dump
+from equipoise.load.recording import write_dump
 from equipoise.manager.commands import (
     Command,
     DumpRecording,
+    DumpReply,
     ExpertLocationReply,
     GetExpertLocation,
     GetStatus,
@@ -29,6 +30,7 @@ from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.phases import Rebalancing
 from equipoise.manager.planning import as_optional_floats, mean_of
 from equipoise.manager.reporting import Reporter
+from equipoise.manager.reports import summarize_balance
 from equipoise.placement.balancedness import balancedness, rank_load
 from equipoise.placement.metadata import ExpertLocationMetadata
 
@@ -126,16 +128,19 @@ class CommandHandler:
                 return expert_location_reply(self._placement)
         raise ConfigError(f"unknown command {command!r}", field="command")
 
-    def _dump(self, directory: str, wall_clock: float) -> Dump | None:
+    def _dump(self, directory: str, wall_clock: float) -> DumpReply | None:
         snapshot = self._recorder.snapshot()
         if self._rank != 0:
             return None
-        return write_dump(snapshot, self._placement.committed, self._placement.layer_ids, directory, wall_clock)
+        path = write_dump(snapshot, self._placement.committed, self._placement.layer_ids, directory, wall_clock)
+        tokens = int(snapshot.logical_count.sum((0, 2)).max())
+        return DumpReply(str(path), len(snapshot.forward_pass_ids), tokens)
 
     def _status(self, forward_pass_id: int) -> StatusReply:
         committed, rebalancing = self._placement.committed, self._rebalancing
         window = self._recorder.windows(1)
         per_layer = window_balancedness(window, committed)
+        load = rank_load(window.sum(0), committed)
         return StatusReply(
             phase=rebalancing.phase,
             enable_eplb=self._config.enable_eplb,
@@ -146,8 +151,9 @@ class CommandHandler:
             window_steps=self._recorder.window_steps(),
             layer_ids=self._placement.layer_ids,
             mean_balancedness=mean_of(per_layer),
+            balance=summarize_balance(load, self._placement.layer_ids),
             balancedness=per_layer,
-            rank_load=rank_load(window.sum(0), committed).tolist() if len(window) else [],
+            rank_load=load.tolist() if len(window) else [],
             num_layers=committed.num_layers,
             num_logical_experts=committed.num_logical_experts,
             num_physical_experts=committed.num_physical_experts,

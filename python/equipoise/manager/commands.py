@@ -13,14 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from equipoise.load.recording import Dump
-from equipoise.manager.reports import Phase, RebalanceReport, RebalanceTotals
+from equipoise.manager.reports import BalanceSummary, Phase, RebalanceReport, RebalanceTotals
 
 R = TypeVar("R")
 
 
 class Command(Generic[R]):
     """Something that an operator asks for; its reply has the type ``R``."""
+
+
+@dataclass(frozen=True)
+class DumpReply:
+    path: str  # absolute
+    num_steps: int
+    num_tokens: int  # token-expert assignments of one layer, summed over steps; the largest layer
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class StopRecording(Command[None]):
 
 
 @dataclass(frozen=True)
-class DumpRecording(Command[Dump | None]):
+class DumpRecording(Command[DumpReply | None]):
     """Write what was recorded, reduced over all ranks, to a new file in ``directory``. Rank 0 replies."""
 
     directory: str
@@ -78,6 +84,7 @@ class StatusReply:
     window_steps: int  # steps in the load window of now
     layer_ids: list[int]  # the host's numbers of the MoE layers; lists over layers are in this order
     mean_balancedness: float | None  # of the load window on the present placement
+    balance: BalanceSummary | None  # the same in more figures; None if no layer saw a token
     balancedness: list[float | None]
     rank_load: list[list[float]]  # (L, G) tokens of the load window per rank; empty if nothing was recorded
     num_layers: int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.decision import keep_reason, skip_reason
+from equipoise.manager.reports import Action
 from equipoise.placement.alignment import align_placement
-from equipoise.placement.balancedness import balancedness, mean_balancedness
+from equipoise.placement.balancedness import balancedness, mean_balancedness, rank_load
 from equipoise.placement.metadata import ExpertLocationMetadata, PlacementDiff
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.types import TransferPlan
@@ -29,9 +31,11 @@ OptionalFloats = list[float | None]
 class Skip:
     """Nothing changes."""
 
+    action: ClassVar[Action] = "skip"
     reason: str
     window_steps: int
     balancedness_before: OptionalFloats  # (L,), of the whole window
+    rank_load_before: np.ndarray  # (L, G) tokens of the whole window
     seconds: float = 0.0  # the algorithm, if it ran
     error: str | None = None  # why planning failed, if it did
 
@@ -40,10 +44,13 @@ class Skip:
 class Reweight:
     """Every expert stays; replicas share their tokens otherwise."""
 
+    action: ClassVar[Action] = "reweight"
     reason: str
     window_steps: int
     balancedness_before: OptionalFloats
     balancedness_after: OptionalFloats  # (L,), of the same window with the new weights
+    rank_load_before: np.ndarray
+    rank_load_after: np.ndarray
     dispatch_weights: np.ndarray  # (L, P) float32
     seconds: float  # the algorithm, and fitting its result to the present placement
 
@@ -61,10 +68,13 @@ class Reweight:
 class Migrate:
     """Experts change slots."""
 
+    action: ClassVar[Action] = "migrate"
     reason: str
     window_steps: int
     balancedness_before: OptionalFloats
     balancedness_after: OptionalFloats  # (L,), of the same window on the new placement
+    rank_load_before: np.ndarray  # (L, G)
+    rank_load_after: np.ndarray
     physical_to_logical_map: np.ndarray  # (L, P) int64
     dispatch_weights: np.ndarray  # (L, P) float32
     diff: PlacementDiff  # from the present placement
@@ -110,6 +120,7 @@ def plan_rebalance(
     load = windows.sum(0) if len(windows) else np.zeros((current.num_layers, current.num_logical_experts))
     per_layer = balancedness(load, current).numpy()
     before, mean_before = as_optional_floats(per_layer), mean_balancedness(per_layer)
+    loads = rank_load(load, current)
     reason = skip_reason(
         window_steps=window_steps,
         mean_balancedness=mean_before,
@@ -117,7 +128,7 @@ def plan_rebalance(
         requested=request is not None,
     )
     if reason is not None or mean_before is None:
-        return Skip(reason or "no load", window_steps, before)
+        return Skip(reason or "no load", window_steps, before, loads)
     limit = request.max_moves_per_layer if request else None
     price = request.move_price if request else None
     start = clock()
@@ -131,10 +142,10 @@ def plan_rebalance(
             move_price=price if price is not None else config.eplb_move_price,
         )
     except InvalidInputError as error:
-        return Skip("planning failed", window_steps, before, seconds=clock() - start, error=str(error))
+        return Skip("planning failed", window_steps, before, loads, seconds=clock() - start, error=str(error))
     seconds = clock() - start
     return _judge(
-        Skip("", window_steps, before, seconds),
+        Skip("", window_steps, before, loads, seconds),
         load,
         current,
         planned,
@@ -184,6 +195,7 @@ def _judge(
         load: (L, E), the whole window.
     """
     steps, before, seconds = so_far.window_steps, so_far.balancedness_before, so_far.seconds
+    loads, loads_after = so_far.rank_load_before, rank_load(load, planned)
     per_layer = balancedness(load, planned).numpy()
     mean_before, mean_after = mean_of(before), mean_balancedness(per_layer)
     assert mean_before is not None
@@ -200,11 +212,11 @@ def _judge(
         force=force,
     )
     if reason is not None:
-        return Skip(f"{reason} ({gain})", steps, before, seconds)
+        return Skip(f"{reason} ({gain})", steps, before, loads, seconds)
     after = as_optional_floats(per_layer)
     if slots_changed == 0:
         reason = f"new dispatch weights only, no expert moves ({gain})"
-        return Reweight(reason, steps, before, after, weights, seconds)
+        return Reweight(reason, steps, before, after, loads, loads_after, weights, seconds)
     start = clock()
     transfer = None
     if max_staged_experts is not None:
@@ -214,6 +226,8 @@ def _judge(
         steps,
         before,
         after,
+        loads,
+        loads_after,
         planned.physical_to_logical_map.numpy(),
         weights,
         diff,

@@ -16,12 +16,13 @@ from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import Migration
 from equipoise.manager.planning import Migrate, Plan, Skip, mean_of
 from equipoise.manager.reports import (
-    Action,
+    BalanceSummary,
     Outcome,
     RebalanceProfile,
     RebalanceReport,
     RebalanceTotals,
     describe,
+    summarize_balance,
 )
 from equipoise.placement.metadata import PlacementDiff
 from equipoise.transfer.execution.profile import LayerProfile
@@ -168,10 +169,7 @@ class Reporter:
         )
         return rebalance_report(
             self._placement,
-            attempt.plan,
-            request=attempt.request,
-            algorithm=attempt.algorithm,
-            forward_pass_id=attempt.forward_pass_id,
+            attempt,
             profile=profile,
             per_rank_bytes=migration.bytes_over_ranks() if migration else np.zeros((num_ranks, 4), dtype=np.int64),
             error=error,
@@ -181,11 +179,8 @@ class Reporter:
 
 def rebalance_report(
     placement: LivePlacement,
-    plan: Plan | None,
+    attempt: Attempt,
     *,
-    request: Rebalance | None,
-    algorithm: str,
-    forward_pass_id: int,
     profile: RebalanceProfile,
     per_rank_bytes: np.ndarray,
     error: str | None,
@@ -194,11 +189,10 @@ def rebalance_report(
     """The report of a rebalance that ended.
 
     Args:
-        plan: None if planning itself failed or was cancelled.
-        algorithm: the one that was to plan.
         per_rank_bytes: (G, 4) int64 as :meth:`~equipoise.manager.migration.Migration.bytes_over_ranks` gives it.
         error: why it failed or was cancelled; None if neither.
     """
+    plan = attempt.plan  # None if planning itself failed or was cancelled
     num_layers, num_nodes = placement.metadata.num_layers, placement.metadata.topology.num_nodes
     nothing = np.zeros(num_layers, dtype=np.int64)
     diff = plan.diff if isinstance(plan, Migrate) else PlacementDiff(nothing, nothing, nothing)
@@ -208,17 +202,19 @@ def rebalance_report(
     sent, received, node_sent, node_received = per_rank_bytes.T
     per_node = "(node rank) -> node"
     return RebalanceReport(
-        outcome=_outcome(plan, request, error, cancelled),
-        action=_action(plan),
-        reason=plan.reason if plan is not None else "planning failed",
-        algorithm=algorithm,
-        forward_pass_id=forward_pass_id,
+        outcome=_outcome(attempt, error, cancelled),
+        action=plan.action if plan is not None else "skip",
+        reason=plan.reason if plan is not None else error or "planning failed",
+        algorithm=attempt.algorithm,
+        forward_pass_id=attempt.forward_pass_id,
         window_steps=plan.window_steps if plan is not None else 0,
         layer_ids=placement.layer_ids,
         balancedness_before=before,
         balancedness_after=after,
         mean_balancedness_before=mean_of(before),
         mean_balancedness_after=mean_of(after),
+        balance_before=_summary(plan, placement, after=False),
+        balance_after=_summary(plan, placement, after=True),
         slots_changed=diff.slots_changed.tolist(),
         moves=diff.moves.tolist(),
         cross_node_moves=diff.cross_node_moves.tolist(),
@@ -234,17 +230,18 @@ def rebalance_report(
     )
 
 
-def _outcome(plan: Plan | None, request: Rebalance | None, error: str | None, cancelled: bool) -> Outcome:
+def _summary(plan: Plan | None, placement: LivePlacement, *, after: bool) -> BalanceSummary | None:
+    if plan is None:
+        return None
+    load = plan.rank_load_after if after and not isinstance(plan, Skip) else plan.rank_load_before
+    return summarize_balance(load, placement.layer_ids)
+
+
+def _outcome(attempt: Attempt, error: str | None, cancelled: bool) -> Outcome:
     if cancelled:
         return "cancelled"
     if error is not None:
         return "failed"
-    if plan is None or isinstance(plan, Skip):
+    if attempt.plan is None or isinstance(attempt.plan, Skip):
         return "skipped"
-    return "dry_run" if request is not None and request.dry_run else "committed"
-
-
-def _action(plan: Plan | None) -> Action:
-    if plan is None or isinstance(plan, Skip):
-        return "skip"
-    return "migrate" if isinstance(plan, Migrate) else "reweight"
+    return "dry_run" if attempt.request is not None and attempt.request.dry_run else "committed"

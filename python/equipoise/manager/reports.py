@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+import numpy as np
 
 from equipoise.transfer.execution.profile import LayerProfile
 
 Phase = Literal["collecting", "planning", "migrating", "paused", "failed"]
 Action = Literal["skip", "reweight", "migrate"]
 Outcome = Literal["skipped", "dry_run", "committed", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class BalanceSummary:
+    """Balance over the layers that saw a token. PAR, peak to average ratio, is maximum / mean rank load of a layer."""
+
+    mean: float  # balancedness, every layer alike
+    load_weighted: float  # sum of mean rank loads / sum of maximum rank loads: busy layers weigh more
+    worst: float  # balancedness of the worst layer
+    worst_layer: int  # the host's number of it
+    par_mean: float
+    par_max: float
+    par_min: float
+
+
+def summarize_balance(rank_load: np.ndarray, layer_ids: Sequence[int]) -> BalanceSummary | None:
+    """Summary of (L, G) tokens per rank; None if no layer saw a token."""
+    seen = np.flatnonzero(rank_load.max(1) > 0)
+    if not seen.size:
+        return None
+    mean, top = rank_load[seen].mean(1), rank_load[seen].max(1)
+    balancedness, par = mean / top, top / mean
+    worst = int(balancedness.argmin())
+    return BalanceSummary(
+        mean=float(balancedness.mean()),
+        load_weighted=float(mean.sum() / top.sum()),
+        worst=float(balancedness[worst]),
+        worst_layer=int(layer_ids[seen[worst]]),
+        par_mean=float(par.mean()),
+        par_max=float(par.max()),
+        par_min=float(par.min()),
+    )
 
 
 @dataclass(frozen=True)
@@ -41,6 +76,8 @@ class RebalanceReport:
     balancedness_after: list[float | None]  # of the same window on the new placement; as before if nothing changes
     mean_balancedness_before: float | None
     mean_balancedness_after: float | None
+    balance_before: BalanceSummary | None  # None if no layer saw a token
+    balance_after: BalanceSummary | None
     slots_changed: list[int]
     moves: list[int]
     cross_node_moves: list[int]
@@ -89,7 +126,21 @@ def describe(report: RebalanceReport, *, profile: bool) -> str:
             f"; {sum(report.moves)} experts moved, {report.bytes_moved / 1e6:.2f} MB over a wire, "
             f"steps waited {1e3 * report.stall_seconds:.1f} ms"
         )
+    if report.balance_before is not None and report.balance_after is not None and report.outcome != "failed":
+        line += f"; {_balance_words(report)}"
     return "\n".join([line, *_profile_lines(report)]) if profile else line
+
+
+def _balance_words(report: RebalanceReport) -> str:
+    words = []
+    for name, balance in (("before", report.balance_before), ("after", report.balance_after)):
+        if balance is not None and (name == "before" or balance != report.balance_before):
+            words.append(
+                f"{name}: worst layer {balance.worst_layer} at {balance.worst:.3f}, "
+                f"all tokens {balance.load_weighted:.3f}, "
+                f"PAR {balance.par_mean:.3f} ({balance.par_min:.3f} to {balance.par_max:.3f})"
+            )
+    return ", ".join(words)
 
 
 def _profile_lines(report: RebalanceReport) -> list[str]:

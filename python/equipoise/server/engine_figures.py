@@ -46,10 +46,20 @@ def _balance(status: StatusReply) -> Iterator[Metric]:
     layers = GaugeMetricFamily(
         "equipoise_balancedness", "Mean rank load / maximum rank load, of the load window", labels=["layer"]
     )
-    for layer, value in enumerate(status.balancedness):
+    for layer, value in zip(status.layer_ids, status.balancedness, strict=True):
         if value is not None:
             layers.add_metric([str(layer)], value)
     yield layers
+    if status.balance is not None:
+        for name, text, figure in (
+            ("balancedness_load_weighted", "Sum of mean / sum of maximum rank loads", status.balance.load_weighted),
+            ("balancedness_worst", "Balancedness of the worst layer", status.balance.worst),
+            ("balancedness_worst_layer", "Number of the worst layer", status.balance.worst_layer),
+            ("par_mean", "Mean over layers of maximum / mean rank load", status.balance.par_mean),
+            ("par_max", "Maximum over layers of maximum / mean rank load", status.balance.par_max),
+            ("par_min", "Minimum over layers of maximum / mean rank load", status.balance.par_min),
+        ):
+            yield GaugeMetricFamily(f"equipoise_{name}", f"{text}, of the load window", figure)
     phases = GaugeMetricFamily("equipoise_phase", "1 for the phase the balancer is in", labels=["phase"])
     for phase in get_args(Phase):
         phases.add_metric([phase], phase == status.phase)
