@@ -176,7 +176,7 @@ def main() -> int:
     started = time.monotonic()
     console = Console()
     options = ["--model-path", "demo", "--ep-size", "4", "--nnodes", "2", "--ep-num-redundant-experts", "8"]
-    options += f"--eplb-rebalance-num-iterations {WINDOW_STEPS} --dump-dir {arguments.out}".split()
+    options += f"--eplb-rebalance-num-iterations {WINDOW_STEPS} --log-level warning --dump-dir {arguments.out}".split()
     server = Server(options, on_line=lambda line: console.print(f"  {line}", style="dim", markup=False))
     console.print(command_text(server.command, console.width))
     with server:
