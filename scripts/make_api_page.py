@@ -28,6 +28,7 @@ MODULES = (
     "topology",
     "placement.metadata",
     "placement.balancedness",
+    "distributed.protocol",
     "distributed.communicator",
     "load.recorder",
     "load.trace",
@@ -38,6 +39,7 @@ MODULES = (
     "transfer.planning.plan",
     "transfer.planning.types",
     "manager.commands",
+    "manager.host",
     "manager.manager",
     "admin.routes",
 )
