@@ -13,6 +13,7 @@ Public modules, which other rooms import::
 Private to this room::
 
     deepseek.py       `deepseek` and `deepseek_hierarchical`: DeepSeek's published planner
+    guard.py          Keeps the placement in force where a plan cannot be expected to do better on what comes
     priced_search.py  `equipoise`, the default: placement and dispatch weights by a local search with priced moves
     problem.py        PlacementProblem and Solution: what a placement algorithm is asked and answers
     reweight.py       `reweight`: dispatch weights for the placement in force; no slot changes

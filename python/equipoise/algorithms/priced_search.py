@@ -14,7 +14,9 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
+from equipoise.algorithms.guard import keep_what_is_better
 from equipoise.algorithms.problem import PlacementProblem, Solution
+from equipoise.algorithms.reweight import solve_shares
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
 from equipoise.algorithms.search.lpt_packing import pack, pack_groups, risk_load
@@ -70,14 +72,22 @@ def solve(problem: PlacementProblem) -> Solution:
             f"{problem.max_moves_per_layer}, num_groups={problem.num_groups} leave no slot to copy them to",
             field="rank_capacity",
         )
+    if problem.current is not None:
+        placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
     return task.finish(placed, share)
+
+
+def _with_old_slots(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The placement in force with new shares; nothing where ranks are gone, whose experts are to be kept alive."""
+    return [(task.old, solve_shares(task))] if (task.layers.inverse_speed > 0).all() else []
 
 
 def compile_search(problem: PlacementProblem) -> None:
     """Compiles the search and nothing else; the values of ``problem`` do not matter, and no scenarios are made."""
     shape = (problem.num_layers, problem.num_logical_experts)
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
-    flat = Scenarios(np.ones((*shape, NUM_SCENARIOS)), np.full(NUM_SCENARIOS, 0.25), np.zeros(shape), any_load, 1.0)
+    even, none = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape)
+    flat = Scenarios(np.ones((*shape, NUM_SCENARIOS)), even, none, none, any_load, 1.0, mixture=False, steady=False)
     task = Task.of(problem, flat)
     _improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))
 
@@ -98,7 +108,7 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
     """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
     problem, from_nothing = task.problem, task.problem.current is None
     topology, limit = problem.topology, problem.max_moves_per_layer
-    several = problem.load.shape[0] > 1
+    several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
     moves = MoveTerms(
         task.prices, problem.move_price / topology.num_slots, NO_LIMIT if limit is None or from_nothing else limit
     )

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from equipoise.algorithms.guard import keep_what_is_better
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.repair import lost_experts, spread_shares
@@ -29,7 +30,19 @@ def solve(problem: PlacementProblem) -> Solution:
         ConfigError: an expert has no replica on a rank with a capacity above 0.
     """
     task = Task.of(problem)
-    share, lost = task.old_share.copy(), np.zeros(problem.num_layers, dtype=np.int64)
+    share = solve_shares(task)
+    if problem.current is not None:
+        share = keep_what_is_better(task, (task.old, share))[1]
+    return task.finish(task.old, share)
+
+
+def solve_shares(task: Task) -> np.ndarray:
+    """(L, P) shares of the placement in force, for the load to come.
+
+    Raises:
+        ConfigError: an expert has no replica on a rank with a capacity above 0.
+    """
+    share, lost = task.old_share.copy(), np.zeros(len(task.old), dtype=np.int64)
     doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
     task.run(_weigh_layers, task.old, share, task.layers, doublings, lost)
     if lost.any():
@@ -38,7 +51,7 @@ def solve(problem: PlacementProblem) -> Solution:
             f"alone cannot bring them back",
             field="rank_capacity",
         )
-    return task.finish(task.old, share)
+    return share
 
 
 @kernel

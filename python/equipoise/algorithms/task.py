@@ -44,6 +44,7 @@ class Task:
     layers: Layers
     exponent: np.ndarray  # (L,) of the surrogate, that fits the forecast's error
     prices: np.ndarray  # (3,) of a move by where the expert was
+    scenarios: Scenarios
 
     @classmethod
     def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> Task:
@@ -71,11 +72,16 @@ class Task:
             problem.topology.ranks_per_node,
             (problem.num_groups or 0) if problem.grouped else 0,
         )
-        return cls(problem, old, old_share, layers, exponent, prices)
+        return cls(problem, old, old_share, layers, exponent, prices, scenarios)
 
     @property
     def num_groups(self) -> int:
         return self.layers.num_groups
+
+    @property
+    def noise_is_known(self) -> bool:
+        """Whether it is known how far the forecast is off: of several windows, and of one that holds counts."""
+        return self.problem.load.shape[0] > 1 or bool(self.scenarios.noise.any())
 
     def take(self, chosen: np.ndarray) -> Task:
         """The same for the layers ``chosen`` alone."""
@@ -89,7 +95,8 @@ class Task:
 
     def finish(self, placed: np.ndarray, share: np.ndarray) -> Solution:
         problem = self.problem
-        keep_slots, exact = problem.current is not None, problem.load.shape[0] == 1
+        keep_slots = problem.current is not None
+        exact = problem.load.shape[0] == 1 and not (keep_slots and self.noise_is_known)
         exchanges = not keep_slots and not problem.grouped
         self.run(_finish_layers, self.old, placed, share, self.layers, Finish(keep_slots, exact, exchanges))
         return Solution(placed, share)

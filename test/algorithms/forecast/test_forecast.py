@@ -54,7 +54,7 @@ def test_decay_follows_the_load():
 def test_of_two_windows_the_last_counts_more_where_popularity_drifts():
     """Two windows leave nothing to test a decay on: all predict the second from the first."""
     assert make_scenarios(counted(0, 2), 8.0).decay == 1.0
-    assert make_scenarios(drifting(0, 2), 8.0).decay == 0.02
+    assert make_scenarios(drifting(0, 2), 8.0).decay == 0.5  # or back and forth: two windows cannot tell
 
 
 def test_windows_before_a_shift_are_dropped():
@@ -83,10 +83,12 @@ def test_noise_is_the_error_of_the_forecast():
     scenarios = make_scenarios(load, 8.0)
     mean = mean_load(scenarios.tokens, scenarios.weight)
     poisson = 8.0 / 4000 * mean * (1 + 1 / 4)
-    assert 0.5 < scenarios.noise.sum() / poisson.sum() < 1.0  # of three pairs of windows, the calmest speaks
+    assert scenarios.steady
+    assert 0.9 < scenarios.noise.sum() / poisson.sum() < 1.3  # of counts that are steady it is known
     relative = []
     for step in (0.1, 0.3):
         scenarios = make_scenarios(drifting(1, 4, step), 8.0)
+        assert not scenarios.steady
         mean = mean_load(scenarios.tokens, scenarios.weight)
         relative.append(math.sqrt(scenarios.noise.sum() / (mean * mean).sum()))
     assert 0.6 < relative[0] / 0.1 < 1.0
@@ -211,4 +213,4 @@ def test_weights_lean_less_on_a_forecast_that_is_worth_less():
         return float(plan.dispatch_weights[0, 0])
 
     assert first_share(0.01) == pytest.approx(0.8, abs=0.02)
-    assert 0.55 < first_share(0.5) < 0.75
+    assert 0.55 < first_share(0.5) < 0.8

@@ -2,6 +2,7 @@
 
 Public modules, which other rooms import::
 
+    outlook.py         Judges placements by the balance they may expect of the next window
     risk.py            How much to trust a forecast: exponents and risk prices that fit its error
     scenarios.py       Scenarios: what the next window may look like, drawn from the windows that were
 

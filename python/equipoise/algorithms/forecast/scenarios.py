@@ -30,6 +30,8 @@ from equipoise.algorithms.forecast.window_weights import (
 from equipoise.jit.compile import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
+PAIR_DECAY = 0.5  # at least, of two windows: whether they drift or go back and forth cannot be told
+STEADY = 1.1  # times what counting alone would change: load that changes no more is steady
 MAX_WINDOWS = 16  # older ones are left out
 
 
@@ -38,9 +40,12 @@ class Scenarios(NamedTuple):
 
     tokens: np.ndarray  # (L, E, NUM_SCENARIOS) float64; an expert's load, where a mean rank has 1
     weight: np.ndarray  # (NUM_SCENARIOS,) float64, sums to 1; 0 for scenarios that are not in use
-    noise: np.ndarray  # (L, E) float64, variance of an expert's next load around the forecast; 0 for a single window
+    noise: np.ndarray  # (L, E) float64, variance of an expert's next load around the forecast; 0: not known
+    error: np.ndarray  # (L, E) float64, the part of it that counting is off in the forecast itself
     any_load: np.ndarray  # (L,) bool; False for a layer that saw no token
     decay: float
+    mixture: bool  # windows are draws from a mix of tasks
+    steady: bool  # windows of counts that differ by counting noise alone
 
 
 def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
@@ -57,8 +62,18 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     told = share[first:] if first < num_windows - 1 else share[:first]
     poisson, relative = np.zeros(num_layers), np.zeros(num_layers)
     part = _fit_changes(told, poisson, relative) if len(told) > 1 else 0.0
+    steady = False
+    if (load == np.floor(load)).all():
+        # Of counts it is known how far they are off. In the calmest pair of a few windows it may not show.
+        known = 2.0 * total / np.maximum(load[first:].sum(2).max(0), 1.0)
+        changes = ((share[first + 1 :] - share[first:-1]) ** 2).sum()
+        steady = first < num_windows - 1 and bool(changes <= STEADY * known.sum() * total * (num_windows - 1 - first))
+        if steady or num_windows == 1:
+            poisson = np.maximum(poisson, known)
     share, distance = share[first:], [row[first:] for row in distance[first:]]
-    decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else 0.0)
+    decay = best_decay(
+        distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else PAIR_DECAY if len(share) == 2 else 0.0
+    )
     weight = decayed(len(share), decay)
     tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
     for scenario, group in enumerate(_group(weight, distance)):
@@ -71,7 +86,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     # A forecast from several windows has less Poisson noise of its own, and as much relative noise as one.
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
-    return Scenarios(tokens, lanes, noise, any_load, decay)
+    error = 0.5 * own * poisson[:, None] * mean
+    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, steady)
 
 
 def _group(weight: list[float], distance: list[list[float]]) -> list[list[int]]:

@@ -1,0 +1,129 @@
+"""Judges placements by the balance they may expect of the next window: draws from the forecast and its error.
+
+A placement that was searched for a forecast looks better on that forecast than it is: the search fitted its noise, and
+the placement in force did not. So plans are not compared on what they were made from, but on draws of what may come:
+the forecast plus an error of the size that forecasts have (scenarios.py). All plans see the same draws (common random
+numbers), so what they have in common cancels.
+
+A draw is a gamma variate of the forecast's mean and variance by Wilson and Hilferty's cube (1931): positive, skewed as
+counts are, and made from one table of normal numbers, so that a plan is the same on any machine.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
+from equipoise.jit.compile import kernel, zeros
+
+NUM_DRAWS = 32  # half of them mirror the others: what is linear in the errors cancels
+
+
+@cache
+def normal_numbers(num_experts: int) -> np.ndarray:
+    """(NUM_DRAWS, E) standard normal numbers, the second half the first with its signs changed."""
+    half = np.random.default_rng(20240229).standard_normal((NUM_DRAWS // 2, num_experts))
+    return np.ascontiguousarray(np.concatenate([half, -half]))
+
+
+def lanes_of_draws(weight: np.ndarray) -> np.ndarray:
+    """(NUM_DRAWS,) scenario that each draw is around, in proportion to their weights.
+
+    Where load is a mix of tasks, the next window is like one of the scenarios, and seldom like their mean.
+    """
+    half = np.searchsorted(np.cumsum(weight), (np.arange(NUM_DRAWS // 2) + 0.5) / (NUM_DRAWS // 2) * weight.sum())
+    return np.tile(np.minimum(half, NUM_SCENARIOS - 1), 2)
+
+
+@kernel
+def judge(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    share: np.ndarray,
+    tokens: np.ndarray,
+    noise: np.ndarray,
+    inverse_speed: np.ndarray,
+    normal: np.ndarray,
+    lanes: np.ndarray,
+    balance: np.ndarray,
+) -> None:
+    """Fills rows first..last-1 of ``balance`` (L, NUM_DRAWS): mean over maximum rank load of each draw.
+
+    Args:
+        tokens: (L, E, NUM_SCENARIOS), as in Scenarios.
+        noise: (L, E) variance of a draw around its scenario.
+        normal: (NUM_DRAWS, E) from :func:`normal_numbers`.
+    """
+    num_ranks = inverse_speed.shape[0]
+    size = placed.shape[1] // num_ranks
+    load, drawn = zeros(num_ranks), zeros(tokens.shape[1])
+    for layer in range(first, last):
+        for draw in range(normal.shape[0]):
+            total, top = 0.0, 0.0
+            for e in range(drawn.shape[0]):
+                x = tokens[layer, e, lanes[draw]]
+                if noise[layer, e] > 0.0 and x > 0.0:
+                    ninth = noise[layer, e] / (9.0 * x * x)
+                    root = max(1.0 - ninth + normal[draw, e] * np.sqrt(ninth), 0.0)
+                    x *= root * root * root
+                drawn[e] = x
+            for rank in range(num_ranks):
+                load[rank] = 0.0
+                for slot in range(rank * size, (rank + 1) * size):
+                    load[rank] += share[layer, slot] * drawn[placed[layer, slot]]
+                total += load[rank]
+                top = max(top, load[rank] * inverse_speed[rank])
+            live = 0.0
+            for rank in range(num_ranks):
+                live += 1.0 if inverse_speed[rank] > 0.0 else 0.0
+            balance[layer, draw] = total / live / top if top > 0.0 else 1.0
+
+
+@kernel
+def level_prior(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    share: np.ndarray,
+    mean: np.ndarray,
+    error: np.ndarray,
+    num_ranks: int,
+    factor: np.ndarray,
+    excess: np.ndarray,
+    highest: np.ndarray,
+) -> None:
+    """Draws the forecast towards one that levels the ranks of a placement, as far as its own error explains.
+
+    With rank loads ``d_r`` off the mean, of which the forecast's error makes up the variance ``n_r``, the placement
+    itself is off by ``t2 = max(0, mean d2 - mean n)`` (method of moments). Given that, an expert's load x with error
+    variance v is best corrected by ``- v sum_r share_r d_r / (n_r + t2)`` (a Kalman update by rank).
+
+    Fills rows first..last-1 of ``factor`` (L, E), corrected over given load, and, per layer, ``excess`` (L,),
+    ``mean d2 / mean n``, and ``highest`` (L,), the largest ``d_r / sqrt(2 n_r)``.
+    """
+    size = placed.shape[1] // num_ranks
+    gap, spread = zeros(num_ranks), zeros(num_ranks)
+    for layer in range(first, last):
+        squares, errors, highest[layer] = 0.0, 0.0, 0.0
+        for rank in range(num_ranks):
+            gap[rank], spread[rank] = -1.0, 1e-12
+            for slot in range(rank * size, (rank + 1) * size):
+                part, e = share[layer, slot], placed[layer, slot]
+                gap[rank] += part * mean[layer, e]
+                spread[rank] += part * part * error[layer, e]
+            squares += gap[rank] * gap[rank] / num_ranks
+            errors += spread[rank] / num_ranks
+            highest[layer] = max(highest[layer], gap[rank] / np.sqrt(2.0 * spread[rank]))
+        excess[layer] = squares / errors
+        misfit = max(squares - errors, 0.0)
+        for e in range(mean.shape[1]):
+            factor[layer, e] = mean[layer, e]
+        for slot in range(placed.shape[1]):
+            e, rank = placed[layer, slot], slot // size
+            factor[layer, e] -= error[layer, e] * share[layer, slot] * gap[rank] / (spread[rank] + misfit)
+        for e in range(mean.shape[1]):
+            known = mean[layer, e]
+            factor[layer, e] = max(factor[layer, e] / known, 0.1) if known > 0.0 else 1.0

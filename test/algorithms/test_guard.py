@@ -1,0 +1,71 @@
+"""No plan is expected to end below leaving things alone, and steady load is left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.placement.balancedness import balancedness
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+
+
+def popularity(rng: np.random.Generator, num_layers: int, num_experts: int, shape: float) -> np.ndarray:
+    drawn = rng.gamma(shape, 1.0, (num_layers, num_experts))
+    return drawn / drawn.sum(1, keepdims=True)
+
+
+def counted(rng: np.random.Generator, share: np.ndarray, tokens: float, num_windows: int) -> np.ndarray:
+    return rng.poisson(share * tokens, (num_windows, *share.shape)).astype(np.float64)
+
+
+def expected_balance(plan: ExpertLocationMetadata, windows: np.ndarray) -> float:
+    return float(balancedness(windows, plan).mean())
+
+
+@pytest.mark.parametrize("algorithm", ["equipoise", "reweight"])
+@pytest.mark.parametrize("kind", ["uniform", "mild", "skewed"])
+def test_one_window_does_no_harm(algorithm: str, kind: str) -> None:
+    """On the next windows of the same popularity; the placement in force may be the best there is for it."""
+    rng = np.random.default_rng(3)
+    changes = []
+    for _ in range(20):
+        topology = EpTopology(int(rng.choice([4, 8, 16, 32])), 1, int(rng.choice([2, 3, 5, 9])))
+        num_experts = max(2, int(topology.num_slots * rng.uniform(0.6, 0.95)))
+        tokens = num_experts * float(np.exp(rng.uniform(np.log(8), np.log(1000))))
+        shape = {"uniform": 1e9, "mild": 8.0, "skewed": 0.6}[kind]
+        share = popularity(rng, 6, num_experts, shape)
+        current = ExpertLocationMetadata.trivial(6, num_experts, topology)
+        if rng.random() < 0.5:
+            current = rebalance_experts(share * 1e6, topology)
+        plan = rebalance_experts(counted(rng, share, tokens, 1)[0], topology, algorithm=algorithm, current=current)
+        later = counted(rng, share, tokens, 16)
+        changes.append(expected_balance(plan, later) - expected_balance(current, later))
+    assert min(changes) > -0.015
+    assert np.mean(changes) > -0.001
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 4096])
+def test_steady_load_is_left_alone(tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    topology = EpTopology(32, 4, 9)
+    windows = counted(rng, popularity(rng, 3, 256, 0.6), tokens * 8, 13)
+    current = rebalance_experts(windows[0], topology, algorithm="deepseek")
+    moves = []
+    for step in range(1, 12):
+        plan = rebalance_experts(windows[max(0, step - 7) : step + 1], topology, current=current)
+        moves.append(float(current.diff(plan).moves.sum()) / 3)
+        current = plan
+    assert np.mean(moves[4:]) <= 0.2, moves
+
+
+def test_load_that_differs_is_followed_all_the_same() -> None:
+    rng = np.random.default_rng(5)
+    topology = EpTopology(16, 2, 4)
+    before, after = (popularity(rng, 3, 48, 0.6) for _ in range(2))
+    current = rebalance_experts(before * 1e5, topology)
+    for windows in (counted(rng, after, 20_000, 1), counted(rng, after, 20_000, 6)):
+        plan = rebalance_experts(windows, topology, current=current)
+        later = counted(rng, after, 20_000, 4)
+        assert expected_balance(plan, later) > expected_balance(current, later) + 0.2
