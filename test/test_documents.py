@@ -24,7 +24,7 @@ from helpers.documents import (
     read_documents,
     run_command,
     run_server,
-    tracked_paths,
+    tree_paths,
 )
 
 SAMPLE = "python/equipoise/engine/demo_model/sample_trace.npz"
@@ -191,7 +191,7 @@ def test_links_lead_somewhere(document: Document) -> None:
 @pytest.mark.parametrize("document", read_documents(), ids=lambda document: document.name)
 def test_paths_exist(document: Document) -> None:
     """A path may be shortened from its left, as `algorithms/registry.py`, as long as something ends like it."""
-    ends = ["/" + path for path in tracked_paths()]
+    ends = ["/" + path for path in tree_paths()]
     for path in document.paths():
         if not NOT_OURS.fullmatch(path):
             assert any(end.endswith("/" + path) for end in ends), f"{document.name} names {path}, which is not there"

@@ -13,8 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path for folder in (ROOT, ROOT / "docs", ROOT / "examples") for path in folder.glob("*.md"))
-FOLDERS = ("python", "test", "docs", "examples", "scripts", "benchmark", ".github", ".ci")  # tracked, beside files
-MADE = ("__pycache__", "*.egg-info")
+FOLDERS = ("python", "test", "docs", "examples", "scripts", "benchmark", ".github", ".ci")
 
 # An inline code span that is a command and not the name of something. `equipoise` alone is the algorithm.
 COMMAND_SPAN = re.compile(
@@ -74,16 +73,22 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def tracked_paths() -> set[str]:
-    """Every file and folder (with a slash at its end) of the tree, as git would list them."""
-    found = {path.name for path in ROOT.iterdir() if path.is_file()}
-    for folder in FOLDERS:
-        found.add(f"{folder}/")
-        for path in (ROOT / folder).rglob("*"):
-            name = path.relative_to(ROOT).as_posix()
-            if "__pycache__" not in name and ".egg-info" not in name:
-                found.add(f"{name}/" if path.is_dir() else name)
-    return found
+def tree_files() -> list[Path]:
+    """Files of the tree, relative to it: what git lists, or in a source distribution whatever was not made."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [Path(name) for name in listed if (ROOT / name).is_file()]
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    found += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [path.relative_to(ROOT) for path in found if "__pycache__" not in path.parts]
+
+
+def tree_paths() -> set[str]:
+    """Every file and folder (with a slash at its end) of the tree."""
+    files = tree_files()
+    folders = {parent for file in files for parent in file.parents if parent.name}
+    return {file.as_posix() for file in files} | {f"{folder.as_posix()}/" for folder in folders}
 
 
 def make_targets() -> list[str]:
@@ -92,12 +97,9 @@ def make_targets() -> list[str]:
 
 def copy_tree(folder: Path) -> Path:
     """A copy as a new clone would be, with nothing that was made; its .venv is a link to the one that runs."""
-    for name in FOLDERS:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*MADE))
-    for path in ROOT.iterdir():
-        if path.is_file() and path.suffix != ".log":
-            shutil.copy2(path, folder)
+    for file in tree_files():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, folder / file)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
