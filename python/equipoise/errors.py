@@ -10,6 +10,7 @@
     │   ├── TraceError         a recorded load file: truncated, unknown format, hostile
     │   └── ModelError         a model directory: missing, not a MoE, unsupported layer
     ├── PhaseError             the call is fine, but not now (HTTP 409)
+    ├── StorageError           no room for a file that was asked for (HTTP 507)
     ├── EngineDeadError        the engine has ended, or one of its ranks died (HTTP 503)
     ├── RequestFailedError     one request came to an end by an error of its own; the engine goes on (HTTP 500)
     ├── InDoubtError           this rank cannot know whether the others could commit: it may not
@@ -61,6 +62,10 @@ class ModelError(InvalidInputError):
 
 class PhaseError(EquipoiseError):
     """The call is valid, but not in the present phase."""
+
+
+class StorageError(EquipoiseError):
+    """There is no room for a file: the disk is full, or as many lie there as are kept."""
 
 
 class EngineDeadError(EquipoiseError):

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 
 from equipoise.admin.http_errors import ErrorAnsweringRoute
 from equipoise.admin.routes import admin_router
-from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, PhaseError
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, PhaseError, StorageError
 from equipoise.manager.commands import Command, DumpRecording, GetStatus, Pause, Rebalance, Resume, StartRecording
 from helpers.fake_engine import REPORT
 from helpers.http_server import error_of, running_server
@@ -56,7 +56,12 @@ def test_commands_reach_the_ranks_and_replies_the_operator() -> None:
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ConfigError("no", field="algorithm"), 400), (PhaseError("not now"), 409), (EngineDeadError("gone"), 503)],
+    [
+        (ConfigError("no", field="algorithm"), 400),
+        (PhaseError("not now"), 409),
+        (StorageError("full"), 507),
+        (EngineDeadError("gone"), 503),
+    ],
 )
 def test_errors_answer_without_handlers_of_the_application(error: EquipoiseError, status: int) -> None:
     answer = call(Ranks(error), "POST", "/eplb/rebalance")

@@ -123,6 +123,7 @@ class FakeEngine:
             phase="collecting",
             enable_eplb=True,
             recording=False,
+            compiling=False,
             algorithm="deepseek",
             available_algorithms=["deepseek"],
             forward_pass_id=5,

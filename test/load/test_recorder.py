@@ -1,5 +1,7 @@
+import errno
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
-from equipoise.errors import LoadError, PhaseError
+from equipoise.errors import ConfigError, LoadError, PhaseError, StorageError
 from equipoise.load.recorder import ExpertDistributionRecorder
+from equipoise.load.recording import LoadSnapshot, write_dump
+from equipoise.load.trace import LoadTrace
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -212,3 +216,38 @@ def test_ranks_are_summed_in_one_reduction_only_when_asked(world_size: int, repl
         assert calls[rank] == (0 if replicated else 1)
         assert results[rank] is not None
         assert results[rank][:, 0, 2].tolist() == [total] * 3
+
+
+def one_step() -> LoadSnapshot:
+    recorder = new_recorder()
+    recorder.start_record()
+    recorder.record(0, torch.zeros(1, 1, dtype=torch.int64))
+    recorder.end_step(MAP, forward_pass_id=3, counted=True)
+    return recorder.snapshot()
+
+
+def test_dumps_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equipoise.load.recording.MAX_DUMPS", 2)
+    (tmp_path / "something_else.npz").touch()
+    for second in range(2):
+        assert write_dump(one_step(), METADATA, [4, 5], str(tmp_path), float(second)).exists()
+    with pytest.raises(StorageError, match="holds 2 dumps, at most 2 are kept"):
+        write_dump(one_step(), METADATA, [4, 5], str(tmp_path), 2.0)
+    assert len(list(tmp_path.glob("expert_*"))) == 2
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageError), (errno.EACCES, ConfigError)])
+def test_a_full_disk_is_no_mistake_of_the_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
+) -> None:
+    def full(_trace: LoadTrace, _path: Path) -> None:
+        raise OSError(number, "as the system says")
+
+    monkeypatch.setattr(LoadTrace, "save", full)
+    with pytest.raises(kind, match="as the system says"):
+        write_dump(one_step(), METADATA, [4, 5], str(tmp_path), 0.0)
+
+
+def test_a_dump_names_layers_as_the_host_does(tmp_path: Path) -> None:
+    trace = LoadTrace.open(write_dump(one_step(), METADATA, [4, 5], str(tmp_path), 0.0))
+    assert trace.metadata["layer_ids"] == [4, 5]

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, InvalidInputError, PhaseError
+from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, InvalidInputError, PhaseError, StorageError
 
 Obituary = Callable[[], str | None]
 """Why the engine behind the routes is dead; None while it lives."""
@@ -63,6 +63,8 @@ def body_and_status(error: EquipoiseError, obituary: str | None = None) -> tuple
         return error_body(str(error), kind, error.field), 400
     if isinstance(error, PhaseError):
         return error_body(str(error), kind), 409
+    if isinstance(error, StorageError):
+        return error_body(str(error), kind), 507
     if isinstance(error, ClientLeft):
         return error_body(str(error), kind), 499  # nginx's "client closed request"; nobody reads it
     if isinstance(error, EngineDeadError) or obituary is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, StorageError
 from equipoise.load.trace import LoadTrace
 from equipoise.placement.metadata import ExpertLocationMetadata
+
+MAX_DUMPS = 1000
+"""Dumps that a directory may hold: a client in a loop must not fill the disk."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,11 @@ def write_dump(
 
     Raises:
         ConfigError: the directory is missing or cannot be written.
+        StorageError: the disk is full, or :data:`MAX_DUMPS` dumps lie there already.
     """
+    kept = len(list(Path(directory).glob("expert_distribution_*.npz")))
+    if kept >= MAX_DUMPS:
+        raise StorageError(f"dump_dir {directory!r} holds {kept} dumps, at most {MAX_DUMPS} are kept: remove some")
     first, last = snapshot.forward_pass_ids[0], snapshot.forward_pass_ids[-1]
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall_clock)) + f"{wall_clock % 1:.3f}"[1:].replace(".", "")
     path = Path(directory).resolve() / f"expert_distribution_{stamp}_{first}-{last}.npz"
@@ -124,5 +132,7 @@ def write_dump(
     try:
         trace.save(path)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no room for a dump in dump_dir {directory!r}: {error}") from None
         raise ConfigError(f"cannot write a dump into dump_dir {directory!r}: {error}", field="dump_dir") from None
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ class CommandHandler:
         rebalancing: the rebalance under way, and the next one.
         reporter: those that have ended.
         rank: this one; rank 0 writes dumps.
+        is_compiling: whether kernels are being compiled.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class CommandHandler:
         rebalancing: Rebalancing,
         reporter: Reporter,
         rank: int,
+        is_compiling: Callable[[], bool],
     ) -> None:
         self._config = config
         self._placement = placement
@@ -85,6 +88,7 @@ class CommandHandler:
         self._rebalancing = rebalancing
         self._reporter = reporter
         self._rank = rank
+        self._is_compiling = is_compiling
 
     def submit(self, command: Command[R], *, forward_pass_id: int, wall_clock: float) -> PendingReply[R]:
         """Takes a command. Collective: every rank takes the same ones in the same order.
@@ -145,6 +149,7 @@ class CommandHandler:
             phase=rebalancing.phase,
             enable_eplb=self._config.enable_eplb,
             recording=self._recorder.recording,
+            compiling=self._is_compiling(),
             algorithm=self._config.eplb_algorithm,
             available_algorithms=available_algorithms(),
             forward_pass_id=forward_pass_id,

@@ -78,6 +78,7 @@ class StatusReply:
     phase: Phase
     enable_eplb: bool
     recording: bool
+    compiling: bool  # kernels are being compiled: a plan that is asked for waits for them
     algorithm: str
     available_algorithms: list[str]
     forward_pass_id: int

@@ -56,10 +56,8 @@ class EplbManager:
             dtype, row ``i`` belonging to local slot ``i``; written between two forward passes. Or, where forward passes
             look up the row of a slot, an ``ExpertPool``. None: ``migration`` moves them.
         metadata: the live placement, changed in place; built with ``max_replicas = R + 1``.
-        communicator: over the expert-parallel ranks, for the serving thread. CPU tensors and objects must be able to
-            travel on it.
-        transfer_communicator: over the same ranks with groups of its own, for the experts on their way; needed in
-            mode ``async``, ``communicator`` if None otherwise.
+        communicator: over the expert-parallel ranks, for the serving thread; CPU tensors and objects travel on it.
+        transfer_communicator: with groups of its own, for the experts; needed in mode ``async``, else ``communicator``.
         host: in what the host differs from the embedded engine.
         migration: makes another mover than ours.
         clock: seconds, monotonic.
@@ -87,11 +85,10 @@ class EplbManager:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         check_algorithm(config.eplb_algorithm, field="eplb_algorithm")
-        host = host if host is not None else HostTraits()
-        rank = communicator.rank
+        host = host or HostTraits()
+        self._rank = rank = communicator.rank
         self.forward_pass_id = 0
         self._wall_clock = wall_clock
-        self._rank = rank
         self._stepped = False
         self._compiling: WarmUp | None = None
         self._dispatcher: ExpertDispatcher | None = None
@@ -132,7 +129,9 @@ class EplbManager:
             profile=config.eplb_profile,
         )
         self._rebalancing = Rebalancing(config, self.placement, planner, self._migration, failures, reporter, timer)
-        self._handler = CommandHandler(config, self.placement, self.recorder, self._rebalancing, reporter, self._rank)
+        self._handler = CommandHandler(
+            config, self.placement, self.recorder, self._rebalancing, reporter, rank, self._is_compiling
+        )
 
     def warm_up(self) -> None:
         """Collective, before serving: opens the connection between every pair of ranks.
@@ -225,6 +224,9 @@ class EplbManager:
         What is staged holds the old weights and is dropped: a rebalance under way ends as cancelled.
         """
         self._migration.weights_changed()
+
+    def _is_compiling(self) -> bool:
+        return self._compiling is not None and not self._compiling.done
 
     def close(self) -> None:
         """Ends the threads."""

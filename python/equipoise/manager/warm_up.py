@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 
 from equipoise.algorithms import warm_up as solver_kernels
 from equipoise.jit.warming import WarmUp, compile_side_by_side, warm_up_in_background
+
+logger = logging.getLogger("equipoise.manager")
 
 
 def _compile_transfer() -> None:
@@ -34,8 +38,12 @@ def load_compiled_kernels(compiling: WarmUp) -> None:
 
     For the thread that plans, not for one that serves.
     """
+    start = time.perf_counter()
     if compiling.wait():
         compile_kernels()
+        logger.info("kernels of planning and transfer are ready after %.1f s", time.perf_counter() - start)
+    else:
+        logger.warning("compiling kernels ahead failed: the first rebalance compiles, and takes as much longer")
 
 
 if __name__ == "__main__":
