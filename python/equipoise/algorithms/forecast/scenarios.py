@@ -66,9 +66,9 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     if (load == np.floor(load)).all():
         # Of counts it is known how far they are off. In the calmest pair of a few windows it may not show.
         known = 2.0 * total / np.maximum(load[first:].sum(2).max(0), 1.0)
-        changes = ((share[first + 1 :] - share[first:-1]) ** 2).sum()
-        steady = first < num_windows - 1 and bool(changes <= STEADY * known.sum() * total * (num_windows - 1 - first))
-        if steady or num_windows == 1:
+        only_counting = len(told) > 1 and _is_steady(told, known)
+        steady = only_counting and first < num_windows - 1
+        if only_counting or num_windows == 1:
             poisson = np.maximum(poisson, known)
     share, distance = share[first:], [row[first:] for row in distance[first:]]
     decay = best_decay(
@@ -88,6 +88,16 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     error = 0.5 * own * poisson[:, None] * mean
     return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, steady)
+
+
+def _is_steady(share: np.ndarray, known: np.ndarray) -> bool:
+    """Whether windows (T, L, E) differ by no more than counting, whose variance is ``known`` (L,) times the load.
+
+    Squared changes of expected size v have the variance 2 v**2, and half as much again as neighbours share a window.
+    """
+    changes = ((share[1:] - share[:-1]) ** 2).sum()
+    expected = known[:, None] * share[1:]
+    return bool(changes <= STEADY * expected.sum() + 3.0 * np.sqrt(3.0 * (expected * expected).sum()))
 
 
 def _group(weight: list[float], distance: list[list[float]]) -> list[list[int]]:
