@@ -63,6 +63,9 @@ class RankWorker:
             host=HostTraits(num_groups=blueprint.num_groups),
         )
         self._manager.warm_up()
+        if rank == 0:
+            transport = "NCCL" if groups.transfers.knows_streams else "the host"
+            _log.info("on %s in %s, experts travel over %s", device.type, blueprint.dtype, transport)
         experts_group = groups.experts if num_ranks > 1 else None
         self._runner.connect(EpContext(blueprint.topology, rank, experts_group, self._manager.route))
         self._channel = StepChannel(groups.control if num_ranks > 1 else None, rank)
