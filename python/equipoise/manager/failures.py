@@ -32,7 +32,8 @@ class FailureWatch:
         communicator: of the serving thread.
 
     Attributes:
-        log: of this rank.
+        rank: this one.
+        log: its logger.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -40,6 +41,7 @@ class FailureWatch:
         self._flags = SumBetweenPolls()
         self._posted = False
         self._own: str | None = None
+        self.rank = communicator.rank
         self.log = rank_logger(communicator.rank)
 
     @property

@@ -125,7 +125,6 @@ class EplbManager:
             timer,
             failures,
             host.on_report,
-            rank=rank,
             profile=config.eplb_profile,
         )
         self._rebalancing = Rebalancing(config, self.placement, planner, self._migration, failures, reporter, timer)

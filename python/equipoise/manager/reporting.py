@@ -109,7 +109,6 @@ class Reporter:
     Args:
         failures: told of what a callback raises.
         on_report: told of every rebalance that ends.
-        rank: this one; rank 0's lines are the ones to be seen.
         profile: log where the time went.
 
     Attributes:
@@ -125,7 +124,6 @@ class Reporter:
         failures: FailureWatch,
         on_report: OnReport | None,
         *,
-        rank: int,
         profile: bool,
     ) -> None:
         self.last_report: RebalanceReport | None = None
@@ -136,7 +134,6 @@ class Reporter:
         self._failures = failures
         self._on_report = on_report
         self._profile = profile
-        self._is_rank_0 = rank == 0
 
     def end(self, attempt: Attempt, error: str | None, *, cancelled: bool) -> None:
         """Tells everybody about an attempt. ``error``: why it failed or was cancelled; None if neither."""
@@ -155,7 +152,7 @@ class Reporter:
         """One line where rank 0 is seen; the other ranks say the same at level DEBUG."""
         level = logging.WARNING if report.outcome == "failed" else logging.INFO
         self._failures.log.log(
-            level if self._is_rank_0 else logging.DEBUG, "%s", describe(report, profile=self._profile)
+            level if self._failures.rank == 0 else logging.DEBUG, "%s", describe(report, profile=self._profile)
         )
 
     def _report(self, attempt: Attempt, error: str | None, cancelled: bool) -> RebalanceReport:
