@@ -23,7 +23,7 @@ def as_input_error(
     cause: BaseException | None = exit_
     while cause is not None:
         if isinstance(cause, InvalidInputError):
-            return _naming_the_flag(cause)
+            return naming_the_flag(cause)
         cause = cause.__context__
     command = next((name for name in commands if name in arguments[:1]), None)
     where = f"equipoise {command} --help" if command else "equipoise --help"
@@ -35,7 +35,7 @@ def as_input_error(
     return ConfigError(f"{_first_section(said)}{meant}; see {where}".replace("?;", "?"))
 
 
-def _naming_the_flag(error: InvalidInputError) -> InvalidInputError:
+def naming_the_flag(error: InvalidInputError) -> InvalidInputError:
     """``ep_size must be ...`` as the person typed it: ``--ep-size must be ...``."""
     if error.field is None or not str(error).startswith(error.field):
         return error

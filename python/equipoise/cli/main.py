@@ -17,7 +17,7 @@ import tyro
 
 import equipoise
 from equipoise.cli import arguments as serving
-from equipoise.cli.complaints import as_input_error, unknown_command
+from equipoise.cli.complaints import as_input_error, naming_the_flag, unknown_command
 from equipoise.cli.help_text import reflow_help
 from equipoise.cli.offline import balance_arguments as balance
 from equipoise.cli.offline import recording_arguments as recording
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parse(arguments).run()
     except InvalidInputError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(str(naming_the_flag(error)), EXIT_BAD_INPUT)
     except EquipoiseError as error:
         return _fail(str(error), EXIT_FAILURE)
     except KeyboardInterrupt:

@@ -3,13 +3,13 @@
 Public modules, which other rooms import::
 
     dispatcher.py     ExpertDispatcher: slots for a batch, statically, in turns, or solved on the batch itself
+    policy.py         DispatchPolicy: what decides among replicas, as data; the integers that kernels read of it
     replicas.py       `static` and `dynamic`: the nearest replica, or turns by planned weight
+    score.py          Scores a placement under the dispatch it will have
 
 Private::
 
-    policy.py         DispatchPolicy: what decides among replicas, as data; the integers that kernels read of it
     scopes.py         Gathers the counts of a scope's ranks where a rank sees its own tokens alone
-    score.py          Scores a placement under the dispatch it will have
     tables.py         DispatchTables: what `batch` looks up, in buffers that keep their address
     table_builder.py  Builds a layer's tables from its placement (numba)
     quotas.py         Solves the quotas of replicas from counts: the method, and its reference in torch

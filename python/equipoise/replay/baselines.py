@@ -11,7 +11,7 @@ from equipoise.placement.balancedness import balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
 from equipoise.replay.live_result import LiveResult, StepRecorder
-from equipoise.replay.scoring import Dispatch, StepScorer, force_balanced
+from equipoise.replay.scoring import Dispatch, SourceSplit, force_balanced, make_scorer
 from equipoise.topology import EpTopology
 
 ORACLE_ALGORITHMS = ("equipoise", "deepseek")
@@ -31,14 +31,17 @@ def oracle(
     Moving is free. Not a proven optimum: the best that these algorithms find with the future in hand.
     """
     steps = StepRecorder(trace, topology, costs)
+    sources = SourceSplit(trace, topology.num_ranks)
     for start in range(0, trace.num_steps, interval):
         load = trace.total(slice(start, start + interval))
         if not load.any():
             continue
-        scorer = StepScorer(_best_of(load, topology, num_groups), dispatch)
-        for counts in trace.logical_count[start : start + interval]:
+        best = _best_of(load, topology, num_groups)
+        scorer = make_scorer(best, dispatch, sources, costs.active_expert_cost)
+        for index in range(start, min(start + interval, trace.num_steps)):
+            counts = trace.logical_count[index]
             if counts.any():
-                steps.add(counts, scorer.step(counts))
+                steps.add(counts, scorer.step(counts, index))
     return steps.result("oracle", dispatch, interval)
 
 

@@ -112,6 +112,13 @@ class CostModel:
         sizes = {key: more.pop(key) for key in list(more) if key in ModelShape.__dataclass_fields__}
         return cls(replace(GPUS[gpu], **figures), replace(MODELS[model], **sizes), **more)  # type: ignore[arg-type]
 
+    @property
+    def active_expert_cost(self) -> float:
+        """Tokens whose computing takes as long as reading the weights of one more expert."""
+        gpu, shape = self.gpu, self.shape
+        doubled = 2.0 if shape.bytes_per_weight <= 1 else 1.0
+        return (shape.expert_bytes / gpu.memory_bandwidth) / (shape.expert_flops / (gpu.flops * doubled))
+
     def rank_seconds(self, tokens: np.ndarray, activated: np.ndarray, num_nodes: int, num_ranks: int) -> np.ndarray:
         """Seconds of each rank in each layer.
 

@@ -7,7 +7,7 @@ batch of the transfer plan commits once its bytes are over the links, at most ``
 steps, and only then do its maps change. A rebalance begins again when the last batch has committed. All times come from
 a :class:`~equipoise.replay.costs.CostModel`.
 
-No rank is simulated: recorded counts are split over replicas as the kind of dispatch would on average.
+No rank is simulated: recorded counts are split over replicas as the kind of dispatch would split them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
 from equipoise.replay.live_result import LivePlan, LiveResult, StepRecorder
 from equipoise.replay.planner import Proposal, propose
-from equipoise.replay.scoring import Dispatch, StepScorer
+from equipoise.replay.scoring import Dispatch, SourceSplit, make_scorer
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.profile import experts_over_ranks
 from equipoise.transfer.planning.types import TransferBatch
@@ -79,13 +79,16 @@ class _Transfer:
 class _Loop:
     """State of one replay: the placement in force, a plan to come, batches on their way."""
 
-    def __init__(self, metadata: ExpertLocationMetadata, settings: LiveSettings, costs: CostModel) -> None:
+    def __init__(
+        self, metadata: ExpertLocationMetadata, settings: LiveSettings, costs: CostModel, sources: SourceSplit
+    ) -> None:
         self.metadata = metadata
         self.settings = settings
-        self.scorer = StepScorer(metadata, settings.dispatch)
         self.clock = 0.0
+        self._sources = sources
         self.plans: list[LivePlan] = []
         self._costs = costs
+        self.read_placement()
         self._config = EplbConfig(
             enable_eplb=True,
             eplb_algorithm=settings.algorithm or "auto",
@@ -104,6 +107,10 @@ class _Loop:
         self._proposal: Proposal | None = None
         self._ready_at = 0
         self._queue: deque[_Transfer] = deque()
+
+    def read_placement(self) -> None:
+        """Has the steps to come scored on the placement of now."""
+        self.scorer = make_scorer(self.metadata, self.settings.dispatch, self._sources, self._costs.active_expert_cost)
 
     def count(self, counts: np.ndarray) -> None:
         """Adds a step to the load window."""
@@ -147,7 +154,7 @@ class _Loop:
             self.metadata.update_layers_(proposal.target, stay)
             self._target = proposal.target
             self._start_transfers(proposal)
-            self.scorer = StepScorer(self.metadata, self.settings.dispatch)
+            self.read_placement()
         experts = sum(entry.experts for entry in self._queue)
         crossing = sum(entry.crossing for entry in self._queue)
         self.plans.append(
@@ -191,7 +198,7 @@ class _Loop:
             stall += entry.commit_seconds
             commits += 1
         if commits:
-            self.scorer = StepScorer(self.metadata, self.settings.dispatch)
+            self.read_placement()
         return stall
 
 
@@ -222,12 +229,12 @@ def replay_live(
         dispatch_weights=start.dispatch_weights,
         max_replicas=topology.num_slots - trace.num_logical_experts + 1,
     )
-    loop = _Loop(live, settings, costs)
+    loop = _Loop(live, settings, costs, SourceSplit(trace, topology.num_ranks))
     steps = StepRecorder(trace, topology, costs)
     for index in range(trace.num_steps):
         counts = trace.logical_count[index]
         if counts.any():
-            loop.clock += steps.add(counts, loop.scorer.step(counts))
+            loop.clock += steps.add(counts, loop.scorer.step(counts, index))
             loop.count(counts)
             stall = loop.tick(index + 1)
             steps.stall(stall)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.dispatch.score import StepLoad
 from equipoise.load.trace import LoadTrace
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
-from equipoise.replay.scoring import StepLoad, force_balanced
+from equipoise.replay.scoring import force_balanced
 from equipoise.topology import EpTopology
 
 

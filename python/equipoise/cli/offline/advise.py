@@ -40,7 +40,7 @@ def run_advise(arguments: Advise, console: Console) -> int:
             algorithms=_ALGORITHMS,
             redundancies=default_redundancies(trace.num_logical_experts, ranks, arguments.max_redundant_experts),
             intervals=default_intervals(trace.num_steps),
-            dispatches=("even", "weights"),
+            dispatches=("even", "weights", "batch"),
             base=LiveSettings(None, num_groups=arguments.cluster.num_groups),
         )
         played = play_with_progress(candidates, trace, costs, arguments.jobs, arguments.resume, console)

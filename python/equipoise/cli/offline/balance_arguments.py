@@ -38,8 +38,9 @@ class Plan:
     algorithm: str = "auto"
     """Placement algorithm; `auto` lets the load and the topology choose."""
 
-    dispatch: Literal["even", "weights"] = "weights"
-    """How the engine will split tokens over replicas: alike, or by the plan's weights (equipoise only)."""
+    dispatch: Literal["even", "weights", "batch"] = "weights"
+    """How the engine will split tokens over replicas: alike, by the plan's weights, or solved on each batch (the latter
+    two with Equipoise only)."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -71,8 +72,8 @@ class Compare:
     """Steps between two rebalances and in the window of each, may be given several times; by the trace's length if
     never."""
 
-    dispatch: tyro.conf.UseAppendAction[tuple[Literal["even", "weights"], ...]] = ()
-    """How tokens are split over replicas, may be given several times; each if never."""
+    dispatch: tyro.conf.UseAppendAction[tuple[Literal["even", "static", "weights", "batch"], ...]] = ()
+    """How tokens are split over replicas, may be given several times; even, weights and batch if never."""
 
     planning_delay: int = 2
     """Steps that pass before a plan is there."""

@@ -73,7 +73,7 @@ def _grid(arguments: Compare, trace: LoadTrace) -> list[Candidate]:
         algorithms=arguments.algorithm or available_algorithms(),
         redundancies=arguments.num_redundant_experts or default_redundancies(trace.num_logical_experts, ranks),
         intervals=arguments.interval or default_intervals(trace.num_steps),
-        dispatches=arguments.dispatch or ("even", "weights"),
+        dispatches=arguments.dispatch or ("even", "weights", "batch"),
         base=base,
     )
 

@@ -99,7 +99,8 @@ def launch_flags(row: dict[str, Any], engine: str) -> str:
         return (
             f"equipoise serve --model-path MODEL --ep-size {ranks} --nnodes {nodes} "
             f"--ep-num-redundant-experts {redundant} --enable-eplb --eplb-algorithm {row['algorithm']} "
-            f"--eplb-rebalance-num-iterations {interval}"
+            f"--eplb-rebalance-num-iterations {interval} --ep-dispatch-algorithm "
+            + ("batch --ep-dispatch-active-expert-cost auto" if row["dispatch"] == "batch" else "dynamic")
         )
     if engine == "sglang":
         return (
@@ -121,6 +122,6 @@ def flag_notes(row: dict[str, Any], engine: str) -> tuple[str, ...]:
         notes.append("plan and move with Equipoise: install it beside SGLang, its plugin takes over (docs)")
     if engine == "vllm":
         notes.append("stock vLLM plans with DeepSeek's algorithm on a timer: expect that row's gain, not this one's")
-    if engine != "equipoise" and row["dispatch"] == "weights":
+    if engine != "equipoise" and row["dispatch"] != "even" and row["num_redundant_experts"]:
         notes.append("without Equipoise's dispatch replicas share tokens alike: expect the row with dispatch even")
     return tuple(notes)
