@@ -122,7 +122,7 @@ class TestArguments:
             ("sreve", "did you mean serve?"),
             ("serve --model-path m --ep-sise 2", "did you mean --ep-size?"),
             ("inspect", "at least one FILE"),
-            ("synth x.csv --num-steps 0", "num_steps must be at least 1"),
+            ("synth x.csv --num-steps 0", "--num-steps must be at least 1"),
             ("thin a b.csv --sum many", "--sum"),
             ("serve", "--model-path"),
             ("serve --model-path m --ep-size four", "--ep-size"),
