@@ -19,4 +19,8 @@ Private::
     open_numba.py     Which replicas open where an activated expert has a cost
     assign_numba.py   Counts, solves and assigns a batch on a CPU
     batch_cpu.py      `batch` on a CPU: what the dispatcher calls
+    batch_gpu.py      `batch` on a GPU: launches the kernels over buffers of fixed address
+    kernels.py        Triton kernels: count and solve, assign
+    kernel_solve.py   The solve inside a kernel
+    kernel_parts.py   Its parts: water-fill, loads of ranks, choices in rotated order
 """

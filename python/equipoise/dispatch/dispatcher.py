@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -27,6 +28,18 @@ from equipoise.dispatch.tables import DispatchTables
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import PlacementError
 from equipoise.placement.metadata import ExpertLocationMetadata
+
+
+class BatchDispatch(Protocol):
+    """Dispatch by the batch on one kind of device."""
+
+    def dispatch(self, layer_id: int, ids: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
+        """Slots of this rank's part of (N,) ids; with ``bounds``, (G + 1), they are all ranks'."""
+        ...
+
+    def advance(self) -> None:
+        """Lets the next step round in favour of other replicas."""
+        ...
 
 
 class ExpertDispatcher:
@@ -65,14 +78,19 @@ class ExpertDispatcher:
         self._nearest: torch.Tensor | None = None
         self._cdf: torch.Tensor | None = None
         self._tables: DispatchTables | None = None
-        self._batch: CpuBatchDispatch | None = None
+        self._batch: BatchDispatch | None = None
         if self.policy.algorithm == "static":
             self._nearest = torch.empty_like(metadata.num_replicas)
         elif self.policy.algorithm == "dynamic":
             self._cdf = torch.empty_like(metadata.dispatch_cdf)
         else:
             self._tables = DispatchTables(metadata, live_ranks=live_ranks)
-            self._batch = CpuBatchDispatch(self._tables, self.policy, topology, rank, gather)
+            if device.type == "cpu":
+                self._batch = CpuBatchDispatch(self._tables, self.policy, topology, rank, gather)
+            else:
+                from equipoise.dispatch.batch_gpu import TritonBatchDispatch  # torch for CPUs comes without Triton
+
+                self._batch = TritonBatchDispatch(self._tables, self.policy, topology, rank, gather)
         if self._tables is None:
             self.refresh(range(metadata.num_layers))
 
