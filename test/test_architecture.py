@@ -22,6 +22,7 @@ ROOMS = (
     "formats/readers",
     "distributed",
     "load",
+    "dispatch/solver",
     "dispatch",
     "algorithms/forecast",
     "algorithms/search",

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from equipoise import EpTopology
-from equipoise.dispatch.assign import assign_slots
 from equipoise.dispatch.dispatcher import ExpertDispatcher
-from equipoise.dispatch.policy import ROTATION, DispatchPolicy
-from equipoise.dispatch.quotas import solve_quotas
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import gather_by_sum
+from equipoise.dispatch.solver.assign import assign_slots
+from equipoise.dispatch.solver.controls import ROTATION
+from equipoise.dispatch.solver.quotas import solve_quotas
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.distributed.communicator import TorchCommunicator
 from helpers.dispatch_cases import placement

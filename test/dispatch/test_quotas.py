@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from equipoise import EpTopology, ExpertLocationMetadata, rebalance_experts
-from equipoise.dispatch.assign import assign_slots, quota_inverses
-from equipoise.dispatch.assign_numba import dispatch_batch
-from equipoise.dispatch.policy import ROTATION, DispatchPolicy
-from equipoise.dispatch.quotas import solve_quotas
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.dispatch.solver.assign import assign_slots, quota_inverses
+from equipoise.dispatch.solver.assign_numba import dispatch_batch
+from equipoise.dispatch.solver.controls import ROTATION
+from equipoise.dispatch.solver.quotas import solve_quotas
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import ConfigError, PlacementError
 from helpers.dispatch_cases import DispatchCase, dispatch_cases, placement

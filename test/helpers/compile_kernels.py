@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equipoise.dispatch.kernels import assign, count_and_solve, solve_gathered
+from equipoise.dispatch.solver.kernels import assign, count_and_solve, solve_gathered
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # 256 experts: 288 slots on 32 ranks with 8 choices, 432 on 144 with 16.

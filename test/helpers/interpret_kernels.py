@@ -12,10 +12,10 @@ import sys
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from equipoise.dispatch.assign import assign_slots
 from equipoise.dispatch.batch_gpu import BLOCK, TritonBatchDispatch
-from equipoise.dispatch.policy import ROTATION
-from equipoise.dispatch.quotas import solve_quotas
+from equipoise.dispatch.solver.assign import assign_slots
+from equipoise.dispatch.solver.controls import ROTATION
+from equipoise.dispatch.solver.quotas import solve_quotas
 from equipoise.dispatch.tables import DispatchTables
 from helpers.dispatch_cases import DispatchCase, dispatch_cases
 

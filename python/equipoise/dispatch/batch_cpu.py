@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from equipoise.dispatch.assign_numba import dispatch_batch
-from equipoise.dispatch.policy import ROTATION, ROTATION_MASK, DispatchPolicy
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
+from equipoise.dispatch.solver.assign_numba import dispatch_batch
+from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology

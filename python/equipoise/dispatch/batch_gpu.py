@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 
-from equipoise.dispatch.kernels import assign, count_and_solve, solve_gathered
-from equipoise.dispatch.policy import ROTATION, ROTATION_MASK, DispatchPolicy
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
-from equipoise.dispatch.solve_numba import MOMENTUM
+from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
+from equipoise.dispatch.solver.kernels import assign, count_and_solve, solve_gathered
+from equipoise.dispatch.solver.solve_numba import MOMENTUM
 from equipoise.dispatch.tables import DispatchTables, power_of_two
 from equipoise.topology import EpTopology
 

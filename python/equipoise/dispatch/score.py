@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from equipoise.dispatch.assign_numba import solve_counts
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import nearest_replicas, usable_weights
+from equipoise.dispatch.solver.assign_numba import solve_counts
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import LoadError
 from equipoise.placement.balancedness import balancedness_of_rank_load

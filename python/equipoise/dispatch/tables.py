@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from equipoise.dispatch.table_builder import NUM_SIZES, TableArrays, build_layers
+from equipoise.dispatch.solver.table_builder import NUM_SIZES, TableArrays, build_layers
 from equipoise.errors import PlacementError
 from equipoise.placement.metadata import ExpertLocationMetadata
 

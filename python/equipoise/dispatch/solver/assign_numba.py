@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.dispatch.policy import ROTATION
-from equipoise.dispatch.solve_numba import rounding_phase, solve_layer
-from equipoise.dispatch.table_builder import NUM_ROWS, NumpyTables
+from equipoise.dispatch.solver.controls import ROTATION
+from equipoise.dispatch.solver.solve_numba import rounding_phase, solve_layer
+from equipoise.dispatch.solver.table_builder import NUM_ROWS, NumpyTables
 from equipoise.jit.compile import helper, int32_table, int32_zeros, int_zeros, kernel
 
 _ALL = (1 << 32) - 1

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from equipoise.dispatch import policy
-from equipoise.dispatch.open_numba import RECHOICES
-from equipoise.dispatch.solve_numba import (
+from equipoise.dispatch.solver import controls as control
+from equipoise.dispatch.solver.open_numba import RECHOICES
+from equipoise.dispatch.solver.solve_numba import (
     EXPERT_STRIDE,
     MAX_FRACTION_BITS,
     MOMENTUM,
@@ -35,7 +35,7 @@ from equipoise.dispatch.solve_numba import (
     PHASE_MASK,
     SCOPE_STRIDE,
 )
-from equipoise.dispatch.table_builder import (
+from equipoise.dispatch.solver.table_builder import (
     MAX_ACTIVE,
     MAX_UNITS,
     NUM_COLOURS,
@@ -96,19 +96,19 @@ class _Layer:
     def solve(self) -> torch.Tensor:
         controls, most = self.controls, self.sizes[MAX_UNITS]
         room = 16 * max(most - self.total, 0) // self.sizes[MAX_ACTIVE]
-        self.cost = min(controls[policy.ACTIVE_COST], 16 * self.total, room)
+        self.cost = min(controls[control.ACTIVE_COST], 16 * self.total, room)
         reach = self.total + ((self.cost * self.sizes[MAX_ACTIVE]) >> 4)
         self.bits = sum(reach <= most >> bits for bits in range(1, MAX_FRACTION_BITS + 1))
         self.is_open = self._open_replicas()
         base = (self.base << self.bits) + self.active * self._cost_units
         far = torch.zeros_like(base)
         ranks = torch.arange(len(base))
-        away = (ranks < controls[policy.HOME_FIRST]) | (ranks >= controls[policy.HOME_LAST])
+        away = (ranks < controls[control.HOME_FIRST]) | (ranks >= controls[control.HOME_LAST])
         mean = (self.total << self.bits) // len(base)
-        far[away] = min((mean * controls[policy.CROSS_COST]) >> 16, self.total << self.bits)
+        far[away] = min((mean * controls[control.CROSS_COST]) >> 16, self.total << self.bits)
         quotas = self._round(self._descend(base, far))
-        if self.total >= controls[policy.MIN_SWEEP_TOKENS]:
-            for _ in range(controls[policy.SWEEPS]):
+        if self.total >= controls[control.MIN_SWEEP_TOKENS]:
+            for _ in range(controls[control.SWEEPS]):
                 for colour in range(self.sizes[NUM_COLOURS]):
                     mine = (self.tables.colour == colour)[:, None]
                     load = self._load(quotas, base >> self.bits) + (far >> self.bits)
@@ -124,7 +124,7 @@ class _Layer:
         """(M, C) place of each choice in the order in which its row gives what is left over."""
         rows, width = self.rank.shape
         size = self.tables.num_choices.clamp(min=1)[:, None]
-        return (torch.arange(width) + torch.arange(rows)[:, None] + self.controls[policy.ROTATION]) % size
+        return (torch.arange(width) + torch.arange(rows)[:, None] + self.controls[control.ROTATION]) % size
 
     def _load(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return base.index_add(0, self.rank.flatten(), torch.where(self.is_choice, x, 0).flatten())
@@ -139,7 +139,7 @@ class _Layer:
         is_open = column < num_open
         each = (self.tokens << self.bits) // num_open.clamp(min=1) + self._cost_units
         each = torch.where(self.tokens > 0, each, 0).to(torch.int32)
-        if self.controls[policy.RECHOOSE]:
+        if self.controls[control.RECHOOSE]:
             base = (self.base << self.bits) + self.active * self._cost_units
             for _ in range(RECHOICES):
                 for colour in range(self.sizes[NUM_COLOURS]):
@@ -164,7 +164,7 @@ class _Layer:
         before, load = x, self._load(x, base)
         earlier, best, lowest = load, x, int(load.max())
         step = self.tables.step[:, None].long()
-        for k in range(self.controls[policy.ITERATIONS]):
+        for k in range(self.controls[control.ITERATIONS]):
             momentum = int(MOMENTUM[min(k, len(MOMENTUM) - 1)])
             z = x + ((momentum * (x - before)) >> 4)
             ahead = (load + ((momentum * (load - earlier)) >> 4)).clamp(min=0) + far
@@ -201,6 +201,6 @@ class _Layer:
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         left = (self.tokens << self.bits) - x.sum(1, keepdim=True, dtype=torch.int32)
         x = x + torch.where(self._first_open(), left, 0)
-        phase = rounding_phase(len(x), self.controls[policy.ROTATION]) >> (PHASE_BITS - self.bits)
+        phase = rounding_phase(len(x), self.controls[control.ROTATION]) >> (PHASE_BITS - self.bits)
         running = x.cumsum(1, dtype=torch.int32) + phase.to(torch.int32)[:, None]
         return (running >> self.bits) - ((running - x) >> self.bits)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from equipoise.dispatch import policy, table_builder
-from equipoise.dispatch.kernel_parts import (
+from equipoise.dispatch.solver import controls as control
+from equipoise.dispatch.solver import table_builder
+from equipoise.dispatch.solver.kernel_parts import (
     fill_level,
     fill_whole,
     first_open,
@@ -14,27 +15,27 @@ from equipoise.dispatch.kernel_parts import (
     open_least,
     rank_loads,
 )
-from equipoise.dispatch.open_numba import RECHOICES as _RECHOICES
-from equipoise.dispatch.solve_numba import (
+from equipoise.dispatch.solver.open_numba import RECHOICES as _RECHOICES
+from equipoise.dispatch.solver.solve_numba import (
     EXPERT_STRIDE as _EXPERT_STRIDE,
 )
-from equipoise.dispatch.solve_numba import (
+from equipoise.dispatch.solver.solve_numba import (
     MAX_FRACTION_BITS as _MAX_FRACTION_BITS,
 )
-from equipoise.dispatch.solve_numba import (
+from equipoise.dispatch.solver.solve_numba import (
     MOMENTUM as _MOMENTUM,
 )
-from equipoise.dispatch.solve_numba import (
+from equipoise.dispatch.solver.solve_numba import (
     SCOPE_STRIDE as _SCOPE_STRIDE,
 )
 
 RECHOICES = tl.constexpr(_RECHOICES)
 EXPERT_STRIDE, SCOPE_STRIDE = tl.constexpr(_EXPERT_STRIDE), tl.constexpr(_SCOPE_STRIDE)
 MAX_FRACTION_BITS, LAST_MOMENTUM = tl.constexpr(_MAX_FRACTION_BITS), tl.constexpr(len(_MOMENTUM) - 1)
-ROTATION, ITERATIONS, SWEEPS = (tl.constexpr(i) for i in (policy.ROTATION, policy.ITERATIONS, policy.SWEEPS))
-MIN_SWEEP_TOKENS, RECHOOSE = tl.constexpr(policy.MIN_SWEEP_TOKENS), tl.constexpr(policy.RECHOOSE)
-ACTIVE_COST, CROSS_COST = tl.constexpr(policy.ACTIVE_COST), tl.constexpr(policy.CROSS_COST)
-HOME_FIRST, HOME_LAST = tl.constexpr(policy.HOME_FIRST), tl.constexpr(policy.HOME_LAST)
+ROTATION, ITERATIONS, SWEEPS = (tl.constexpr(i) for i in (control.ROTATION, control.ITERATIONS, control.SWEEPS))
+MIN_SWEEP_TOKENS, RECHOOSE = tl.constexpr(control.MIN_SWEEP_TOKENS), tl.constexpr(control.RECHOOSE)
+ACTIVE_COST, CROSS_COST = tl.constexpr(control.ACTIVE_COST), tl.constexpr(control.CROSS_COST)
+HOME_FIRST, HOME_LAST = tl.constexpr(control.HOME_FIRST), tl.constexpr(control.HOME_LAST)
 NUM_COLOURS, MAX_UNITS = tl.constexpr(table_builder.NUM_COLOURS), tl.constexpr(table_builder.MAX_UNITS)
 NUM_RANKS, MAX_ACTIVE = tl.constexpr(table_builder.NUM_RANKS), tl.constexpr(table_builder.MAX_ACTIVE)
 WEIGHT_BITS = tl.constexpr(table_builder.WEIGHT_BITS)

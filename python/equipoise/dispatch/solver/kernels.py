@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from equipoise.dispatch.kernel_solve import solve
+from equipoise.dispatch.solver.kernel_solve import solve
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from equipoise.dispatch.quotas import rounding_phase
-from equipoise.dispatch.table_builder import TableArrays
+from equipoise.dispatch.solver.quotas import rounding_phase
+from equipoise.dispatch.solver.table_builder import TableArrays
 
 _ALL = (1 << 32) - 1  # this replica takes every token that is left
 

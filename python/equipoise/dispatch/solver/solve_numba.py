@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.dispatch.level_numba import shifted_level
-from equipoise.dispatch.open_numba import add_choices, open_replicas
-from equipoise.dispatch.policy import (
+from equipoise.dispatch.solver.controls import (
     ACTIVE_COST,
     CROSS_COST,
     HOME_FIRST,
@@ -21,7 +19,9 @@ from equipoise.dispatch.policy import (
     ROTATION,
     SWEEPS,
 )
-from equipoise.dispatch.table_builder import (
+from equipoise.dispatch.solver.level_numba import shifted_level
+from equipoise.dispatch.solver.open_numba import add_choices, open_replicas
+from equipoise.dispatch.solver.table_builder import (
     MAX_ACTIVE,
     MAX_UNITS,
     NUM_COLOURS,
