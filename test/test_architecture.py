@@ -226,6 +226,15 @@ def test_readme_shows_every_room() -> None:
     assert files >= {path.name for path in PACKAGE.glob("*.py")} - set(ON_TOP)
 
 
+def test_tests_lie_where_what_they_test_lies() -> None:
+    """Folders of tests are rooms, or what has none; basenames are unique, as pytest imports them without packages."""
+    tests = sorted((PACKAGE.parents[1] / "test").rglob("test_*.py"))
+    folders = {path.parent.relative_to(PACKAGE.parents[1] / "test").as_posix() for path in tests}
+    assert folders <= {*ROOMS, ".", "benchmark", "gpu"} - {""}
+    names = [path.name for path in tests]
+    assert sorted(set(names)) == sorted(names)
+
+
 # The checks themselves, each with something it must refuse ---------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,12 @@ import pytest
 import yaml
 
 import equipoise
+from helpers.documents import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
+KNOWN_AT_THE_TOP = set(
+    [".gitignore", ".pre-commit-config.yaml", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml"]
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -83,3 +88,23 @@ def test_every_dependency_has_a_pinned_version() -> None:
     )
     names = {re.match(r"[\w-]+", each)[0].replace("-", "_").lower() for each in needed}  # type: ignore[index]
     assert names - {"equipoise"} <= {name.replace("-", "_") for name in pinned}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_nothing_lies_about_at_the_top() -> None:
+    """A script or a log that was committed by mistake shows here."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    top = {name for name in listed if "/" not in name}
+    known = {
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "constraints.txt",
+        "pyproject.toml",
+    }
+    assert {name for name in top - known if not name.endswith(".md")} == set()
+    assert {name.partition("/")[0] for name in listed if "/" in name} == set(FOLDERS)
