@@ -179,10 +179,17 @@ class HttpConfig:
     """TCP port to listen on."""
 
     api_key: str | None = None
-    """When set, requests need the header `Authorization: Bearer KEY`."""
+    """When set, requests need the header `Authorization: Bearer KEY`. Flags show in `ps`: rather set
+    $EQUIPOISE_API_KEY, or give --api-key-file."""
+
+    api_key_file: str | None = None
+    """File whose first line is the API key."""
 
     admin_api_key: str | None = None
-    """When set, /eplb/* and the record calls need this key instead, in the same header."""
+    """When set, /eplb/* and the record calls need this key instead, in the same header; also $EQUIPOISE_ADMIN_API_KEY."""
+
+    admin_api_key_file: str | None = None
+    """File whose first line is the admin key."""
 
     served_model_name: str | None = None
     """Name that /v1/completions answers with; the model path if None."""
@@ -190,8 +197,26 @@ class HttpConfig:
     dump_dir: str = "."
     """Directory that /dump_expert_distribution_record writes into."""
 
+    max_queued_requests: int = 1024
+    """Requests that may wait for a place among the running ones; more are refused with 429."""
+
+    request_timeout: float | None = None
+    """Seconds a request may take, waiting included, before it ends with 504."""
+
+    health_timeout: float = 20.0
+    """Seconds without a sign of life from all ranks, after which /health answers 503."""
+
+    drain_timeout: float = 3.0
+    """Seconds that running requests may go on after SIGTERM before they are ended."""
+
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
+        for name in ("api_key", "admin_api_key"):
+            _require(getattr(self, name) is None or getattr(self, name).strip(), name, "", "a key that is not empty")
+        for name in ("max_queued_requests", "drain_timeout"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("request_timeout", "health_timeout"):
+            _require((getattr(self, name) or 1) > 0, name, getattr(self, name), "above 0 seconds")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class BodyLimit:
             return
         complaint = f"the body is above {self._max_bytes} bytes"
         if _announced_bytes(scope) > self._max_bytes:
-            refusal = JSONResponse(error_body(complaint, "ConfigError", "body"), 413, {"Connection": "close"})
+            refusal = JSONResponse(error_body(complaint, "ConfigError", "body", 413), 413, {"Connection": "close"})
             await refusal(scope, receive, send)
             return
         received = 0

@@ -43,11 +43,13 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-def error_body(message: str, kind: str, field: str | None = None) -> dict[str, Any]:
-    """The one shape in which every error leaves the server, in an answer or inside a stream."""
-    return {
-        "error": {"message": _printable(message), "type": kind, "field": None if field is None else _printable(field)}
-    }
+def error_body(message: str, kind: str, field: str | None = None, code: int = 400) -> dict[str, Any]:
+    """The one shape in which every error leaves the server, in an answer or inside a stream.
+
+    ``field`` comes as ``param`` too, and the status as ``code``: OpenAI's clients look there.
+    """
+    name = None if field is None else _printable(field)
+    return {"error": {"message": _printable(message), "type": kind, "field": name, "param": name, "code": code}}
 
 
 def body_and_status(error: EquipoiseError, obituary: str | None = None) -> tuple[dict[str, Any], int]:
@@ -58,18 +60,18 @@ def body_and_status(error: EquipoiseError, obituary: str | None = None) -> tuple
     """
     kind = type(error).__name__
     if isinstance(error, HttpError):
-        return error_body(str(error), error.kind, error.field), error.status
+        return error_body(str(error), error.kind, error.field, error.status), error.status
     if isinstance(error, InvalidInputError):
         return error_body(str(error), kind, error.field), 400
     if isinstance(error, PhaseError):
-        return error_body(str(error), kind), 409
+        return error_body(str(error), kind, code=409), 409
     if isinstance(error, StorageError):
-        return error_body(str(error), kind), 507
+        return error_body(str(error), kind, code=507), 507
     if isinstance(error, ClientLeft):
-        return error_body(str(error), kind), 499  # nginx's "client closed request"; nobody reads it
+        return error_body(str(error), kind, code=499), 499  # nginx's "client closed request"; nobody reads it
     if isinstance(error, EngineDeadError) or obituary is not None:
-        return error_body(f"the engine is dead: {obituary or error}", "EngineDeadError"), 503
-    return error_body(str(error), kind), 500
+        return error_body(f"the engine is dead: {obituary or error}", "EngineDeadError", code=503), 503
+    return error_body(str(error), kind, code=500), 500
 
 
 def answer_error(error: EquipoiseError, obituary: str | None = None) -> JSONResponse:
@@ -100,11 +102,11 @@ def install_error_handlers(app: FastAPI, obituary: Obituary) -> None:
 
     async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        body = error_body(str(error.detail), "HttpError")
+        body = error_body(str(error.detail), "HttpError", code=error.status_code)
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def on_mistake_of_ours(_request: Request, _error: Exception) -> JSONResponse:
-        body = error_body("an error inside Equipoise; the server's log has its traceback", "InternalError")
+        body = error_body("an error inside Equipoise; the server's log has its traceback", "InternalError", code=500)
         return JSONResponse(body, status_code=500)
 
     app.add_exception_handler(Exception, on_mistake_of_ours)

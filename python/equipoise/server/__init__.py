@@ -4,17 +4,22 @@ The package is imported without torch; only :func:`equipoise.server.launch.serve
 
 Public modules, which other rooms import::
 
-    launch.py           serve(config): take the port, load the model, say when it is ready, and leave nothing behind
+    launch.py           serve(config): takes the port, loads the model, says when it is ready, leaves nothing behind
 
 Private to this room::
 
+    answering.py        Answers requests whole or as a stream; work ends when the client leaves
     app.py              create_app: routes, keys, error answers and metrics around one engine
-    engine_figures.py   The engine's own figures as Prometheus metrics: read when scraped, summed where they come about
-    engine_protocol.py  What the server asks of an engine. ``equipoise.engine.engine.Engine`` has it; tests hand in s...
-    generation.py       From prompts to token events: one stream for a whole batch, and an engine that stops when the...
-    inference.py        POST /generate in SGLang's request shape and POST /v1/completions in OpenAI's; both answer wh...
-    info.py             What is running: health for a load balancer, the model's name for a client, settings and metr...
-    prometheus.py       What /metrics shows, in a registry of its own: two servers in one process do not meet
-    steps.py            GET /eplb/steps: the embedded engine's forward passes, for an operator
-    request_models.py   Request bodies. A field that is not listed is refused by name, so that a misspelt option neve...
+    engine_figures.py   The engine's own figures as Prometheus metrics
+    engine_protocol.py  What the server asks of an engine; commands that wait for no silent engine
+    fields.py           Types of request fields: each refuses with one sentence that says what it must be
+    generate.py         POST /generate, in SGLang's shape
+    generation.py       Runs prompts on the engine: one stream of events for a whole batch; admission, deadline
+    info.py             What is running: health, models, settings, metrics, steps; aborting a request
+    middleware.py       A bounded wait for each request, a check of its host, an id that its answer carries back
+    openai.py           POST /v1/completions and /v1/chat/completions, in OpenAI's shape
+    openai_models.py    Their bodies
+    prometheus.py       Metrics of a server, in a registry of its own
+    request_models.py   Body of POST /generate
+    tokenizing.py       Turns prompts into token ids off the event loop; refuses what cannot fit before it costs anything
 """

@@ -13,10 +13,12 @@ from equipoise.admin.body_limit import BodyLimit
 from equipoise.admin.http_errors import install_error_handlers
 from equipoise.admin.routes import admin_router
 from equipoise.config import ServeConfig
-from equipoise.server import inference, info, steps
-from equipoise.server.engine_protocol import ServingEngine
+from equipoise.server import generate, info, openai
+from equipoise.server.engine_protocol import EngineControl, ServingEngine
 from equipoise.server.generation import RequestGenerator
+from equipoise.server.middleware import LoopbackHosts, RequestId, is_loopback
 from equipoise.server.prometheus import ServerMetrics
+from equipoise.server.tokenizing import Tokenizing
 
 
 def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRegistry | None = None) -> FastAPI:
@@ -33,13 +35,24 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
     app.state.engine = engine
     app.state.config = config
     app.state.metrics = metrics
-    app.state.generator = RequestGenerator(engine, metrics)
+    app.state.control = EngineControl(engine)
+    app.state.tokenizing = Tokenizing(engine.tokenizer, engine.max_model_len)
+    app.state.max_model_len = engine.max_model_len
+    app.state.generator = RequestGenerator(
+        engine,
+        metrics,
+        max_requests=config.engine.max_running_requests + config.http.max_queued_requests,
+        timeout=config.http.request_timeout,
+    )
     app.state.model_name = config.http.served_model_name or config.engine.model_path
     app.state.eos_ids = frozenset(engine.eos_token_ids)
     app.state.started = int(time.time())
     install_error_handlers(app, lambda: engine.error)
     app.add_middleware(BodyLimit)
-    admin = admin_router(engine.control, dump_dir=config.http.dump_dir, route_class=AdminKeyRoute)
-    for router in (info.public, info.router, inference.router, admin, steps.router):
+    if is_loopback(config.http.host):
+        app.add_middleware(LoopbackHosts, host=config.http.host)
+    app.add_middleware(RequestId)
+    admin = admin_router(app.state.control, dump_dir=config.http.dump_dir, route_class=AdminKeyRoute)
+    for router in (info.public, info.router, generate.router, openai.router, admin, info.admin):
         app.include_router(router)
     return app

@@ -23,17 +23,15 @@ class EngineFigures(Collector):
     """
 
     def __init__(self) -> None:
-        self._status: StatusReply | None = None
-        self._steps: list[StepTotals] = []
-
-    def saw(self, status: StatusReply, steps: list[StepTotals]) -> None:
-        self._status, self._steps = status, steps
+        self.status: StatusReply | None = None
+        self.steps: list[StepTotals] | None = None
 
     def collect(self) -> Iterator[Metric]:
-        if self._status is not None:
-            yield from _balance(self._status)
-            yield from _rebalances(self._status)
-            yield from _steps(self._steps)
+        if self.status is not None:
+            yield from _balance(self.status)
+            yield from _rebalances(self.status)
+        if self.steps is not None:
+            yield from _steps(self.steps)
 
 
 def _balance(status: StatusReply) -> Iterator[Metric]:

@@ -1,28 +1,27 @@
-"""From prompts to token events: one stream for a whole batch, and an engine that stops when the client leaves."""
+"""Runs prompts on the engine: one stream of events for a whole batch, aborted when the client leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
-
-from equipoise.admin.http_errors import ClientLeft
-from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
+from equipoise.admin.http_errors import HttpError
+from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent, TokenLogprob
 from equipoise.errors import ConfigError, EngineDeadError
 from equipoise.server.engine_protocol import ServingEngine
+from equipoise.server.fields import MAX_BATCH
 from equipoise.server.prometheus import ServerMetrics
-from equipoise.server.request_models import MAX_BATCH
 
 T = TypeVar("T")
 
 MAX_RID_CHARACTERS = 256
+MAX_CHOICES = 128  # answers to one prompt
 
 
 @dataclass
@@ -36,8 +35,12 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def take(self, event: TokenEvent) -> None:
+        self.logprobs.extend(event.logprobs)
+        self.prompt_logprobs.extend(event.prompt_logprobs)
         self.text += event.text_delta
         self.token_ids.extend(event.token_ids)
         self.finish_reason = event.finish_reason
@@ -48,28 +51,22 @@ class Answer:
 
 
 class RequestGenerator:
-    """Run requests on an engine and know which are running. One per server."""
+    """Run requests on an engine and know which are running. One per server.
 
-    def __init__(self, engine: ServingEngine, metrics: ServerMetrics) -> None:
+    Args:
+        max_requests: that may run and wait together; more are refused.
+        timeout: seconds that an answer may take; None: as long as it takes.
+    """
+
+    def __init__(
+        self, engine: ServingEngine, metrics: ServerMetrics, *, max_requests: int, timeout: float | None
+    ) -> None:
         self.engine = engine
         self._metrics = metrics
+        self._max_requests = max_requests
+        self._timeout = timeout
         self._running: set[str] = set()
         self._aborts: set[asyncio.Task[None]] = set()
-        self._tokenizing = asyncio.Lock()  # a fast tokenizer may not be entered by two threads at once
-
-    async def token_ids(self, prompt: str | list[int], name: str) -> list[int]:
-        """
-        Raises:
-            ConfigError: the prompt ``name`` holds no token.
-        """
-        if isinstance(prompt, str):
-            async with self._tokenizing:
-                ids = await asyncio.to_thread(lambda: self.engine.tokenizer(prompt)["input_ids"])
-        else:
-            ids = prompt
-        if not ids:
-            raise ConfigError(f"{name} must hold at least one token, got none", field=name)
-        return list(ids)
 
     def make_requests(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], rids: Sequence[str] | None
@@ -78,7 +75,14 @@ class RequestGenerator:
 
         Raises:
             ConfigError: an id that is taken, used twice or too long; field ``rid``.
+            HttpError: 429, there are too many requests already.
         """
+        if len(self._running) + len(prompts) > self._max_requests:
+            raise HttpError(
+                429,
+                f"{len(self._running)} requests run or wait, {self._max_requests} may (--max-queued-requests): try later",
+                kind="Overloaded",
+            )
         names = [uuid.uuid4().hex for _ in prompts] if rids is None else list(rids)
         for name in names:
             if not 1 <= len(name) <= MAX_RID_CHARACTERS:
@@ -110,11 +114,12 @@ class RequestGenerator:
                 ending = error
             arrived.put_nowait(ending)
 
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
         pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
         running = len(pumps)
         try:
             while running:
-                arrival = await arrived.get()
+                arrival = await self._before(deadline, arrived)
                 if isinstance(arrival, BaseException):
                     raise arrival
                 if arrival is None:
@@ -125,15 +130,26 @@ class RequestGenerator:
             for task in pumps:
                 task.cancel()
 
+    async def _before(self, deadline: float | None, arrived: asyncio.Queue[T]) -> T:
+        try:
+            async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
+                return await arrived.get()
+        except TimeoutError:
+            raise HttpError(
+                504, f"no whole answer within {self._timeout:g} s (--request-timeout)", kind="RequestTimeout"
+            ) from None
+
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent]:
         self._running.add(request.rid)
         self._metrics.running.inc()
+        self._metrics.waiting.inc()
         reason: str | None = None
         answered = False
         try:
             async for event in self.engine.generate(request):
                 if not answered:
                     answered = True
+                    self._metrics.waiting.dec()
                     self._metrics.prompt_tokens.inc(len(request.input_ids))
                 self._metrics.generated_tokens.inc(len(event.token_ids))
                 reason = event.finish_reason
@@ -148,6 +164,8 @@ class RequestGenerator:
             raise
         finally:
             self._running.discard(request.rid)
+            if not answered:
+                self._metrics.waiting.dec()
             self._metrics.request_ended(reason or "error")
 
     def _abort_later(self, rid: str) -> None:
@@ -160,6 +178,13 @@ class RequestGenerator:
         task = asyncio.get_running_loop().create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
+
+    async def abort(self, rid: str) -> bool:
+        """End a running request with finish reason ``abort``; False if there is none of that name."""
+        if rid not in self._running:
+            return False
+        await self.engine.abort(rid)
+        return True
 
     async def abort_all(self) -> None:
         """Ends every running request with finish reason ``abort``."""
@@ -194,48 +219,19 @@ def prompts_of(value: Any, name: str) -> tuple[list[str | list[int]], bool]:
     return prompts, is_batch
 
 
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client closes its connection.
+def check_choices(count: int | None, name: str) -> int:
+    """How many answers a prompt gets.
 
     Raises:
-        ClientLeft: it did.
+        ConfigError: less than one, or too many.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft("the client closed its connection")
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+    if count is not None and not 1 <= count <= MAX_CHOICES:
+        raise ConfigError(f"{name} must be in [1, {MAX_CHOICES}], got {count}", field=name)
+    return count or 1
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events over ``chunks``, made from ``source``, which is closed however the response ends."""
-
-    def __init__(self, chunks: AsyncGenerator[str], source: AsyncGenerator[Any]) -> None:
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._chunks = chunks
-        self._source = source
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._chunks.aclose()
-            await self._source.aclose()
-
-
-async def peeked(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """``first``, then ``rest``."""
-    yield first
-    async for item in rest:
-        yield item
+def samples_of(sampling: SamplingParams, count: int) -> list[SamplingParams]:
+    """``sampling`` for each of ``count`` answers to one prompt: a seed counts on, or all would be the same."""
+    if sampling.seed is None:
+        return [sampling] * count
+    return [dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**63) for index in range(count)]

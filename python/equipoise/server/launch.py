@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,14 @@ from rich.console import Console
 from equipoise.config import HttpConfig, ServeConfig
 from equipoise.engine.logs import configure_logging
 from equipoise.errors import ConfigError
+from equipoise.server.middleware import PatientH11, is_loopback
 
 if TYPE_CHECKING:
-    from equipoise.server.generation import RequestGenerator
+    from fastapi import FastAPI
 
 _log = logging.getLogger("equipoise.server")
 
-DRAIN_SECONDS = 3.0
-"""How long running requests may go on after a signal before they end with finish reason ``abort``."""
+EXIT_ENGINE_DEAD = 1
 
 
 class Terminated(BaseException):
@@ -36,7 +37,7 @@ class Terminated(BaseException):
 
 
 def serve(config: ServeConfig, console: Console | None = None) -> int:
-    """Serves until a signal ends it; returns the exit code of a clean end, 0.
+    """Serve until a signal ends it, exit code 0, or the engine dies, exit code 1: a supervisor can start it anew.
 
     The port and the dump directory are looked at before anything is loaded; the engine looks at the other options
     before it reads weights.
@@ -47,6 +48,7 @@ def serve(config: ServeConfig, console: Console | None = None) -> int:
     """
     console = console or Console(highlight=False, soft_wrap=True)
     configure_logging(config.engine.log_level, "server")
+    config = dataclasses.replace(config, http=with_keys(config.http, os.environ))
     with sigterm_raises(), listening_socket(config.http) as listener:
         try:
             config = _with_port(config, listener.getsockname()[1])
@@ -70,30 +72,52 @@ def _serve_on(listener: socket.socket, config: ServeConfig, console: Console) ->
     try:
         app = create_app(engine, config)
         options = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(DRAIN_SECONDS) + 5
+            app,
+            http=PatientH11,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(config.http.drain_timeout) + 2,
         )
         print_ready(config.http, app.state.model_name, console)
-        _DrainingServer(options, app.state.generator).run(sockets=[listener])
+        server = _DrainingServer(options, app, config.http.drain_timeout)
+        server.run(sockets=[listener])
+        if server.engine_died:
+            _log.error("the server ends because the engine is dead: %s", engine.error)
+            return EXIT_ENGINE_DEAD
     finally:
         engine.close()
     return 0
 
 
 class _DrainingServer(uvicorn.Server):
-    """Ends what still streams a while after the signal, with a last event, rather than cutting connections."""
+    """Stop when the engine has died. After a signal, end what still runs with a last event or a 503, not by cutting it.
 
-    def __init__(self, config: uvicorn.Config, generator: RequestGenerator) -> None:
+    Attributes:
+        engine_died: whether that is why it stopped.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_timeout: float) -> None:
         super().__init__(config)
-        self._generator = generator
+        self._state = app.state
+        self._drain_timeout = drain_timeout
+        self.engine_died = False
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._state.engine.error is not None:
+            self.engine_died = True
+            return True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        draining = asyncio.create_task(self._abort_after_drain())
+        draining = asyncio.create_task(self._end_after_drain())
         await super().shutdown(sockets)
         draining.cancel()
+        self._state.tokenizing.close()
 
-    async def _abort_after_drain(self) -> None:
-        await asyncio.sleep(DRAIN_SECONDS)
-        await self._generator.abort_all()
+    async def _end_after_drain(self) -> None:
+        await asyncio.sleep(0 if self.engine_died else self._drain_timeout)
+        self._state.control.close()
+        await self._state.generator.abort_all()
 
 
 @contextmanager
@@ -141,6 +165,31 @@ def listening_socket(http: HttpConfig) -> Generator[socket.socket]:
         listener.close()
 
 
+def with_keys(http: HttpConfig, environment: Mapping[str, str]) -> HttpConfig:
+    """Take keys from files and the environment where no flag gives them.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a key that is empty.
+    """
+    found: dict[str, str] = {}
+    for name in ("api_key", "admin_api_key"):
+        path, variable = getattr(http, f"{name}_file"), f"EQUIPOISE_{name.upper()}"
+        if getattr(http, name) is not None:
+            continue
+        if path is not None:
+            try:
+                found[name] = Path(path).read_text().partition("\n")[0].strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{name}_file {path!r} cannot be read: {error}", field=f"{name}_file") from None
+            if not found[name]:
+                raise ConfigError(f"{name}_file {path!r} has no key in its first line", field=f"{name}_file")
+        elif variable in environment:
+            found[name] = environment[variable]
+            if not found[name].strip():
+                raise ConfigError(f"${variable} is set, but empty", field=name)
+    return dataclasses.replace(http, **found)  # type: ignore[arg-type]
+
+
 def check_dump_dir(directory: str) -> None:
     """
     Raises:
@@ -150,16 +199,6 @@ def check_dump_dir(directory: str) -> None:
         raise ConfigError(f"dump_dir must be a directory that exists, got {directory!r}", field="dump_dir")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"dump_dir {directory!r} is not writable", field="dump_dir")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``; False if that cannot be told."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def print_ready(http: HttpConfig, model_name: str, console: Console) -> None:

@@ -1,8 +1,9 @@
-"""What /metrics shows, in a registry of its own: two servers in one process do not meet."""
+"""Metrics of a server, in a registry of its own: two servers in one process do not meet."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -10,7 +11,7 @@ from equipoise.engine.step_log import GetStepTotals
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import GetStatus
 from equipoise.server.engine_figures import EngineFigures
-from equipoise.server.engine_protocol import ServingEngine
+from equipoise.server.engine_protocol import EngineControl, ServingEngine
 
 
 class ServerMetrics:
@@ -28,6 +29,8 @@ class ServerMetrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"equipoise_{name}", text, labels, registry=registry)
 
+        self.waiting = gauge("waiting_requests", "Requests whose first token has not come yet")
+        self.silent = gauge("engine_silent_seconds", "Seconds since all ranks last gave a sign of life")
         self.up = gauge("engine_up", "1 while the engine lives")
         self.running = gauge("running_requests", "Requests that have not finished, waiting ones included")
         self.requests = counter(
@@ -40,13 +43,13 @@ class ServerMetrics:
         self.running.dec()
         self.requests.labels(finish_reason).inc()
 
-    async def refresh(self, engine: ServingEngine) -> None:
-        """Brings the figures that the engine holds up to date. A dead engine leaves them as they were."""
+    async def refresh(self, engine: ServingEngine, control: EngineControl) -> None:
+        """Bring the figures that the engine holds up to date, one by one: what fails leaves its own as they were."""
         async with self._refreshing:
-            try:
-                if engine.error is None:
-                    status = await engine.control(GetStatus())
-                    self._figures.saw(status, await engine.control(GetStepTotals()))
-            except EquipoiseError:
-                pass  # /metrics outlives the engine: engine_up says what happened
+            if engine.error is None:  # /metrics outlives the engine: engine_up says what happened
+                with contextlib.suppress(EquipoiseError):
+                    self._figures.status = await control(GetStatus())
+                with contextlib.suppress(EquipoiseError):
+                    self._figures.steps = await control(GetStepTotals())
             self.up.set(engine.error is None)
+            self.silent.set(engine.silent_seconds)
