@@ -21,6 +21,11 @@ def _require(condition: bool, name: str, value: object, must: str) -> None:
         raise ConfigError(f"{name} must be {must}, got {value!r}", field=name)
 
 
+def _at_least(least: float, config: object, names: str) -> None:
+    for name, value in ((name, getattr(config, name)) for name in names.split()):
+        _require(value is None or value >= least, name, value, f"at least {least}")
+
+
 @dataclass(frozen=True)
 class EplbConfig:
     """Balancing of experts over ranks."""
@@ -98,19 +103,14 @@ class EplbConfig:
     """Steps the recorder keeps; older ones are overwritten."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "eplb_rebalance_num_iterations",
-            "eplb_rebalance_layers_per_chunk",
-            "expert_distribution_recorder_buffer_size",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk")
+        _at_least(1, self, "expert_distribution_recorder_buffer_size")
+        _at_least(0, self, "ep_num_redundant_experts")
         threshold = self.eplb_min_rebalancing_utilization_threshold
         _require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
         timeout, duty = self.eplb_transfer_timeout, self.eplb_transfer_duty
         _require(timeout > 0, "eplb_transfer_timeout", timeout, "above 0 seconds")
         _require(0 < duty <= 1, "eplb_transfer_duty", duty, "in (0, 1]")
-        redundant = self.ep_num_redundant_experts
-        _require(redundant >= 0, "ep_num_redundant_experts", redundant, "at least 0")
         price = self.eplb_move_price
         _require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
         moves, staging = self.eplb_max_moves_per_layer, self.eplb_staging_bytes
@@ -150,22 +150,16 @@ class EngineConfig:
     """Seed of sampled decoding."""
 
     watchdog_timeout: float = 300.0
-    """Seconds without a sign of life from all ranks, after which a hung engine is given up: exit code 1. A forward pass
-    must not take longer."""
+    """Seconds without a sign of life, more than any forward pass takes, after which the engine is given up (exit 1)."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of log lines on stderr, of the server and of all ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("ep_size", "nnodes", "max_running_requests", "max_model_len", "chunked_prefill_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
-            self.ep_size % self.nnodes == 0,
-            "nnodes",
-            self.nnodes,
-            f"a divisor of the rank count, ep_size={self.ep_size}",
-        )
-        _require(self.watchdog_timeout > 0, "watchdog_timeout", self.watchdog_timeout, "above 0 seconds")
+        _at_least(1, self, "ep_size nnodes max_running_requests max_model_len chunked_prefill_size")
+        _at_least(1, self, "watchdog_timeout")
+        divides = self.ep_size % self.nnodes == 0
+        _require(divides, "nnodes", self.nnodes, f"a divisor of the rank count, ep_size={self.ep_size}")
 
 
 @dataclass(frozen=True)
@@ -179,17 +173,11 @@ class HttpConfig:
     """TCP port to listen on."""
 
     api_key: str | None = None
-    """When set, requests need the header `Authorization: Bearer KEY`. Flags show in `ps`: rather set
-    $EQUIPOISE_API_KEY, or give --api-key-file."""
-
-    api_key_file: str | None = None
-    """File whose first line is the API key."""
+    """When set, requests need the header `Authorization: Bearer KEY`. Flags show in `ps`: give `@FILE`, or set
+    $EQUIPOISE_API_KEY."""
 
     admin_api_key: str | None = None
-    """When set, /eplb/* and the record calls need this key instead, in the same header; also $EQUIPOISE_ADMIN_API_KEY."""
-
-    admin_api_key_file: str | None = None
-    """File whose first line is the admin key."""
+    """When set, /eplb/* and the record calls need this key instead. Also `@FILE`, or $EQUIPOISE_ADMIN_API_KEY."""
 
     served_model_name: str | None = None
     """Name that /v1/completions answers with; the model path if None."""
@@ -213,10 +201,8 @@ class HttpConfig:
         _require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
         for name in ("api_key", "admin_api_key"):
             _require(getattr(self, name) is None or getattr(self, name).strip(), name, "", "a key that is not empty")
-        for name in ("max_queued_requests", "drain_timeout"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("request_timeout", "health_timeout"):
-            _require((getattr(self, name) or 1) > 0, name, getattr(self, name), "above 0 seconds")
+        _at_least(0, self, "max_queued_requests drain_timeout")
+        _at_least(0.001, self, "request_timeout health_timeout")
 
 
 @dataclass(frozen=True)
@@ -267,9 +253,6 @@ class ReplayConfig:
     """For traces of single tokens: consecutive tokens that make one step."""
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_nodes", "window", "rebalance_every", "tokens_per_step"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _at_least(1, self, "num_ranks num_nodes window history rebalance_every tokens_per_step")
+        _at_least(0, self, "num_redundant_experts")
         _require(0 <= self.move_price < math.inf, "move_price", self.move_price, "finite and not negative")
-        _require(self.history is None or self.history >= 1, "history", self.history, "at least 1, or None")
-        redundant = self.num_redundant_experts
-        _require(redundant >= 0, "num_redundant_experts", redundant, "at least 0")

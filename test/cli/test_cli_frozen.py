@@ -54,6 +54,10 @@ SERVE = {
     "--admin-api-key": None,
     "--served-model-name": None,
     "--dump-dir": ".",
+    "--max-queued-requests": 1024,
+    "--request-timeout": None,
+    "--health-timeout": 20.0,
+    "--drain-timeout": 3.0,
 }
 
 EXPLAIN_TRANSFER = {"--num-ranks", "--num-nodes", "--max-staged-experts", "--layer"}

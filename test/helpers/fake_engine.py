@@ -18,9 +18,19 @@ class ByteTokenizer:
     """One token per byte; 0 ends the text."""
 
     eos_token_id = 0
+    chat_template = "made up"
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_options: object) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:  # noqa: ARG002 - transformers' interface
+        return bytes(ids).decode()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x" * 2000: 0}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_options: object) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
 
 REPORT = RebalanceReport(
@@ -65,6 +75,8 @@ class FakeEngine:
 
     def __init__(self, delay: float = 0.0) -> None:
         self.tokenizer = ByteTokenizer()
+        self.max_model_len = 64
+        self.silent_seconds = 0.0
         self.eos_token_ids = (ByteTokenizer.eos_token_id,)
         self.delay = delay
         self.error: str | None = None

@@ -16,10 +16,10 @@ from fastapi import FastAPI
 
 
 @contextmanager
-def running_server(app: FastAPI) -> Iterator[httpx.Client]:
-    """A client whose base URL is the server's. The server has ended when the block has."""
+def running_server(app: FastAPI, **options: Any) -> Iterator[httpx.Client]:
+    """A client whose base URL is the server's; ``options`` are uvicorn's. The server has ended when the block has."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -51,6 +51,6 @@ def error_of(response: httpx.Response, status: int, field: str | None = None) ->
     """The message of an error answer, whose status and field must be these."""
     assert response.status_code == status, (response.status_code, response.text)
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "field"}
-    assert error["field"] == field, error
+    assert set(error) == {"message", "type", "field", "param", "code"}
+    assert (error["field"], error["param"], error["code"]) == (field, field, status), error
     return str(error["message"])

@@ -66,7 +66,7 @@ def test_missing_content_type_is_told(client: httpx.Client) -> None:
 def test_announced_body_above_the_limit(client: httpx.Client) -> None:
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as raw:
         raw.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)
         )
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
@@ -81,7 +81,7 @@ def test_unannounced_body_above_the_limit() -> None:
             yield b'"sampling_params": {"max_new_tokens": 1}}'
 
         app = BodyLimit(create_app(FakeEngine(), ServeConfig(EngineConfig("a/model"))), max_bytes=100)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return (await client.post("/generate", content=chunks(), headers=JSON)).status_code
 
     assert asyncio.run(post(10)) == 200

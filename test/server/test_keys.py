@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 
 from equipoise.config import EngineConfig, HttpConfig, ServeConfig
+from equipoise.errors import ConfigError
 from equipoise.server.app import create_app
+from equipoise.server.launch import with_keys
 from helpers.fake_engine import FakeEngine
 from helpers.http_server import error_of, running_server
 
 USER_CALLS = [
     ("POST", "/generate"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/abort_request"),
+    ("GET", "/health_generate"),
+    ("GET", "/get_server_info"),
+    ("GET", "/v1/models/m"),
     ("GET", "/v1/models"),
     ("GET", "/get_model_info"),
     ("GET", "/server_info"),
@@ -33,7 +42,12 @@ ADMIN_CALLS = [
 
 def status(client: httpx.Client, call: tuple[str, str], key: str | None) -> int:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    body = {"text": "a"} if call[1] == "/generate" else {"prompt": "a"} if "completions" in call[1] else None
+    body = {
+        "/generate": {"text": "a"},
+        "/v1/completions": {"prompt": "a"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+        "/abort_request": {"rid": "a"},
+    }.get(call[1])
     return client.request(*call, headers=headers, json=body).status_code
 
 
@@ -69,6 +83,7 @@ def test_every_route_is_listed_above() -> None:
     """A new route has to say here which key it needs."""
     app = create_app(FakeEngine(), ServeConfig(EngineConfig("m")))
     paths = set(app.openapi()["paths"])
+    paths = {path.replace("{name}", "m") for path in paths}
     assert paths == {path for _, path in USER_CALLS + ADMIN_CALLS} | {"/health"}
 
 
@@ -103,3 +118,25 @@ def test_admin_calls_are_not_taken_from_foreign_pages() -> None:
         assert engine.commands == []
         own = str(client.base_url).rstrip("/")
         assert client.post("/eplb/rebalance", headers={"Origin": own}).status_code == 200
+
+
+class TestWhereKeysComeFrom:
+    def test_files_and_the_environment_where_no_flag_gives_one(self, tmp_path: Path) -> None:
+        file = tmp_path / "key"
+        file.write_text("from-file\nnot this\n")
+        http = with_keys(HttpConfig(api_key=f"@{file}"), {"EQUIPOISE_ADMIN_API_KEY": "from-env"})
+        assert (http.api_key, http.admin_api_key) == ("from-file", "from-env")
+        assert with_keys(HttpConfig(api_key="flag"), {"EQUIPOISE_API_KEY": "env"}).api_key == "flag"
+        assert with_keys(HttpConfig(), {}).api_key is None
+
+    def test_an_empty_key_is_an_error_and_no_open_door(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").write_text("\n")
+        with pytest.raises(ConfigError, match="api_key must be a key that is not empty"):
+            HttpConfig(api_key="")
+        for http, environment in (
+            (HttpConfig(), {"EQUIPOISE_API_KEY": " "}),
+            (HttpConfig(api_key=f"@{tmp_path / 'empty'}"), {}),
+            (HttpConfig(api_key=f"@{tmp_path / 'nowhere'}"), {}),
+        ):
+            with pytest.raises(ConfigError):
+                with_keys(http, environment)

@@ -73,9 +73,14 @@ class Serving:
         return sorted(found)
 
     def rank_pids(self) -> list[int]:
-        """The ranks: forked from the supervisor, which is the first that runs its module."""
+        """The ranks: children of the supervisor, which is the first that runs its module."""
         module = b"equipoise.engine.supervisor"
-        return [pid for pid in self.pids() if module in Path(f"/proc/{pid}/cmdline").read_bytes()][1:]
+        running = [pid for pid in self.pids() if module in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        def parent(pid: int) -> int:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+        return [pid for pid in running[1:] if parent(pid) == running[0]]
 
     def assert_nothing_is_left(self) -> None:
         deadline = time.monotonic() + 15
@@ -120,7 +125,9 @@ def test_sigterm_ends_streams_and_leaves_nothing(tiny_model: Path) -> None:
         code, stderr = server.finish(signal.SIGTERM)
         thread.join(10)
         assert not thread.is_alive()
-        assert (code, stderr) == (0, "")
+        assert code == 0
+        assert "Traceback" not in stderr
+        assert "ERROR" not in stderr
         events = [line for line in lines if line]
         assert events[-1] == "data: [DONE]"
         last = json.loads(events[-2].removeprefix("data: "))
@@ -129,21 +136,41 @@ def test_sigterm_ends_streams_and_leaves_nothing(tiny_model: Path) -> None:
 
 
 @needs_proc
-def test_a_killed_rank_shows_in_health_and_ctrl_c_is_130(tiny_model: Path) -> None:
+def test_a_killed_rank_ends_the_server_with_exit_code_1_in_seconds(tiny_model: Path) -> None:
     with serving("--model-path", tiny_model, "--ep-size", 2) as server:
-        url = server.url()
+        server.url()
+        killed = time.monotonic()
         os.kill(server.rank_pids()[-1], signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while (response := httpx.get(f"{url}/health", timeout=10)).status_code == 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert response.status_code == 503
-        assert "rank" in response.json()["error"]["message"]
-        assert httpx.post(f"{url}/generate", json={"text": "a"}, timeout=10).status_code == 503
-        code, stderr = server.finish(signal.SIGINT)
-        assert code == 130
+        _, stderr = server.process.communicate(timeout=30)
+        assert server.process.returncode == 1
+        assert time.monotonic() - killed < 10
+        assert "rank 1 has died: killed by SIGKILL" in stderr
         assert "Traceback" not in stderr
-        assert stderr.splitlines()[-1] == "equipoise: interrupted"
+        server.assert_nothing_is_left()
+
+
+@needs_proc
+def test_a_stopped_rank_shows_everywhere_at_once_and_ends_the_server_in_the_end(tiny_model: Path) -> None:
+    flags = ("--ep-size", 2, "--health-timeout", 3, "--watchdog-timeout", 12)
+    with serving("--model-path", tiny_model, *flags) as server:
+        with httpx.Client(base_url=server.url(), timeout=20) as client:
+            assert client.head("/health").status_code == client.get("/health_generate").status_code == 200
+            assert client.get("/eplb/status").json()["error"] is None
+            os.kill(server.rank_pids()[-1], signal.SIGSTOP)
+            deadline = time.monotonic() + 10
+            while (response := client.get("/health")).status_code == 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert (response.status_code, response.json()["error"]["type"]) == (503, "EngineSilent")
+            began = time.monotonic()
+            assert "no sign of life" in client.get("/eplb/status").json()["error"]
+            metrics = client.get("/metrics").text
+            assert time.monotonic() - began < 3, "answered from what is known"
+            assert "equipoise_engine_silent_seconds" in metrics
+            assert "equipoise_phase" in metrics, "the figures of balancing are still there"
+        _, stderr = server.process.communicate(timeout=40)
+        assert server.process.returncode == 1
+        assert "--watchdog-timeout" in stderr
         server.assert_nothing_is_left()
 
 
@@ -177,10 +204,11 @@ def test_loopback(host: str, loopback: bool) -> None:
     ],
 )
 def test_warning_where_strangers_can_rebalance(
-    capsys: pytest.CaptureFixture[str], http: HttpConfig, warns: bool
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, http: HttpConfig, warns: bool
 ) -> None:
-    print_ready(http, "m", Console(soft_wrap=True))
+    with caplog.at_level("WARNING", logger="equipoise.server"):
+        print_ready(http, "m", Console(soft_wrap=True))
     captured = capsys.readouterr()
-    assert ("without --admin-api-key" in captured.err) == warns
+    assert ("without --admin-api-key" in caplog.text) == warns
     assert "secret" not in captured.out + captured.err
     assert "ready: m on http://127.0.0.1:30000" in captured.out

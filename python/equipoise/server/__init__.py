@@ -21,5 +21,5 @@ Private to this room::
     openai_models.py    Their bodies
     prometheus.py       Metrics of a server, in a registry of its own
     request_models.py   Body of POST /generate
-    tokenizing.py       Turns prompts into token ids off the event loop; refuses what cannot fit before it costs anything
+    tokenizing.py       Turns prompts into token ids off the event loop; refuses what cannot fit
 """

@@ -80,6 +80,7 @@ async def stream(
     *,
     field: str,
     usage_head: dict[str, Any] | None = None,
+    choices: int = 1,
 ) -> EventStream:
     """Answer with a stream of what ``render`` makes of each event; None of it is left out.
 
@@ -99,12 +100,19 @@ async def stream(
                 answers[index].take(event)
                 yield sse(render(index, answers[index], event))
             if usage_head is not None:
-                yield sse({**usage_head, "choices": [], "usage": _usage(answers)})
+                yield sse({**usage_head, "choices": [], "usage": usage(answers, choices)})
         except EquipoiseError as error:
             yield sse(body_and_status(error, generator.engine.error)[0])
         yield "data: [DONE]\n\n"
 
     return EventStream(chunks(), source)
+
+
+def usage(answers: Sequence[Answer], choices: int = 1) -> dict[str, int]:
+    """Tokens of prompts, each counted once however many choices it has, and of answers."""
+    prompt = sum(answer.prompt_tokens for answer in answers[::choices])
+    completion = sum(len(answer.token_ids) for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def sse(value: dict[str, Any]) -> str:

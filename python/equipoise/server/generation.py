@@ -80,7 +80,7 @@ class RequestGenerator:
         if len(self._running) + len(prompts) > self._max_requests:
             raise HttpError(
                 429,
-                f"{len(self._running)} requests run or wait, {self._max_requests} may (--max-queued-requests): try later",
+                f"{len(self._running)} requests run or wait already (--max-queued-requests): try again later",
                 kind="Overloaded",
             )
         names = [uuid.uuid4().hex for _ in prompts] if rids is None else list(rids)

@@ -29,7 +29,8 @@ admin = APIRouter(route_class=AdminKeyRoute)
 _MAX_STEP = 2**62  # beyond any forward pass
 
 
-@public.api_route("/health", methods=["GET", "HEAD"])
+@public.head("/health", include_in_schema=False)
+@public.get("/health")
 async def health(request: Request) -> JSONResponse:
     """200 while the engine lives and makes progress, else 503 with the reason. Needs no key: probes have none."""
     state = request.app.state
@@ -93,7 +94,7 @@ async def model_info(request: Request) -> JSONResponse:
 
 
 @router.get("/server_info")
-@router.get("/get_server_info")
+@router.get("/get_server_info", operation_id="get_server_info")
 async def server_info(request: Request) -> JSONResponse:
     """Version and every option; keys only as whether they are set."""
     return JSONResponse({"version": equipoise.__version__, **options_without_keys(request.app.state.config)})

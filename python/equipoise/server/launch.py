@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from rich.console import Console
@@ -166,28 +166,27 @@ def listening_socket(http: HttpConfig) -> Generator[socket.socket]:
 
 
 def with_keys(http: HttpConfig, environment: Mapping[str, str]) -> HttpConfig:
-    """Take keys from files and the environment where no flag gives them.
+    """Read keys that are given as ``@FILE``, and take those that no flag gives from the environment.
 
     Raises:
         ConfigError: a file that cannot be read, or a key that is empty.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for name in ("api_key", "admin_api_key"):
-        path, variable = getattr(http, f"{name}_file"), f"EQUIPOISE_{name.upper()}"
-        if getattr(http, name) is not None:
-            continue
-        if path is not None:
-            try:
-                found[name] = Path(path).read_text().partition("\n")[0].strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{name}_file {path!r} cannot be read: {error}", field=f"{name}_file") from None
-            if not found[name]:
-                raise ConfigError(f"{name}_file {path!r} has no key in its first line", field=f"{name}_file")
-        elif variable in environment:
-            found[name] = environment[variable]
-            if not found[name].strip():
+        key, variable = getattr(http, name), f"EQUIPOISE_{name.upper()}"
+        if key is None and variable in environment:
+            key = environment[variable]
+            if not key.strip():
                 raise ConfigError(f"${variable} is set, but empty", field=name)
-    return dataclasses.replace(http, **found)  # type: ignore[arg-type]
+        elif key is not None and key.startswith("@"):
+            try:
+                key = Path(key[1:]).read_text().partition("\n")[0].strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{name}: the file {key[1:]!r} cannot be read: {error}", field=name) from None
+            if not key:
+                raise ConfigError(f"{name}: the file has no key in its first line", field=name)
+        found[name] = key
+    return dataclasses.replace(http, **found)
 
 
 def check_dump_dir(directory: str) -> None:

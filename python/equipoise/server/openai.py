@@ -14,7 +14,7 @@ from equipoise.admin.auth import ApiKeyRoute
 from equipoise.admin.http_errors import HttpError
 from equipoise.engine.requests import GenerateRequest, TokenEvent, TokenLogprob
 from equipoise.errors import ConfigError
-from equipoise.server.answering import collect, make_requests, stream
+from equipoise.server.answering import collect, make_requests, stream, usage
 from equipoise.server.generation import Answer, check_choices, prompts_of, samples_of
 from equipoise.server.openai_models import ChatBody, CompletionBody
 
@@ -47,7 +47,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     head = _head(request, requests, "cmpl", "text_completion")
     if body.stream:
         usage_head = head if body.wants_usage else None
-        return await stream(request, requests, render, field="prompt", usage_head=usage_head)
+        return await stream(request, requests, render, field="prompt", usage_head=usage_head, choices=count)
     answers = await collect(request, requests, field="prompt")
     choices = [
         choice(i, echoed[i] + answer.text, [*answer.prompt_logprobs, *answer.logprobs], answer.finish_reason)
@@ -82,7 +82,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     head = _head(request, requests, "chatcmpl", "chat.completion")
     if body.stream:
         usage_head = {**head, "object": "chat.completion.chunk"} if body.wants_usage else None
-        return await stream(request, requests, chunk, field="messages", usage_head=usage_head)
+        return await stream(request, requests, chunk, field="messages", usage_head=usage_head, choices=count)
     answers = await collect(request, requests, field="messages")
     choices = [
         {
@@ -125,13 +125,6 @@ def render_chat(tokenizer: Any, body: ChatBody) -> str:
         line = " ".join(str(error).split())[:300]
         raise ConfigError(f"messages: the model's chat template refuses them: {line}", field="messages") from None
     return text
-
-
-def usage(answers: Sequence[Answer], choices: int = 1) -> dict[str, int]:
-    """Tokens of prompts, each counted once however many choices it has, and of answers."""
-    prompt = sum(answer.prompt_tokens for answer in answers[::choices])
-    completion = sum(len(answer.token_ids) for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _head(request: Request, requests: Sequence[GenerateRequest], prefix: str, kind: str) -> dict[str, Any]:
