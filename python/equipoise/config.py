@@ -75,8 +75,7 @@ class EplbConfig:
     """Log after each rebalance where its time went."""
 
     eplb_transfer_duty: float = 1.0
-    """Share of the time that background transfers may use, in (0, 1]; below 1 they rest in between, which keeps the
-    processor and the links free for forward passes and takes longer (`async`)."""
+    """Share of the time that background transfers may use, in (0, 1]: less leaves more for forward passes (`async`)."""
 
     ep_num_redundant_experts: int = 0
     """Slots per layer beyond one for each logical expert; logical + redundant must divide evenly over the ranks."""
@@ -103,19 +102,15 @@ class EplbConfig:
     """Steps the recorder keeps; older ones are overwritten."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk")
+        _at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk eplb_staging_bytes")
         _at_least(1, self, "expert_distribution_recorder_buffer_size")
-        _at_least(0, self, "ep_num_redundant_experts")
+        _at_least(0, self, "ep_num_redundant_experts eplb_max_moves_per_layer")
         threshold = self.eplb_min_rebalancing_utilization_threshold
         _require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
-        timeout, duty = self.eplb_transfer_timeout, self.eplb_transfer_duty
-        _require(timeout > 0, "eplb_transfer_timeout", timeout, "above 0 seconds")
-        _require(0 < duty <= 1, "eplb_transfer_duty", duty, "in (0, 1]")
+        _require(self.eplb_transfer_timeout > 0, "eplb_transfer_timeout", self.eplb_transfer_timeout, "above 0 seconds")
+        _require(0 < self.eplb_transfer_duty <= 1, "eplb_transfer_duty", self.eplb_transfer_duty, "in (0, 1]")
         price = self.eplb_move_price
         _require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
-        moves, staging = self.eplb_max_moves_per_layer, self.eplb_staging_bytes
-        _require(moves is None or moves >= 0, "eplb_max_moves_per_layer", moves, "at least 0, or None")
-        _require(staging is None or staging >= 1, "eplb_staging_bytes", staging, "at least 1, or None")
 
 
 @dataclass(frozen=True)
@@ -156,10 +151,8 @@ class EngineConfig:
     """Lowest level of log lines on stderr, of the server and of all ranks."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "ep_size nnodes max_running_requests max_model_len chunked_prefill_size")
-        _at_least(1, self, "watchdog_timeout")
-        divides = self.ep_size % self.nnodes == 0
-        _require(divides, "nnodes", self.nnodes, f"a divisor of the rank count, ep_size={self.ep_size}")
+        _at_least(1, self, "ep_size nnodes max_running_requests max_model_len chunked_prefill_size watchdog_timeout")
+        _require(self.ep_size % self.nnodes == 0, "nnodes", self.nnodes, f"a divisor of ep_size={self.ep_size}")
 
 
 @dataclass(frozen=True)
@@ -173,8 +166,7 @@ class HttpConfig:
     """TCP port to listen on."""
 
     api_key: str | None = None
-    """When set, requests need the header `Authorization: Bearer KEY`. Flags show in `ps`: give `@FILE`, or set
-    $EQUIPOISE_API_KEY."""
+    """When set, requests need `Authorization: Bearer KEY`. Flags show in `ps`: give `@FILE`, or $EQUIPOISE_API_KEY."""
 
     admin_api_key: str | None = None
     """When set, /eplb/* and the record calls need this key instead. Also `@FILE`, or $EQUIPOISE_ADMIN_API_KEY."""
@@ -199,8 +191,8 @@ class HttpConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
-        for name in ("api_key", "admin_api_key"):
-            _require(getattr(self, name) is None or getattr(self, name).strip(), name, "", "a key that is not empty")
+        for name, key in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
+            _require(key is None or bool(key.strip()), name, "", "a key that is not empty")
         _at_least(0, self, "max_queued_requests drain_timeout")
         _at_least(0.001, self, "request_timeout health_timeout")
 
@@ -234,8 +226,7 @@ class ReplayConfig:
     """Steps in a load window: a plan sees the windows before, its score comes from the windows after."""
 
     history: int | None = None
-    """Past windows a plan looks back on: if None 8 for algorithms that keep windows apart, and 1 for the published
-    planners, which add up what they get."""
+    """Past windows a plan looks back on; None: 8, or 1 for the published planners, which add up what they get."""
 
     rebalance_every: int = 1
     """Windows between two plans."""
