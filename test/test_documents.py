@@ -142,7 +142,7 @@ def test_no_rule_is_left_over() -> None:
 
 @pytest.mark.parametrize("command", commands_to_run("quick"), ids=shortened)
 def test_quick_commands_run(command: str, clone: Path) -> None:
-    assert run(command, clone, timeout=120)
+    assert run(command, clone, timeout=280)
 
 
 @pytest.mark.parametrize("command", commands_to_run("long"), ids=shortened)

@@ -16,9 +16,15 @@ import equipoise
 from helpers.documents import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOWN_AT_THE_TOP = set(
-    [".gitignore", ".pre-commit-config.yaml", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml"]
-)
+KNOWN_AT_THE_TOP = {
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "constraints.txt",
+    "pyproject.toml",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
