@@ -24,7 +24,7 @@ from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.worker import RankWorker
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.reports import RebalanceReport
-from equipoise.transfer.execution.profile import LayerTransferReport
+from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import make_tiny_model
@@ -65,8 +65,8 @@ def converse(pipe: Connection, said: dict[str, Any]) -> None:
         pipe.send(Stop())
 
 
-def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> LayerTransferReport:
-    return staged.report
+def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> LayerProfile:
+    return staged.profile
 
 
 def serve(rank: int, world_size: int, directory: str, rendezvous: str, broken: bool) -> dict[str, Any]:

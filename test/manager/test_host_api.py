@@ -303,3 +303,24 @@ def test_a_hosts_mover_that_raises_on_one_rank_ends_balancing_on_all() -> None:
 
     for error in on_ranks(body, mover=host_mover(1), raises_in={3: "mover"}):
         assert "rank 3: the host's mover, with layers [2]: RuntimeError: a cable was pulled" in error
+
+
+def test_log_records_carry_their_rank_and_reports_are_seen_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="equipoise.manager")
+    on_ranks(Host.rebalance)
+    lines = [record for record in caplog.records if "rebalance after step" in record.message]
+    assert sorted((record.rank, record.levelname) for record in lines) == [  # type: ignore[attr-defined]
+        (0, "INFO"), (1, "DEBUG"), (2, "DEBUG"), (3, "DEBUG"),
+    ]  # fmt: skip
+
+
+def test_an_error_is_logged_with_its_traceback_by_the_rank_that_has_it(caplog: pytest.LogCaptureFixture) -> None:
+    def body(host: Host) -> None:
+        host.step()
+        host.manager.submit(Rebalance())
+        host.until(lambda: host.manager.phase == "failed")
+
+    on_ranks(body, raises_in={2: "on_layers_committed"})
+    (record, *_) = [record for record in caplog.records if record.exc_info]
+    assert record.rank == 2  # type: ignore[attr-defined]
+    assert "the host's maps cannot follow" in str(record.exc_info)
