@@ -9,7 +9,14 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
+<<<<<<< HEAD
 .PHONY: help setup kernels demo test check format soak clean api dist test-gpu bench-algorithms bench-transfer bench-stall bench-gpu
+=======
+SGLANG_VENV  := .venv-sglang
+SGLANG_READY := $(SGLANG_VENV)/.ready
+
+.PHONY: help setup kernels demo test test-sglang check format soak clean api dist bench-algorithms bench-transfer bench-stall bench-sglang
+>>>>>>> 23ec311 (SGLang plugin: levels full and manager, the operator's routes and metrics on SGLang's server, weights loaded anew; tests on the real server, docs and a benchmark)
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -32,7 +39,17 @@ demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it wh
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(READY)  ## all tests (needs no GPU)
-	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not soak and not sglang' $(PYTEST_ARGS)
+
+$(SGLANG_READY): test/hosts/sglang/requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] == (3, 11) else f"SGLang is tested with Python 3.11, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement test/hosts/sglang/requirements.txt
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-sglang: $(READY) $(SGLANG_READY)  ## the plugin in the real SGLang server, on this CPU; installs 2.6 GB in .venv-sglang
+	$(BIN)/pytest -m sglang test/hosts $(PYTEST_ARGS)
 
 test-gpu: $(READY)  ## what only a GPU can settle, with a report; without one, the part that needs none
 	$(BIN)/python scripts/test_gpu.py $(ARGS)
@@ -55,8 +72,13 @@ bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own cod
 bench-stall: $(READY)  ## how long forward passes wait for a rebalance, in each transfer mode
 	$(BIN)/python benchmark/engine_stall.py $(ARGS)
 
+<<<<<<< HEAD
 bench-gpu: $(READY)  ## what dispatch, commits, checksums and transfers cost on a GPU
 	$(BIN)/python benchmark/gpu.py $(ARGS)
+=======
+bench-sglang: $(READY) $(SGLANG_READY)  ## what a rebalance costs a real SGLang server's answers: its own balancer and ours
+	PYTHONPATH=test $(BIN)/python benchmark/sglang_stall.py $(ARGS)
+>>>>>>> 23ec311 (SGLang plugin: levels full and manager, the operator's routes and metrics on SGLang's server, weights loaded anew; tests on the real server, docs and a benchmark)
 
 soak: $(READY)  ## the long tests: randomised ones at length, every benchmark and document's command in a new clone
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)
@@ -70,4 +92,4 @@ dist: $(READY)  ## build the sdist and the wheel, and try the wheel
 	$(BIN)/python scripts/check_release.py
 
 clean:  ## remove the virtual environment and everything that was made
-	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) out build dist .mypy_cache .ruff_cache .hypothesis

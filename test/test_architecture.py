@@ -37,6 +37,7 @@ ROOMS = (
     "engine/checkpoint",
     "engine/model",
     "engine",
+    "hosts/sglang/launch",
     "hosts/sglang",
     "hosts",
     "server",

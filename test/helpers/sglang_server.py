@@ -64,7 +64,7 @@ class SglangServer:
         self._command = [*command, *CPU_FLAGS, *flags]
         self._environment = {
             **os.environ,
-            "PYTHONPATH": str(SHIMS),
+            "PYTHONPATH": f"{ROOT / 'python'}:{SHIMS}",
             "SGLANG_PLUGINS": ",".join((CPU_PLUGIN, *plugins)),
             "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(num_ranks)),
@@ -138,6 +138,17 @@ class SglangServer:
 def prompts() -> list[list[int]]:
     """Prompts of 12 byte tokens each, the same in every run."""
     return [[(seed * 37 + position * 11) % 250 for position in range(12)] for seed in range(NUM_PROMPTS)]
+
+
+def scheduler_pids(server: SglangServer) -> list[int]:
+    """Processes of the server's group that run a scheduler, by rank."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = []
+    for line in listed.splitlines():
+        pid, group, state, title = line.split(None, 3)
+        if int(group) == server.process.pid and "sglang::scheduler" in title and not state.startswith("Z"):
+            found.append((title, int(pid)))
+    return [pid for _, pid in sorted(found)]
 
 
 def _free_port() -> int:

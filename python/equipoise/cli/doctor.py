@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.errors import ConfigError
-from equipoise.hosts.sglang.doctor import Examination, examine
+from equipoise.hosts.sglang.launch.doctor import Examination, examine
 
 HOSTS = ("sglang",)
 _STYLES = {"refused": "bold red", "trap": "yellow", "note": "dim"}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.hosts.sglang.findings import Launch
-from equipoise.hosts.sglang.launch_check import check_launch
-from equipoise.hosts.sglang.launch_flags import LaunchFlags
-from equipoise.hosts.sglang.placement_check import count_experts
-from equipoise.hosts.sglang.settings import Level
+from equipoise.hosts.sglang.launch.check import check_launch
+from equipoise.hosts.sglang.launch.findings import Launch
+from equipoise.hosts.sglang.launch.flags import LaunchFlags
+from equipoise.hosts.sglang.launch.placement_check import count_experts
+from equipoise.hosts.sglang.launch.settings import Level
 
 SOUND = LaunchFlags(
     tp_size=4,

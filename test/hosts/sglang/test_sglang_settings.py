@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.hosts.sglang.settings import PluginSettings, read_settings
+from equipoise.hosts.sglang.launch.settings import PluginSettings, read_settings
 
 
 def test_full_unless_something_is_set() -> None:
@@ -29,6 +29,8 @@ def test_variable_wins_over_file(tmp_path: Path) -> None:
         ("levle = 'full'", "levle"),
         ("[eplb]\neplb_algorithm = 'x'", "eplb_algorithm"),
         ("eplb = 3", "eplb"),
+        ("[eplb]\neplb_transfer_duty = 2.0", "eplb_transfer_duty must be in"),
+        ("[eplb]\neplb_transfer_duty = 'x'", "wrong type"),
         ("[", "cannot be read"),
     ],
 )

@@ -19,7 +19,7 @@ from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.algorithms.registry import find_algorithm
 from equipoise.algorithms.warm_up import warm_up
 from equipoise.hosts.sglang.hook_targets import Hook, HookTarget
-from equipoise.hosts.sglang.launch_check import own_algorithms
+from equipoise.hosts.sglang.launch.check import own_algorithms
 from equipoise.hosts.sglang.share_table import even_table, share_table
 from equipoise.jit.threads import available_cpus
 from equipoise.jit.warming import WarmUp, warm_up_in_background

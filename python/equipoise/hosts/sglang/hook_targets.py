@@ -7,7 +7,6 @@ before anything is registered, and each call is counted.
 from __future__ import annotations
 
 import inspect
-import logging
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,13 +14,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-log = logging.getLogger("equipoise.hosts.sglang")
-
 HookKind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
-
-SUPPORTED = "0.5.23"
-TOLERATED = ("0.5.21", "0.5.22")
-"""Same signatures at every target as :data:`SUPPORTED`, compared by reading; the tests run on that one alone."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +85,3 @@ def _counted(hook: Hook) -> Callable[..., Any]:
         return hook.function(*args, **kwargs)
 
     return counted
-
-
-def version_complaint(version: str) -> str | None:
-    """Why this version of SGLang is refused; None if it is supported, with a warning if it is merely tolerated."""
-    if version == SUPPORTED:
-        return None
-    if version in TOLERATED:
-        log.warning(
-            "SGLang %s is not what Equipoise is tested with (%s); its hook points are the same", version, SUPPORTED
-        )
-        return None
-    return (
-        f"Equipoise supports SGLang {SUPPORTED} ({' and '.join(TOLERATED)} with a warning), found {version}: "
-        f"install sglang=={SUPPORTED}, or set EQUIPOISE_SGLANG=off to run SGLang's own balancer"
-    )

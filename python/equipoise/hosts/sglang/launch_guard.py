@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from equipoise.hosts.sglang.findings import Launch
 from equipoise.hosts.sglang.hook_targets import Hook, HookTarget
-from equipoise.hosts.sglang.launch_check import check_launch
-from equipoise.hosts.sglang.launch_flags import LaunchFlags
-from equipoise.hosts.sglang.placement_check import count_experts
-from equipoise.hosts.sglang.settings import Level
+from equipoise.hosts.sglang.launch.check import check_launch
+from equipoise.hosts.sglang.launch.findings import Launch
+from equipoise.hosts.sglang.launch.flags import LaunchFlags
+from equipoise.hosts.sglang.launch.placement_check import count_experts
+from equipoise.hosts.sglang.launch.settings import Level
 
 log = logging.getLogger("equipoise.hosts.sglang")
 

@@ -13,9 +13,13 @@ from importlib.metadata import version
 
 from equipoise.errors import ConfigError
 from equipoise.hosts.sglang.algorithm import algorithm_hooks
-from equipoise.hosts.sglang.hook_targets import Hook, register_hooks, version_complaint
+from equipoise.hosts.sglang.command_channel import register_messages
+from equipoise.hosts.sglang.hook_targets import Hook, register_hooks
+from equipoise.hosts.sglang.http_side import http_hook
+from equipoise.hosts.sglang.launch.settings import PluginSettings, read_settings
+from equipoise.hosts.sglang.launch.versions import version_complaint
 from equipoise.hosts.sglang.launch_guard import launch_guard_hook
-from equipoise.hosts.sglang.settings import PluginSettings, read_settings
+from equipoise.hosts.sglang.scheduler_side import SchedulerSide
 
 log = logging.getLogger("equipoise.hosts.sglang")
 
@@ -46,9 +50,11 @@ def register() -> None:
 
 def _hooks(settings: PluginSettings) -> list[Hook]:
     hooks = [launch_guard_hook(settings.level)]
-    if _is_scheduler():
-        hooks += algorithm_hooks()
-    return hooks
+    if settings.level == "algorithm":
+        return hooks + algorithm_hooks() if _is_scheduler() else hooks
+    register_messages()
+    hooks.append(http_hook())
+    return hooks + SchedulerSide(settings).hooks() if _is_scheduler() else hooks
 
 
 def _is_scheduler() -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import faults
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +22,10 @@ def register() -> None:
     for name, function in (("is_current_stream_capturing", lambda: False), ("empty_cache", lambda: None)):
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, function)
+    if fault := os.environ.get("SGLANG_CPU_FAULT"):
+        faults.inject(fault)
+    if directory := os.environ.get("SGLANG_CPU_CALLS"):
+        faults.report_calls(Path(directory))
     if not hasattr(TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"):  # asked for under DP attention
         TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda _self: 1
 

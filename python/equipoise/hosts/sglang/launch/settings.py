@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from equipoise.config import EplbConfig
 from equipoise.errors import ConfigError
 
 Level = Literal["off", "algorithm", "manager", "full"]
@@ -15,15 +16,19 @@ Level = Literal["off", "algorithm", "manager", "full"]
 LEVEL_VARIABLE = "EQUIPOISE_SGLANG"
 FILE_VARIABLE = "EQUIPOISE_CONFIG"
 
-OWN_OPTIONS = (
-    "eplb_transfer_mode",
-    "eplb_max_moves_per_layer",
-    "eplb_verification",
-    "eplb_staging_bytes",
-    "eplb_transfer_timeout",
-    "eplb_transfer_duty",
-    "eplb_profile",
+_FROM_SGLANGS_FLAGS = (
+    "enable_eplb",
+    "eplb_algorithm",
+    "eplb_rebalance_num_iterations",
+    "eplb_rebalance_layers_per_chunk",
+    "eplb_min_rebalancing_utilization_threshold",
+    "ep_num_redundant_experts",
+    "ep_dispatch_algorithm",
+    "init_expert_location",
+    "expert_distribution_recorder_mode",
+    "expert_distribution_recorder_buffer_size",
 )
+OWN_OPTIONS = tuple(option.name for option in fields(EplbConfig) if option.name not in _FROM_SGLANGS_FLAGS)
 """Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags."""
 
 
@@ -59,6 +64,7 @@ def read_settings(environment: Mapping[str, str]) -> PluginSettings:
         if not isinstance(options, dict):
             raise ConfigError(f"{path}: eplb must be a table, got {options!r}", field="eplb")
         _refuse_unknown(options, OWN_OPTIONS, f"{path} [eplb]")
+        _check_values(options, path)
     level = environment.get(LEVEL_VARIABLE) or level
     if level is not None and level not in get_args(Level):
         known = ", ".join(get_args(Level))
@@ -71,6 +77,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{FILE_VARIABLE}={path} cannot be read: {error}", field=FILE_VARIABLE) from error
+
+
+def _check_values(options: dict[str, Any], path: str) -> None:
+    try:
+        EplbConfig(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{path} [eplb]: {error}", field=error.field) from error
+    except TypeError as error:  # compared with a number
+        raise ConfigError(f"{path} [eplb]: a value of the wrong type: {error}", field="eplb") from error
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from equipoise.hosts.sglang.launch_flags import LaunchFlags
-from equipoise.hosts.sglang.settings import Level
+from equipoise.hosts.sglang.launch.flags import LaunchFlags
+from equipoise.hosts.sglang.launch.settings import Level
 
 Severity = Literal["refused", "trap", "note"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from equipoise.algorithms.registry import available_algorithms
-from equipoise.hosts.sglang.findings import Finding, Launch
-from equipoise.hosts.sglang.placement_check import check_given_map, check_slots
+from equipoise.hosts.sglang.launch.findings import Finding, Launch
+from equipoise.hosts.sglang.launch.placement_check import check_given_map, check_slots
 
 SGLANGS_ALGORITHMS = frozenset(
     f"{name}{suffix}" for name in ("deepseek", "deepseek_vec", "elasticity_aware") for suffix in ("", "_hierarchical")

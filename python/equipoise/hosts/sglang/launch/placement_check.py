@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.hosts.sglang.findings import Finding, Launch
+from equipoise.hosts.sglang.launch.findings import Finding, Launch
 
 
 def count_experts(model_path: str | None) -> int | None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from equipoise.hosts.sglang.findings import Finding, Launch
-from equipoise.hosts.sglang.hook_targets import SUPPORTED, version_complaint
-from equipoise.hosts.sglang.launch_check import PLUGIN_NAME, check_launch
-from equipoise.hosts.sglang.launch_flags import LaunchFlags
-from equipoise.hosts.sglang.placement_check import count_experts
-from equipoise.hosts.sglang.settings import PluginSettings, read_settings
+from equipoise.hosts.sglang.launch.check import PLUGIN_NAME, check_launch
+from equipoise.hosts.sglang.launch.findings import Finding, Launch
+from equipoise.hosts.sglang.launch.flags import LaunchFlags
+from equipoise.hosts.sglang.launch.placement_check import count_experts
+from equipoise.hosts.sglang.launch.settings import PluginSettings, read_settings
+from equipoise.hosts.sglang.launch.versions import SUPPORTED, version_complaint
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 

@@ -1,0 +1,169 @@
+"""Builds our manager for a scheduler, from what SGLang's runtime holds once its weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from equipoise.config import EplbConfig, TransferTransport
+from equipoise.distributed.communicator import Communicator, TorchCommunicator
+from equipoise.distributed.groups import new_transfer_group
+from equipoise.distributed.pinned_host import PinnedHostCommunicator
+from equipoise.hosts.sglang.launch.settings import PluginSettings
+from equipoise.hosts.sglang.live_maps import SglangMaps
+from equipoise.hosts.sglang.stock_mover import StockMover
+from equipoise.manager.host import HostTraits
+from equipoise.manager.host_migration import HostMigration
+from equipoise.manager.live_placement import LayersCommitted
+from equipoise.manager.manager import EplbManager
+from equipoise.manager.reports import RebalanceReport
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+
+log = logging.getLogger("equipoise.hosts.sglang")
+
+OnReport = Callable[[RebalanceReport], None]
+
+
+@dataclass(frozen=True)
+class SglangRuntime:
+    """What the manager is built from.
+
+    Attributes:
+        moe: SGLang's options of the ``exec.moe`` namespace.
+        live: SGLang's ``ExpertLocationMetadata``.
+        weights: per MoE layer, by SGLang's number, the tensors of this rank's experts, each (slots_per_rank, ...).
+        ranks: global ranks of the expert-parallel group.
+        rank: of this process in it.
+    """
+
+    moe: Any
+    live: Any
+    weights: Mapping[int, list[torch.Tensor]]
+    ranks: list[int]
+    rank: int
+    num_nodes: int
+    num_groups: int | None
+    device: torch.device
+
+
+def runtime_of(runner: Any) -> SglangRuntime:
+    """Collects it from a ``ModelRunner`` whose weights are loaded."""
+    from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation, get_global_expert_location_metadata
+    from sglang.srt.runtime_context import get_device, get_exec, get_parallel
+
+    parallel = get_parallel()
+    weights = runner.model.routed_experts_weights_of_layer
+    shape = ModelConfigForExpertLocation.from_model_config(runner.model_config)
+    return SglangRuntime(
+        moe=get_exec().moe,
+        live=get_global_expert_location_metadata(),
+        weights=getattr(weights, "value", weights),
+        ranks=list(parallel.moe_ep_group.ranks),
+        rank=parallel.moe_ep_group.rank_in_group,
+        num_nodes=parallel.nnodes,
+        num_groups=shape.num_groups,
+        device=torch.device(get_device().device),
+    )
+
+
+def eplb_config(moe: Any, num_redundant: int, own_options: Mapping[str, Any]) -> EplbConfig:
+    """Our options from SGLang's flags and the plugin's file.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    buffer_size = moe.expert_distribution_recorder_buffer_size
+    return EplbConfig(
+        enable_eplb=True,
+        eplb_algorithm=moe.eplb_algorithm,
+        eplb_rebalance_num_iterations=moe.eplb_rebalance_num_iterations,
+        eplb_rebalance_layers_per_chunk=moe.eplb_rebalance_layers_per_chunk or 1,
+        eplb_min_rebalancing_utilization_threshold=moe.eplb_min_rebalancing_utilization_threshold,
+        ep_num_redundant_experts=num_redundant,
+        ep_dispatch_algorithm="static" if moe.ep_dispatch_algorithm == "static" else "dynamic",
+        expert_distribution_recorder_buffer_size=buffer_size if buffer_size and buffer_size > 0 else 1000,
+        **own_options,
+    )
+
+
+def build_manager(
+    runtime: SglangRuntime, settings: PluginSettings, collaborators: Mapping[str, Any], *, on_report: OnReport
+) -> EplbManager:
+    """Collective. The manager of this rank, warmed up. Allocates staging: before SGLang measures memory for its cache.
+
+    Args:
+        collaborators: the keyword arguments of SGLang's ``EPLBManager``, for level ``manager``.
+
+    Raises:
+        ConfigError: options, weights or budgets that cannot be used.
+    """
+    live, layer_ids = runtime.live, sorted(runtime.weights)
+    maps = SglangMaps(live, rank=runtime.rank)
+    config = eplb_config(runtime.moe, live.num_physical_experts - live.num_logical_experts, settings.options)
+    metadata = ExpertLocationMetadata.from_physical_to_logical(
+        maps.physical_to_logical(layer_ids),
+        live.num_logical_experts,
+        EpTopology(live.ep_size, runtime.num_nodes, live.num_local_physical_experts),
+        max_replicas=live.num_physical_experts - live.num_logical_experts + 1,
+        device=runtime.device,
+    )
+
+    def follow(change: LayersCommitted) -> None:
+        maps.write(change.layer_ids, change.placement, change.rows)
+
+    traits = HostTraits(
+        layer_ids=layer_ids,
+        dispatches=True,
+        replicated_counts=runtime.moe.moe_a2a_backend == "none",
+        num_groups=runtime.num_groups,
+        on_layers_committed=follow,
+        on_report=on_report,
+    )
+    gloo = partial(dist.new_group, runtime.ranks, backend="gloo")
+    serving = TorchCommunicator(gloo(), "cpu", new_group=gloo, new_control_group=gloo)
+    if settings.level == "manager":
+        layers = runtime.moe.eplb_rebalance_layers_per_chunk
+        mover = StockMover(collaborators, layer_ids)
+        manager = EplbManager(
+            config,
+            None,
+            metadata,
+            serving,
+            host=traits,
+            migration=lambda placement, failures: HostMigration(
+                placement, mover.move, failures, layers_per_tick=layers
+            ),
+        )
+    else:
+        transfer = transfer_communicator(runtime, config.eplb_transport)
+        weights = [list(runtime.weights[layer_id]) for layer_id in layer_ids]
+        manager = EplbManager(config, weights, metadata, serving, transfer_communicator=transfer, host=traits)
+    manager.warm_up()
+    span = f"MoE layers {layer_ids[0]} to {layer_ids[-1]}"
+    log.info("attached on rank %d, level %s, %s: %s", runtime.rank, settings.level, span, config)
+    return manager
+
+
+def transfer_communicator(runtime: SglangRuntime, transport: TransferTransport) -> Communicator:
+    """Collective. Over groups of our own: transfers in a thread must never meet SGLang's collectives on its groups."""
+    over_nccl = runtime.device.type == "cuda" and transport != "host"
+    bulk = partial(new_transfer_group, "nccl" if over_nccl else "gloo", os.environ, ranks=runtime.ranks)
+    control = partial(dist.new_group, runtime.ranks, backend="gloo")
+    communicator = TorchCommunicator(
+        bulk(),
+        runtime.device if over_nccl else "cpu",
+        control_group=control(),
+        new_group=bulk,
+        new_control_group=control,
+    )
+    if runtime.device.type == "cuda" and not over_nccl:
+        return PinnedHostCommunicator(communicator, runtime.device)
+    return communicator

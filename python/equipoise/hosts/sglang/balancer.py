@@ -1,0 +1,102 @@
+"""SglangBalancer: our manager in a scheduler process, as SGLang's hooks call it. Knows no SGLang itself.
+
+::
+
+    count              counts of a pass, from SGLang's recorder          during a forward pass
+    end_pass           closes the pass and ticks                         after each forward pass
+    turn               ticks where no pass ran since the last turn       once per turn of the event loop
+    submit             a command; answered now or in a later turn        as a request of SGLang's
+    hold, release      nothing moves while a reason is held              round a change of the weights
+
+Passes, turns and requests come in the same order on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from equipoise.manager.command_handler import PendingReply
+from equipoise.manager.commands import Command
+from equipoise.manager.manager import EplbManager
+
+log = logging.getLogger("equipoise.hosts.sglang")
+
+OnReply = Callable[[object], None]
+"""Takes a command's reply, or the EquipoiseError that it failed with."""
+
+
+class SglangBalancer:
+    """One for each scheduler, called alike.
+
+    Attributes:
+        manager: ours.
+        ticks, idle_ticks: how often it was ticked after a pass, and in a turn without one.
+    """
+
+    def __init__(self, manager: EplbManager) -> None:
+        self.manager = manager
+        self.ticks = self.idle_ticks = 0
+        self._stepped = False
+        self._waiting: list[tuple[PendingReply[Any], OnReply]] = []
+        self._holds: set[str] = set()
+        self._paused_here = False
+
+    @property
+    def wants_tick(self) -> bool:
+        """Ticks carry something on even when no request runs. The same on all ranks."""
+        return self.manager.wants_tick
+
+    def count(self, physical_counts: torch.Tensor) -> None:
+        """Adds (L, P) tokens in each slot, a row for every layer of SGLang's."""
+        self.manager.record_counts(physical_counts)
+
+    def end_pass(self) -> None:
+        """After a forward pass of the target model, on every rank."""
+        self._stepped = True
+        self.ticks += 1
+        self.manager.end_forward_pass(counted=True)
+        self.manager.tick()
+        self._answer()
+
+    def turn(self) -> None:
+        """Once per turn of the event loop. Whether a pass ran since the last one is the same on all ranks."""
+        stepped, self._stepped = self._stepped, False
+        if stepped or not self.manager.wants_tick:
+            return
+        self.idle_ticks += 1
+        self.manager.tick()
+        self._answer()
+
+    def submit(self, command: Command[Any], on_reply: OnReply) -> None:
+        """Takes a command, in the same turn on all ranks."""
+        self._waiting.append((self.manager.submit(command), on_reply))
+        self._answer()
+
+    def hold(self, reason: str) -> None:
+        """Collective. Returns once nothing moves; nothing will before :meth:`release`."""
+        if not self._holds and self.manager.phase not in ("paused", "failed"):
+            self.manager.pause(reason)
+            self._paused_here = True
+        self._holds.add(reason)
+        self._answer()
+
+    def release(self, reason: str) -> None:
+        """Collective, after the weights may have changed. Balancing goes on after the last hold, unless an operator has
+        paused it."""
+        self.manager.weights_changed()
+        self._holds.discard(reason)
+        if not self._holds and self._paused_here:
+            self._paused_here = False
+            self.manager.resume()
+
+    def _answer(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for pending, on_reply in waiting:
+            if pending.done:
+                on_reply(pending.reply)
+            else:
+                self._waiting.append((pending, on_reply))

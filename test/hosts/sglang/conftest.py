@@ -1,0 +1,71 @@
+"""Models, and what the stock SGLang server answers on one rank without the plugin: what every other run must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers.sglang_server import PYTHON, SglangServer
+from helpers.tiny_models import make_tiny_model
+
+# What SGLang asks of a DeepSeek-V2 config beyond what transformers does.
+_DEEPSEEK = {
+    "moe_layer_freq": 1,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "aux_loss_alpha": 0.001,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_hidden_layers": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 128,
+    },
+}
+Answers = list[list[int]]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("sglang") is not None and not PYTHON.exists():
+        pytest.skip("needs the environment of `make test-sglang`")
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three MoE layers of 8 experts."""
+    return make_tiny_model(tmp_path_factory.mktemp("qwen"), "qwen3_moe", 0)
+
+
+@pytest.fixture(scope="session")
+def other_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape, other weights."""
+    return make_tiny_model(tmp_path_factory.mktemp("other_qwen"), "qwen3_moe", 1)
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One dense layer, then three MoE layers with a shared expert; MLA."""
+    return make_tiny_model(tmp_path_factory.mktemp("deepseek"), "deepseek_v2", 0, **_DEEPSEEK)
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Answers]:
+    """Answers of the stock server on one rank; one start for each model."""
+    known: dict[Path, Answers] = {}
+
+    def answers_of(model: Path) -> Answers:
+        if model not in known:
+            log = tmp_path_factory.mktemp("stock") / "server.log"
+            with SglangServer(model, log=log) as server:
+                known[model] = server.answers(concurrency=2)
+        return known[model]
+
+    return answers_of

@@ -1,0 +1,71 @@
+"""What goes wrong in a scheduler, injected by the tests: ``SGLANG_CPU_FAULT`` names one. And what each hook counted.
+
+``copies``: the updater is given copies of the weights, so maps change and weights do not (negative control).
+``tick``: on rank 1 the phase machine raises in the 20th of its steps that carry something on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def inject(kind: str) -> None:
+    """Arms a fault in this process."""
+    if kind == "copies":
+        _give_copies()
+    elif kind == "tick":
+        _raise_in_a_tick()
+    else:
+        raise ValueError(f"no fault is called {kind!r}")
+
+
+def _give_copies() -> None:
+    import dataclasses
+
+    from equipoise.hosts.sglang import scheduler_side
+
+    runtime_of = scheduler_side.runtime_of
+
+    def with_copies(runner: Any) -> Any:
+        runtime = runtime_of(runner)
+        copies = {layer: [tensor.clone() for tensor in tensors] for layer, tensors in runtime.weights.items()}
+        return dataclasses.replace(runtime, weights=copies)
+
+    scheduler_side.runtime_of = with_copies
+
+
+def _raise_in_a_tick() -> None:
+    from equipoise.manager.phases import Rebalancing
+
+    carry_on, steps = Rebalancing._carry_on, 0
+
+    def broken(self: Any, *args: Any) -> None:
+        nonlocal steps
+        import torch.distributed as dist
+
+        steps += self.phase != "collecting"
+        if steps == 20 and dist.get_rank() == 1:
+            raise RuntimeError("injected by a test")
+        carry_on(self, *args)
+
+    Rebalancing._carry_on = broken  # type: ignore[method-assign]
+
+
+def report_calls(directory: Path) -> None:
+    """Writes this process's hook counts to ``directory``/PID.json, twice a second."""
+
+    def run() -> None:
+        from equipoise.hosts.sglang.hook_targets import calls
+
+        while True:
+            part = directory / f"{os.getpid()}.part"
+            part.write_text(json.dumps(calls))
+            part.rename(directory / f"{os.getpid()}.json")
+            time.sleep(0.5)
+
+    threading.Thread(target=run, daemon=True).start()

@@ -1,0 +1,216 @@
+"""The balancer on ranks that are threads, driven as SGLang's hooks drive it: counts, passes, turns, commands, holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from equipoise.config import EplbConfig
+from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
+from equipoise.errors import PhaseError
+from equipoise.hosts.sglang.balancer import SglangBalancer
+from equipoise.hosts.sglang.live_maps import SglangMaps
+from equipoise.manager.commands import Command, GetStatus, Pause, Rebalance
+from equipoise.manager.host import HostTraits
+from equipoise.manager.manager import EplbManager
+from equipoise.placement.metadata import ExpertLocationMetadata
+from equipoise.topology import EpTopology
+from helpers.run_threads import results_of
+
+TOPOLOGY = EpTopology(2, 1, 6)
+NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS = 4, 8, 12  # of SGLang; its layer 0 is dense
+LAYER_IDS = [1, 2, 3]
+
+
+class Scheduler:
+    """A scheduler of SGLang without a model: maps of all layers, weights that name the expert they belong to."""
+
+    def __init__(self, communicator: InMemoryCommunicator, transfers: InMemoryHub, **options: Any) -> None:
+        rank = self.rank = communicator.rank
+        self.maps = live_maps()
+        writer = SglangMaps(self.maps, rank=rank)
+        self.weights = [[torch.empty(TOPOLOGY.slots_per_rank, 4)] for _ in LAYER_IDS]
+        self.load_weights(added=0.5)
+        self.reports: list[Any] = []
+        manager = EplbManager(
+            EplbConfig(eplb_algorithm="equipoise", ep_num_redundant_experts=4, **options),
+            self.weights,
+            ExpertLocationMetadata.from_physical_to_logical(
+                writer.physical_to_logical(LAYER_IDS), NUM_EXPERTS, TOPOLOGY, max_replicas=5
+            ),
+            communicator,
+            transfer_communicator=transfers.communicator(rank),
+            host=HostTraits(
+                layer_ids=LAYER_IDS,
+                dispatches=True,
+                replicated_counts=True,
+                on_layers_committed=lambda change: writer.write(change.layer_ids, change.placement, change.rows),
+                on_report=self.reports.append,
+            ),
+        )
+        self.balancer = SglangBalancer(manager)
+
+    def forward(self) -> None:
+        """A pass in which experts 6 and 7 of layer 2 get most tokens; every rank counts them all."""
+        counts = torch.ones(NUM_LAYERS, NUM_SLOTS, dtype=torch.int32) * 10
+        for expert in (6, 7):
+            counts[2, self.maps.physical_to_logical_map[2] == expert] = 200
+        self.balancer.count(counts)
+        self.balancer.end_pass()
+        self.balancer.turn()
+
+    def load_weights(self, *, added: float) -> None:
+        """As SGLang's loader: each slot gets what the maps say, another model's for another ``added``."""
+        self.added = added
+        slots = list(TOPOLOGY.slots_of_rank(self.rank))
+        for row, layer in enumerate(LAYER_IDS):
+            self.weights[row][0].copy_(self.maps.physical_to_logical_map_cpu[layer, slots, None].float() + added)
+
+    def idle(self, *, turns: int = 1) -> None:
+        for _ in range(turns):
+            self.balancer.turn()
+
+    def ask(self, command: Command[Any], *, carry_on: Callable[[], None] | None = None) -> Any:
+        """The reply to a command, while ``carry_on`` (idle turns by default) goes on."""
+        replies: list[object] = []
+        self.balancer.submit(command, replies.append)
+        for _ in range(100_000):
+            if replies:
+                assert len(replies) == 1
+                return replies[0]
+            (carry_on or self.idle)()
+        raise AssertionError("no reply")
+
+    def check_weights_follow_maps(self) -> None:
+        for row, layer in enumerate(LAYER_IDS):
+            held = self.maps.physical_to_logical_map[layer, list(TOPOLOGY.slots_of_rank(self.rank))]
+            assert torch.equal(self.weights[row][0][:, 0], held.float() + self.added)
+            for expert in range(NUM_EXPERTS):
+                valid = int(self.maps.logical_to_all_physical_map_num_valid[layer, expert])
+                slots = self.maps.logical_to_all_physical_map[layer, expert, :valid]
+                assert (self.maps.physical_to_logical_map[layer, slots] == expert).all()
+
+
+def live_maps() -> SimpleNamespace:
+    p2l = torch.arange(NUM_SLOTS).repeat(NUM_LAYERS, 1) % NUM_EXPERTS
+    table = torch.full((NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS), -1)
+    for slot in range(NUM_SLOTS):
+        table[:, slot % NUM_EXPERTS, slot // NUM_EXPERTS] = slot
+    return SimpleNamespace(
+        physical_to_logical_map=p2l,
+        physical_to_logical_map_cpu=p2l.clone(),
+        logical_to_all_physical_map=table,
+        logical_to_all_physical_map_cpu=table.clone(),
+        logical_to_all_physical_map_num_valid=(table >= 0).sum(-1),
+        logical_to_rank_dispatch_physical_map=None,
+    )
+
+
+def on_ranks(body: Callable[[Scheduler], Any], **options: Any) -> list[Any]:
+    transfers = InMemoryHub(TOPOLOGY.num_ranks)
+
+    def run(communicator: InMemoryCommunicator) -> Any:
+        scheduler = Scheduler(communicator, transfers, **options)
+        try:
+            with torch.inference_mode():  # as SGLang's event loops are
+                return body(scheduler)
+        finally:
+            scheduler.balancer.manager.close()
+
+    return results_of(run, TOPOLOGY.num_ranks)
+
+
+def test_rebalance_between_passes_moves_weights_and_maps_together() -> None:
+    def body(scheduler: Scheduler) -> Any:
+        for _ in range(5):
+            scheduler.forward()
+        report = scheduler.ask(Rebalance(), carry_on=scheduler.forward)
+        scheduler.check_weights_follow_maps()
+        return report.outcome, sum(report.moves), report.layer_ids
+
+    for outcome, moves, layer_ids in on_ranks(body):
+        assert (outcome, layer_ids) == ("committed", LAYER_IDS)
+        assert moves > 0
+
+
+def test_rebalance_on_an_idle_server_goes_on_in_turns() -> None:
+    def body(scheduler: Scheduler) -> Any:
+        scheduler.forward()
+        assert not scheduler.balancer.wants_tick
+        report = scheduler.ask(Rebalance())
+        scheduler.idle(turns=3)
+        scheduler.check_weights_follow_maps()
+        return report.outcome, scheduler.balancer.idle_ticks > 0, scheduler.balancer.wants_tick
+
+    assert on_ranks(body) == [("committed", True, False)] * 2
+
+
+def test_turn_ticks_only_where_no_pass_has() -> None:
+    def body(scheduler: Scheduler) -> tuple[bool, int]:
+        for _ in range(7):
+            scheduler.forward()
+        scheduler.ask(Rebalance(dry_run=True), carry_on=scheduler.forward)  # wants ticks, and gets them after passes
+        return scheduler.balancer.ticks >= 7, scheduler.balancer.idle_ticks
+
+    assert on_ranks(body) == [(True, 0)] * 2
+
+
+def test_replicated_counts_are_not_summed_over_ranks() -> None:
+    def body(scheduler: Scheduler) -> Any:
+        scheduler.forward()
+        return scheduler.ask(GetStatus())
+
+    status = on_ranks(body)[0]
+    assert sum(status.rank_load[0]) == 10 * NUM_SLOTS
+
+
+def test_hold_cancels_what_moves_and_release_goes_on() -> None:
+    def body(scheduler: Scheduler) -> Any:
+        scheduler.forward()
+        replies: list[Any] = []
+        scheduler.balancer.submit(Rebalance(), replies.append)
+        scheduler.balancer.hold("weights")
+        refused = scheduler.ask(Rebalance())
+        scheduler.balancer.release("weights")
+        scheduler.check_weights_follow_maps()
+        return replies[0].outcome, type(refused), scheduler.ask(Rebalance()).outcome
+
+    assert on_ranks(body) == [("cancelled", PhaseError, "committed")] * 2
+
+
+def test_weights_loaded_anew_in_the_middle_of_a_migration_are_what_serves_on() -> None:
+    def body(scheduler: Scheduler) -> list[str]:
+        scheduler.forward()
+        replies: list[Any] = []
+        scheduler.balancer.submit(Rebalance(), replies.append)
+        while scheduler.balancer.manager.phase != "migrating":
+            scheduler.idle()
+        scheduler.balancer.hold("reload")
+        scheduler.load_weights(added=1.5)
+        scheduler.balancer.release("reload")
+        scheduler.check_weights_follow_maps()
+        outcome = scheduler.ask(Rebalance()).outcome
+        scheduler.check_weights_follow_maps()
+        return [replies[0].outcome, outcome]
+
+    assert on_ranks(body, eplb_verification="checksum") == [["cancelled", "committed"]] * 2
+
+
+def test_two_holds_end_with_the_last_and_an_operators_pause_outlives_them() -> None:
+    def body(scheduler: Scheduler) -> list[str]:
+        phases = []
+        scheduler.balancer.hold("session")
+        scheduler.balancer.hold("reload")
+        scheduler.balancer.release("reload")
+        phases.append(scheduler.balancer.manager.phase)
+        scheduler.balancer.release("session")
+        phases.append(scheduler.balancer.manager.phase)
+        scheduler.ask(Pause("a test"))
+        scheduler.balancer.hold("reload")
+        scheduler.balancer.release("reload")
+        return [*phases, scheduler.balancer.manager.phase]
+
+    assert on_ranks(body) == [["paused", "collecting", "paused"]] * 2
