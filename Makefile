@@ -9,14 +9,10 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-<<<<<<< HEAD
-.PHONY: help setup kernels demo test check format soak clean api dist test-gpu bench-algorithms bench-transfer bench-stall bench-gpu
-=======
 SGLANG_VENV  := .venv-sglang
 SGLANG_READY := $(SGLANG_VENV)/.ready
 
-.PHONY: help setup kernels demo test test-sglang check format soak clean api dist bench-algorithms bench-transfer bench-stall bench-sglang
->>>>>>> 23ec311 (SGLang plugin: levels full and manager, the operator's routes and metrics on SGLang's server, weights loaded anew; tests on the real server, docs and a benchmark)
+.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-transfer bench-stall bench-gpu bench-sglang
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -72,13 +68,11 @@ bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own cod
 bench-stall: $(READY)  ## how long forward passes wait for a rebalance, in each transfer mode
 	$(BIN)/python benchmark/engine_stall.py $(ARGS)
 
-<<<<<<< HEAD
 bench-gpu: $(READY)  ## what dispatch, commits, checksums and transfers cost on a GPU
 	$(BIN)/python benchmark/gpu.py $(ARGS)
-=======
+
 bench-sglang: $(READY) $(SGLANG_READY)  ## what a rebalance costs a real SGLang server's answers: its own balancer and ours
 	PYTHONPATH=test $(BIN)/python benchmark/sglang_stall.py $(ARGS)
->>>>>>> 23ec311 (SGLang plugin: levels full and manager, the operator's routes and metrics on SGLang's server, weights loaded anew; tests on the real server, docs and a benchmark)
 
 soak: $(READY)  ## the long tests: randomised ones at length, every benchmark and document's command in a new clone
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)

@@ -46,6 +46,7 @@ RULES = (
     Rule(r"make test PYTEST_ARGS=.+", "long", collect_only=True),
     Rule(r"make (test|soak)", "it is what runs this"),
     Rule(r"make (setup|clean test)", "it installs every package; CI starts with it"),
+    Rule(r"make (test|bench)-sglang.*", "it installs 2.6 GB, and needs minutes to start each server"),
     Rule(r"make (api|check|clean|dist|format|kernels)", "long"),
     Rule(r"make demo ARGS=--keep-running", "it never ends; `make demo` is run"),
     Rule(r"make (demo|test-gpu|bench-[a-z]+)", "long", add=" ARGS=--quick"),
@@ -55,6 +56,8 @@ RULES = (
     Rule(r"(\.venv/bin/)?equipoise replay .+", "quick"),
     Rule(r"(\.venv/bin/)?equipoise explain-transfer .+", "quick"),
     Rule(r"(\.venv/bin/)?equipoise serve .+", "server"),
+    Rule(r"(\.venv/bin/)?equipoise doctor .+", "quick", add=" --ep-dispatch-algorithm dynamic"),
+    Rule(r"(sglang serve|pip install|pip uninstall) .+", "it needs an environment of SGLang's, and GPUs"),
     Rule(r"git clone .+", "it names no repository"),
     Rule(r"pre-commit install", "pre-commit is no dependency of ours"),
 )

@@ -16,8 +16,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from equipoise.admin.codec import decode_command, decode_reply, encode_command, encode_reply
 from equipoise.errors import TransferError
-from equipoise.hosts.sglang.codec import decode_command, decode_reply, encode_command, encode_reply
 from equipoise.manager.commands import Command
 
 log = logging.getLogger("equipoise.hosts.sglang")
@@ -81,7 +81,7 @@ class CommandChannel:
 
         self._manager = tokenizer_manager
         self._tickets = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._waiting: dict[int, asyncio.Future[str]] = {}
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EquipoiseReqOutput, self._arrived)])
 
     async def control(self, command: Command[Any]) -> Any:
@@ -95,7 +95,7 @@ class CommandChannel:
         payload = encode_command(command)
         self._manager.auto_create_handle_loop()
         ticket = next(self._tickets)
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
         try:
             self._manager._dispatch_to_scheduler(EquipoiseReqInput(ticket=ticket, payload=payload))
@@ -109,4 +109,4 @@ class CommandChannel:
     def _arrived(self, output: Any) -> None:
         future = self._waiting.get(output.ticket)
         if future is not None and not future.done():
-            future.set_result(bytes(output.payload))
+            future.set_result(output.payload)

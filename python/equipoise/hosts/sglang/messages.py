@@ -7,11 +7,11 @@ class EquipoiseReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """A command, from the HTTP process to every scheduler."""
 
     ticket: int
-    payload: bytes
+    payload: str  # JSON
 
 
 class EquipoiseReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """Its reply, from the scheduler of rank 0."""
 
     ticket: int
-    payload: bytes
+    payload: str  # JSON
