@@ -179,6 +179,8 @@ class TransferPlan:
             PlacementError: it is not a plan, or its content does not match the digest it carries.
         """
         try:
+            if data["version"] != 2:
+                raise ValueError(f"version {data['version']!r} of the format, this reads 2")
             layers = []
             for layer in data["layers"]:
                 at, batches = read_only_int32(layer["old_map"]), []
