@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.algorithms import deepseek
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.guard import keep_what_is_better
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.reweight import solve_shares
+from equipoise.algorithms.search.even_split import split_evenly
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
 from equipoise.algorithms.search.lpt_packing import pack, pack_groups, risk_load
@@ -65,6 +67,8 @@ def solve(problem: PlacementProblem) -> Solution:
         better = enough & (fresh_value > value[retried])
         chosen = retried[better]
         placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
+    if problem.dispatch == "even" and problem.current is None and (task.layers.inverse_speed == 1.0).all():
+        _improve_published(task, placed, share, value)
     if (value == -np.inf).any():
         lost = int(np.flatnonzero(value == -np.inf)[0])
         raise ConfigError(
@@ -77,9 +81,21 @@ def solve(problem: PlacementProblem) -> Solution:
     return task.finish(placed, share)
 
 
+def _improve_published(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
+    """Searches from the published planner's plan as well, in place: where replicas share alike it is a good start."""
+    problem = task.problem
+    solve_published = deepseek.solve_hierarchical if problem.grouped else deepseek.solve_global
+    other = solve_published(problem).physical_to_logical_map
+    other_share, other_value = np.zeros_like(share), value.copy()
+    _improve(task, other, other_share, other_value)
+    better = other_value > value
+    placed[better], share[better], value[better] = other[better], other_share[better], other_value[better]
+
+
 def _with_old_slots(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
     """The placement in force with new shares; nothing where ranks are gone, whose experts are to be kept alive."""
-    return [(task.old, solve_shares(task))] if (task.layers.inverse_speed > 0).all() else []
+    fixed = task.problem.dispatch != "weights" or (task.layers.inverse_speed == 0).any()
+    return [] if fixed else [(task.old, solve_shares(task))]
 
 
 def compile_search(problem: PlacementProblem) -> None:
@@ -118,6 +134,7 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
         max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
         MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
         max(NUM_COOL, min(MAX_COOL, topology.num_ranks // 4) if several or not from_nothing else MAX_COOL),
+        problem.dispatch == "even",
         topology.ranks_per_node if task.num_groups else topology.num_ranks,
     )
     task.run(_improve_layers, task.old, placed, share, value, task.layers, moves, options)
@@ -158,7 +175,10 @@ def _improve_layers(
         if made < 0 or not (whole or limit < NO_LIMIT):
             continue
         split_colocated(state, origin, home, ranks_per_node, limit - made)
-        spread_shares(state)
+        if options.even:
+            split_evenly(state)
+        else:
+            spread_shares(state)
         price, made = spent(state.expert, origin, prices)
         if made > limit or 1.0 - slot_price * price <= to_beat:
             continue

@@ -61,6 +61,11 @@ class Task:
             old = problem.current.physical_to_logical_map.cpu().numpy().copy()
             old_share = problem.current.dispatch_weights.cpu().numpy().astype(np.float64)
             prices[ON_NODE], prices[ELSEWHERE] = 1.0, NODE_PRICE
+            if problem.dispatch == "even":  # whatever weights it has: they are not used
+                counts = np.take_along_axis(problem.current.num_replicas.cpu().numpy(), old, axis=1)
+                old_share = 1.0 / counts
+        if problem.current is None and len(problem.load) == 1:  # nothing else to please than that window
+            scenarios = scenarios._replace(noise=np.zeros_like(scenarios.noise))
         mean = mean_load(scenarios.tokens, scenarios.weight)
         exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
         noise = scenarios.noise * (RISK_PRICE * 0.5 * (exponent[:, None] - 1.0))
@@ -97,9 +102,10 @@ class Task:
         problem = self.problem
         keep_slots = problem.current is not None
         exact = problem.load.shape[0] == 1 and not (keep_slots and self.noise_is_known)
+        exact = exact and problem.dispatch != "even"
         exchanges = not keep_slots and not problem.grouped
         self.run(_finish_layers, self.old, placed, share, self.layers, Finish(keep_slots, exact, exchanges))
-        return Solution(placed, share)
+        return Solution(placed, None if problem.dispatch == "even" else share)
 
 
 def _inverse_speed(problem: PlacementProblem) -> np.ndarray:

@@ -3,6 +3,7 @@
 Public modules, which other rooms import::
 
     ejection_chain.py  Swaps slots so that the hottest ranks can hand load on to ranks they could not reach
+    even_split.py      Evaluates and applies overwrites where replicas share alike
     layer_state.py     Holds one layer's placement and its rank loads, updated change by change
     local_search.py    Searches from the placement in force for the fewest priced changes that balance the load to come
     lpt_packing.py     Packs replicas from scratch, longest processing time first

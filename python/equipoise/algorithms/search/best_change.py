@@ -30,7 +30,8 @@ from equipoise.algorithms.search.changes import (
     slot_loads,
     swap_gain,
 )
-from equipoise.algorithms.search.layer_state import COST, COUNT, SLOPE, LayerState
+from equipoise.algorithms.search.even_split import even_change_gain, even_overwrite_gain
+from equipoise.algorithms.search.layer_state import COST, COUNT, NOISE, SLOPE, LayerState
 from equipoise.algorithms.search.move_price import ON_RANK
 from equipoise.algorithms.search.shares import marginal
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
@@ -71,7 +72,7 @@ def new_scratch(slots_per_rank: int) -> Scratch:
 
 
 @inlined
-def candidates(state: LayerState, cool_rank: int, scratch: Scratch) -> float:
+def candidates(state: LayerState, cool_rank: int, scratch: Scratch, even: bool) -> float:
     """Fills ``remaining`` and ``freed`` for the slots of a cool rank; the largest of ``freed``.
 
     Slot r of expert b leaves its share w_r to the replica j of b that takes it most cheaply::
@@ -87,8 +88,17 @@ def candidates(state: LayerState, cool_rank: int, scratch: Scratch) -> float:
         slot = cool_rank * size + k
         remaining[k] = -1
         if replicas[expert[slot], COUNT] > 1:
-            remaining[k], cost = cheapest_remaining(state, slot, size)
-            freed[k] = -cost
+            if even:
+                # All replicas but this one take a larger part: this one's goes as well, hence its change is undone.
+                e, n = expert[slot], replicas[expert[slot], COUNT]
+                remaining[k], freed[k] = slot, even_change_gain(state, e, n - 1)
+                part, risk = 1.0 / (n - 1), experts[e, NOISE] / (n - 1)
+                for s in range(NUM_SCENARIOS):
+                    grown = part * (experts[e, s] + risk) - cool[k, s]
+                    freed[k] += ranks[cool_rank, SLOPE + s] * grown
+            else:
+                remaining[k], cost = cheapest_remaining(state, slot, size)
+                freed[k] = -cost
             for s in range(NUM_SCENARIOS):
                 freed[k] += ranks[cool_rank, SLOPE + s] * cool[k, s]
             max_freed = max(max_freed, freed[k])
@@ -129,6 +139,7 @@ def exact_gains(
     max_freed: float,
     max_back: float,
     any_swap: float,
+    even: bool,
     best: Change,
 ) -> Change:
     """The better of ``best`` and the best change between a hot rank's slots, loads ``hot``, and a cool rank's.
@@ -138,7 +149,7 @@ def exact_gains(
         out_p  = sum_s (slope_hs - slope_cs) load_ps              a swap sends all of it:     gain <= q (out + back)
         rate_p = w (marginal of a on h - marginal of a on c)      an overwrite at most all:   gain <= q (rate + freed)
     """
-    expert, _, share, _, held, ranks, experts, weight = state
+    expert, _, share, replicas, held, ranks, experts, weight = state
     _, remaining, freed, back, limit = scratch
     cool, saved = scratch.loads[NUM_HOT], scratch.loads[NUM_HOT + 1]
     size, q = remaining.shape[0], float(1 << doublings)
@@ -149,11 +160,13 @@ def exact_gains(
         if part <= 0.0 or held[cool_rank, e] > 0:
             continue
         out = first_order_gain(ranks, hot, k_1, hot_rank, cool_rank)
-        rate = part * (marginal(ranks, experts, hot_rank, e, part) - marginal(ranks, experts, cool_rank, e, 0.0))
-        if q * max(out + max_back, rate + max_freed) <= top * FREE:
-            continue
+        if even:
+            n = replicas[e, COUNT] + 1
+            rate = even_change_gain(state, e, n) - marginal(ranks, experts, cool_rank, e, 0.5 / n) / n
+        else:
+            rate = part * (marginal(ranks, experts, hot_rank, e, part) - marginal(ranks, experts, cool_rank, e, 0.0))
         comes_from, stays_at = origin[cool_rank, e], origin[hot_rank, e]
-        for k in range(size):
+        for k in range(size if q * max(out + max_back, rate + max_freed) > top * FREE else 0):
             slot = cool_rank * size + k
             other = expert[slot]
             was = origin[cool_rank, other]
@@ -162,8 +175,12 @@ def exact_gains(
             more = (comes_from != ON_RANK) - (was != ON_RANK)
             if remaining[k] >= 0 and rate > 0.0 and more <= room:
                 pay = max(price, FREE)
-                if min(q * (rate + freed[k]), limit[k]) > top * pay:
-                    gain, t = overwrite_gain(state, p, slot, remaining[k], doublings, saved)
+                bound = q * (rate + freed[k])
+                if (bound if even else min(bound, limit[k])) > top * pay:
+                    if even:
+                        gain, t = even_overwrite_gain(state, slot, e, doublings), 1.0
+                    else:
+                        gain, t = overwrite_gain(state, p, slot, remaining[k], doublings, saved)
                     if gain > top * pay and t > 0.0:
                         top, slot_1, slot_2, best_remaining, best_t = gain / pay, p, slot, remaining[k], t
             if min(q * (out + back[k]), any_swap) > top * FREE and held[hot_rank, other] == 0:
@@ -188,6 +205,7 @@ def best_change(
     doublings: int,
     min_rate: float,
     scratch: Scratch,
+    even: bool,
 ) -> Change:
     """The best change that moves load from the ranks ``hot`` to the ranks ``cool`` and gains over ``min_rate``.
 
@@ -198,7 +216,7 @@ def best_change(
         slot_loads(state.expert, state.share, state.experts, hot[i], size, scratch.loads[i])
     best = Change(min_rate, number(-1), number(-1), number(-1), 0.0)
     for cool_rank in cool:
-        max_freed = candidates(state, cool_rank, scratch)
+        max_freed = candidates(state, cool_rank, scratch, even)
         for i in range(hot.shape[0]):
             if hot[i] == cool_rank or ranks[hot[i], COST] <= ranks[cool_rank, COST]:
                 continue
@@ -216,6 +234,7 @@ def best_change(
                 max_freed,
                 max_back,
                 any_swap,
+                even,
                 best,
             )
     return best

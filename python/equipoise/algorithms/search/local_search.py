@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from equipoise.algorithms.search.best_change import NUM_HOT, Scratch, best_change, new_scratch
-from equipoise.algorithms.search.changes import apply_change
+from equipoise.algorithms.search.changes import apply_change, swap
+from equipoise.algorithms.search.even_split import overwrite_evenly
 from equipoise.algorithms.search.layer_state import (
     COST,
     INVERSE_SPEED,
@@ -25,6 +26,7 @@ from equipoise.algorithms.search.layer_state import (
     copy_placement,
     expected_balance,
     fill,
+    refresh,
 )
 from equipoise.algorithms.search.move_price import MoveTerms, spent
 from equipoise.algorithms.search.shares import optimise_shares
@@ -43,6 +45,7 @@ class SearchOptions(NamedTuple):
     max_steps: int  # most changes tried
     min_gain: float  # part of the cost that a step must gain, even for free; for many ranks less, as it is of any step
     max_cool: int  # ranks to put load on that a step looks at when the NUM_COOL coolest offer nothing, at least as many
+    even: bool  # replicas share alike, no shares are solved
     ranks_per_domain: int  # experts stay within such a block of ranks: all of them, or a node
 
 
@@ -61,6 +64,16 @@ def _pick_ranks(ranks: np.ndarray, first: int, last: int, picked: np.ndarray, mo
             i -= 1
         picked[i] = rank
     return count
+
+
+@helper
+def _solve_shares(state: LayerState, doublings: int, even: bool) -> None:
+    """Optimises the shares, unless replicas share alike; cost and slope of each rank are up to date afterwards."""
+    if even:
+        for rank in range(state.ranks.shape[0]):
+            refresh(state.ranks, state.weight, rank, doublings)
+    else:
+        optimise_shares(state, doublings, number(3), 1e-3)
 
 
 @inlined
@@ -82,7 +95,7 @@ def search(state: LayerState, origin: np.ndarray, moves: MoveTerms, options: Sea
     value, steps = -np.inf, 0
     for stage in range(stages.shape[0]):
         doublings = stages[stage]
-        optimise_shares(state, doublings, number(3), 1e-3)
+        _solve_shares(state, doublings, options.even)
         idle, changed = 0, True
         while True:
             now = expected_balance(ranks, weight) - slot_price * price
@@ -99,7 +112,7 @@ def search(state: LayerState, origin: np.ndarray, moves: MoveTerms, options: Sea
             price, made = spent(expert, origin, prices)
     copy_placement(best_expert, best_share, expert, share)
     fill(state)
-    optimise_shares(state, stages[-1], number(3), 1e-3)
+    _solve_shares(state, stages[-1], options.even)
     return expected_balance(ranks, weight) - slot_price * spent(expert, origin, prices)[0]
 
 
@@ -149,7 +162,16 @@ def _step(
                 doublings,
                 min_rate,
                 scratch,
+                options.even,
             )
+            if found.slot_1 >= 0 and options.even and found.remaining >= 0:
+                overwrite_evenly(state, found.slot_2, state.expert[found.slot_1], doublings)
+                return True
+            if found.slot_1 >= 0 and options.even:
+                swap(state, found.slot_1, found.slot_2)
+                for rank in range(num_ranks):
+                    refresh(ranks, state.weight, rank, doublings)
+                return True
             if found.slot_1 >= 0:
                 apply_change(state, found.slot_1, found.slot_2, found.remaining, found.part, doublings)
                 return True
