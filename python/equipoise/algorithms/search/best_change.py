@@ -106,11 +106,13 @@ def candidates(state: LayerState, cool_rank: int, scratch: Scratch, even: bool) 
 
 
 @inlined
-def bounds(state: LayerState, hot_rank: int, cool_rank: int, doublings: int, scratch: Scratch) -> tuple[float, float]:
+def bounds(
+    state: LayerState, hot_rank: int, cool_rank: int, doublings: int, scratch: Scratch, even: bool
+) -> tuple[float, float]:
     """Fills ``back`` and ``limit`` for a pair of ranks; the largest of ``back``, and the bound on any swap.
 
     First order, for slot r of c going to h: ``back_r = sum_s (slope_cs - slope_hs) load_rs``. And two ranks can do no
-    better than to become level: ``exchange_bound`` in changes.py.
+    better than to become level: ``exchange_bound`` in changes.py (not where replicas share alike: all of them change).
     """
     ranks, weight, size = state.ranks, state.weight, scratch.back.shape[0]
     cool, remaining, back, limit = scratch.loads[NUM_HOT], scratch.remaining, scratch.back, scratch.limit
@@ -121,7 +123,7 @@ def bounds(state: LayerState, hot_rank: int, cool_rank: int, doublings: int, scr
     any_swap = exchange_bound(ranks, weight, hot_rank, cool_rank, cool, number(-1), doublings)
     for k in range(size):
         if remaining[k] >= 0:
-            limit[k] = exchange_bound(ranks, weight, hot_rank, cool_rank, cool, k, doublings)
+            limit[k] = exchange_bound(ranks, weight, hot_rank, cool_rank, cool, k, doublings) if not even else np.inf
     return max_back, any_swap
 
 
@@ -175,8 +177,7 @@ def exact_gains(
             more = (comes_from != ON_RANK) - (was != ON_RANK)
             if remaining[k] >= 0 and rate > 0.0 and more <= room:
                 pay = max(price, FREE)
-                bound = q * (rate + freed[k])
-                if (bound if even else min(bound, limit[k])) > top * pay:
+                if min(q * (rate + freed[k]), limit[k]) > top * pay:
                     if even:
                         gain, t = even_overwrite_gain(state, slot, e, doublings), 1.0
                     else:
@@ -220,7 +221,7 @@ def best_change(
         for i in range(hot.shape[0]):
             if hot[i] == cool_rank or ranks[hot[i], COST] <= ranks[cool_rank, COST]:
                 continue
-            max_back, any_swap = bounds(state, hot[i], cool_rank, doublings, scratch)
+            max_back, any_swap = bounds(state, hot[i], cool_rank, doublings, scratch, even)
             best = exact_gains(
                 state,
                 scratch.loads[i],
