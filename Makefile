@@ -23,6 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(BIN)/python -m equipoise.manager.warm_up
+	$(BIN)/python -m equipoise.dispatch.warm_up
 	@touch $@
 
 setup: $(READY)  ## the virtual environment, with everything pinned
@@ -30,6 +31,7 @@ setup: $(READY)  ## the virtual environment, with everything pinned
 kernels: $(READY)  ## compile numba's kernels again; needed after editing one that others call
 	find python -name '*.nb[ci]' -delete
 	$(BIN)/python -m equipoise.manager.warm_up
+	$(BIN)/python -m equipoise.dispatch.warm_up
 
 demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it while it answers
 	$(BIN)/python scripts/demo.py $(ARGS)

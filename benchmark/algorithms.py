@@ -37,6 +37,7 @@ from algorithms_workloads import (
     synthetic_sequences,
 )
 from cpu import cpu_name
+from dispatch_balance import dispatch_table
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
@@ -92,6 +93,7 @@ def main() -> int:
     report["seconds"] = planning_times(others, arguments.quick)
     report["bars"] = bars(report)
     show(report, console)
+    report["dispatch"] = dispatch_table(arguments.traces, arguments.neighbours, arguments.quick, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "algorithms.json").write_text(json.dumps(report, indent=1) + "\n")
     draw_frontier(report, arguments.out / "algorithms.png")

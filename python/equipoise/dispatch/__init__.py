@@ -13,4 +13,5 @@ Private::
     tables.py         DispatchTables: what `batch` looks up, in buffers that keep their address
     batch_cpu.py      `batch` on a CPU: what the dispatcher calls
     batch_gpu.py      `batch` on a GPU: launches the kernels over buffers of fixed address
+    warm_up.py        Compiles the kernels of `batch` for a CPU ahead
 """
