@@ -17,6 +17,7 @@ from equipoise.engine.groups import make_groups
 from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.experts import EpContext, token_bounds
 from equipoise.engine.model.runner import ModelRunner
+from equipoise.engine.model.self_check import check_against_transformers
 from equipoise.engine.model.step_batch import Segment, StepBatch
 from equipoise.engine.step_channel import StepChannel, StepInput
 from equipoise.errors import ConfigError, EquipoiseError, ModelError
@@ -113,17 +114,18 @@ class RankWorker:
 
     def _warm_up(self, blueprint: ModelBlueprint) -> None:
         """Run one prompt and one decoding step, uncounted: first-time allocations, and whether the model can run."""
-        length = min(2 * blueprint.topology.num_ranks, blueprint.max_model_len)
+        length = min(max(2 * blueprint.topology.num_ranks, 32), blueprint.max_model_len)
         if length < 2:
             return
+        tokens = tuple((7 * i + 3) % blueprint.vocab_size for i in range(length))
+        logits = None
         try:
-            for segment, tokens in (
-                (Segment(0, 0, length - 1), (0,) * (length - 1)),
-                (Segment(0, length - 1, 1), (0,)),
-            ):
-                batch = StepBatch((segment,), tokens, (0,))
-                self._runner.forward(batch)
+            for segment in (Segment(0, 0, length - 1), Segment(0, length - 1, 1)):
+                batch = StepBatch((segment,), tokens[segment.start : segment.end], (0,))
+                logits = self._runner.forward(batch)
                 self._manager.end_forward_pass(counted=False, num_tokens=self._my_tokens(batch))
+            if logits is not None:  # on rank 0; the others wait for its next step
+                check_against_transformers(blueprint, list(tokens), logits[0])
         except EquipoiseError:
             raise
         except (NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
