@@ -56,18 +56,19 @@ def test_weights_loaded_anew_during_a_transfer(
 
     Then a scheduler is killed: SGLang ends the server, and nothing of ours keeps a process alive.
     """
-    settings = tmp_path / "equipoise.toml"
-    settings.write_text("[eplb]\neplb_transfer_duty = 0.01\n")  # transfers rest long enough to be met half-way
-    with start(qwen, "full", TWO_RANKS, tmp_path, EQUIPOISE_CONFIG=str(settings)) as server:
+    with start(qwen, "full", TWO_RANKS, tmp_path, SGLANG_CPU_FAULT="slow") as server:
+        assert server.answers(concurrency=2) == expected(qwen)
         wait_for_kernels(server)
         with ThreadPoolExecutor(1) as pool:
             report = pool.submit(server.post, "/eplb/rebalance")
             wait_until(lambda: server.get("/eplb/status").json()["phase"] == "migrating", 60, "a migration")
             reload_weights(server, other_qwen)
-            assert report.result().json()["outcome"] == "cancelled"
+            cancelled = report.result()
+            assert cancelled.status_code == 409
+            assert cancelled.json()["report"]["outcome"] == "cancelled"
         assert server.answers(concurrency=2) == expected(other_qwen)
         assert moved_while_answering(server, expected(other_qwen))["outcome"] == "committed"
-        reload_weights(server, qwen)  # by SGLang's own loader, which goes by the maps that we wrote
+        reload_weights(server, qwen)  # by SGLang's loader, which goes by the maps that we wrote
         assert server.answers(concurrency=2) == expected(qwen)
         os.kill(scheduler_pids(server)[1], signal.SIGKILL)
         wait_until(lambda: server.process.poll() is not None, 120, "the end of the server")

@@ -1,7 +1,8 @@
 """What goes wrong in a scheduler, injected by the tests: ``SGLANG_CPU_FAULT`` names one. And what each hook counted.
 
 ``copies``: the updater is given copies of the weights, so maps change and weights do not (negative control).
-``tick``: on rank 1 the phase machine raises in the 20th of its steps that carry something on.
+``slow``: each message of a background transfer waits for two seconds.
+``tick``: on rank 1 the second migration raises in the tick that begins it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ def inject(kind: str) -> None:
     """Arms a fault in this process."""
     if kind == "copies":
         _give_copies()
+    elif kind == "slow":
+        _slow_transfers_down()
     elif kind == "tick":
         _raise_in_a_tick()
     else:
@@ -39,21 +42,34 @@ def _give_copies() -> None:
     scheduler_side.runtime_of = with_copies
 
 
-def _raise_in_a_tick() -> None:
-    from equipoise.manager.phases import Rebalancing
+def _slow_transfers_down() -> None:
+    from equipoise.distributed.communicator import TorchCommunicator
 
-    carry_on, steps = Rebalancing._carry_on, 0
+    post = TorchCommunicator.post
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(2)
+        return post(self, *args, **kwargs)
+
+    TorchCommunicator.post = slow  # type: ignore[method-assign]
+
+
+def _raise_in_a_tick() -> None:
+    from equipoise.manager.migration import WeightMigration
+
+    begin, calls = WeightMigration.begin, 0
 
     def broken(self: Any, *args: Any) -> None:
-        nonlocal steps
+        nonlocal calls
         import torch.distributed as dist
 
-        steps += self.phase != "collecting"
-        if steps == 20 and dist.get_rank() == 1:
+        calls += 1
+        if calls == 2 and dist.get_rank() == 1:
             raise RuntimeError("injected by a test")
-        carry_on(self, *args)
+        begin(self, *args)
 
-    Rebalancing._carry_on = broken  # type: ignore[method-assign]
+    WeightMigration.begin = broken  # type: ignore[method-assign]
 
 
 def report_calls(directory: Path) -> None:
