@@ -70,10 +70,20 @@ def make_grid(
                     # Stock engines share replicas alike and carry out whatever is planned.
                     timer = replace(settings, algorithm="deepseek", forced=True, dispatch="even")
                     rows.append(Candidate(TIMER, topology, redundant, timer))
-        shortest = replace(base, interval=min(intervals), dispatch=dispatches[-1])  # type: ignore[arg-type]
+        fixed = "weights" if "weights" in dispatches else dispatches[0]
+        shortest = replace(base, interval=min(intervals), dispatch=fixed)  # type: ignore[arg-type]
         rows.append(Candidate("oracle", topology, redundant, shortest))
         rows.append(Candidate("force-balanced", topology, redundant, shortest))
     return rows
+
+
+def without_slow_rows(candidates: Sequence[Candidate], algorithm: str) -> list[Candidate]:
+    """Leaves out ``batch`` dispatch but for one algorithm: it is solved step by step, a hundred times slower to score."""
+    return [
+        one
+        for one in candidates
+        if one.kind != "live" or one.settings.dispatch != "batch" or one.settings.algorithm == algorithm
+    ]
 
 
 def default_redundancies(num_logical_experts: int, num_ranks: int, most: int | None = None) -> list[int]:

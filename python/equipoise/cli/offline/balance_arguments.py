@@ -73,7 +73,8 @@ class Compare:
     never."""
 
     dispatch: tyro.conf.UseAppendAction[tuple[Literal["even", "static", "weights", "batch"], ...]] = ()
-    """How tokens are split over replicas, may be given several times; even, weights and batch if never."""
+    """How tokens are split over replicas, may be given several times; if never, even and weights, and batch
+    for Equipoise's own algorithm."""
 
     planning_delay: int = 2
     """Steps that pass before a plan is there."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from equipoise.algorithms.registry import available_algorithms, check_algorithm
+from equipoise.algorithms.registry import AUTO, available_algorithms, check_algorithm
 from equipoise.cli.offline.cluster import costs_of, num_ranks_of
 from equipoise.cli.offline.options import Cluster
 from equipoise.cli.offline.recordings import opened
@@ -21,7 +21,14 @@ from equipoise.formats.atomic_file import write_whole
 from equipoise.load.merge import merge_traces
 from equipoise.load.trace import LoadTrace
 from equipoise.replay.costs import CostModel
-from equipoise.replay.grid import Candidate, Played, default_intervals, default_redundancies, make_grid
+from equipoise.replay.grid import (
+    Candidate,
+    Played,
+    default_intervals,
+    default_redundancies,
+    make_grid,
+    without_slow_rows,
+)
 from equipoise.replay.live import LiveSettings
 from equipoise.replay.pool import ResumeFile, play_all
 from equipoise.replay.views.table import comparison_json, comparison_table, legend_text
@@ -66,7 +73,7 @@ def _grid(arguments: Compare, trace: LoadTrace) -> list[Candidate]:
         layers_per_chunk=arguments.layers_per_chunk,
         num_groups=arguments.cluster.num_groups,
     )
-    return make_grid(
+    candidates = make_grid(
         trace.num_logical_experts,
         ranks,
         arguments.cluster.num_nodes,
@@ -76,6 +83,7 @@ def _grid(arguments: Compare, trace: LoadTrace) -> list[Candidate]:
         dispatches=arguments.dispatch or ("even", "weights", "batch"),
         base=base,
     )
+    return candidates if arguments.dispatch or arguments.algorithm else without_slow_rows(candidates, AUTO)
 
 
 def _refuse_missing(asked: Sequence[str], played: Sequence[Played]) -> None:

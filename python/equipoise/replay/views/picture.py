@@ -29,7 +29,8 @@ def draw_picture(data: ReportData, path: Path) -> None:
     ):
         image = axis.imshow(heat, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
         worst = np.nanmax(heat)
-        axis.set(title=f"{title}: hottest rank {worst:.2f} x mean", xlabel="rank", ylabel="layer")
+        axis.set_title(f"{title}: hottest {worst:.2f} x mean", fontsize=10)
+        axis.set(xlabel="rank", ylabel="layer")
     figure.colorbar(image, ax=axes[1], label="load / mean of the layer")
     styles = ("#777777", "#b8571f", "#0b7a5b", "#3b5fb0")
     for (label, values), colour in zip(data.curves, styles, strict=False):
