@@ -78,7 +78,7 @@ def make_grid(
 
 
 def without_slow_rows(candidates: Sequence[Candidate], algorithm: str) -> list[Candidate]:
-    """Leaves out ``batch`` dispatch but for one algorithm: it is solved step by step, a hundred times slower to score."""
+    """Leaves out ``batch`` dispatch but for one algorithm: each step is solved, which is slow to score."""
     return [
         one
         for one in candidates
