@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 SGLANG_VENV  := .venv-sglang
 SGLANG_READY := $(SGLANG_VENV)/.ready
 
-.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-transfer bench-stall bench-gpu bench-sglang
+.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-dispatch bench-transfer bench-stall bench-gpu bench-sglang
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -63,6 +63,9 @@ format: $(READY)  ## let ruff mend what it can
 
 bench-algorithms: $(READY)  ## placement algorithms against the neighbours' own (downloads their wheels)
 	$(BIN)/python benchmark/algorithms.py $(ARGS)
+
+bench-dispatch: $(READY)  ## what dispatch costs a step, by kind and batch size
+	$(BIN)/python benchmark/dispatch.py $(ARGS)
 
 bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own code (downloads their wheels)
 	$(BIN)/python benchmark/transfer.py $(ARGS)

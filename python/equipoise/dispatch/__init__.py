@@ -10,6 +10,7 @@ Public modules, which other rooms import::
 Private::
 
     scopes.py         Gathers the counts of a scope's ranks where a rank sees its own tokens alone
+    cost.py           The cost of an activated expert in tokens, from the speed of a device
     tables.py         DispatchTables: what `batch` looks up, in buffers that keep their address
     batch_cpu.py      `batch` on a CPU: what the dispatcher calls
     batch_gpu.py      `batch` on a GPU: launches the kernels over buffers of fixed address

@@ -15,6 +15,7 @@ import torch
 
 from equipoise.config import EplbConfig
 from equipoise.dispatch.batch_cpu import CpuBatchDispatch
+from equipoise.dispatch.cost import active_expert_cost
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import (
     cumulative_weights,
@@ -98,8 +99,15 @@ class ExpertDispatcher:
     def from_config(
         cls, config: EplbConfig, metadata: ExpertLocationMetadata, communicator: Communicator
     ) -> ExpertDispatcher:
-        """The dispatcher that the options name; counts are gathered over ``communicator`` where that is needed."""
-        policy = DispatchPolicy.from_config(config)
+        """The dispatcher that the options name; counts are gathered over ``communicator`` where that is needed.
+
+        Collective where the cost of an activated expert is ``auto``: rank 0's is taken, for weights of 2 bytes.
+        """
+        cost = 0.0
+        if config.ep_dispatch_algorithm == "batch" and config.ep_dispatch_active_expert_cost == "auto":
+            mine = active_expert_cost(metadata.physical_to_logical_map.device, bytes_per_parameter=2.0)
+            cost = communicator.broadcast_object(mine, src=0)
+        policy = DispatchPolicy.from_config(config, active_expert_cost=cost)
         ranks = policy.ranks_of_scope(metadata.topology, communicator.rank)
         return cls(metadata, rank=communicator.rank, policy=policy, gather=gather_by_sum(communicator, ranks))
 
