@@ -8,6 +8,7 @@ from equipoise import EpTopology, ExpertLocationMetadata
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import nearest_replicas, weyl_uniform
+from equipoise.errors import PlacementError
 
 TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
 
@@ -24,7 +25,7 @@ def random_placement(seed: int, num_layers: int = 2, num_experts: int = 6) -> Ex
     )
 
 
-@given(st.integers(0, 10**6), st.integers(0, 7), st.sampled_from(["static", "dynamic"]))
+@given(st.integers(0, 10**6), st.integers(0, 7), st.sampled_from(["static", "dynamic", "batch"]))
 @settings(deadline=None, max_examples=60)
 def test_every_id_goes_to_a_slot_that_holds_its_expert(seed: int, rank: int, algorithm: str) -> None:
     metadata = random_placement(seed)
@@ -91,7 +92,7 @@ def test_uniform_numbers_stay_below_one_and_spread_evenly_over_any_run() -> None
 def test_live_maps_are_seen_after_an_update() -> None:
     metadata = random_placement(1)
     target = random_placement(2)
-    for algorithm in ("static", "dynamic"):
+    for algorithm in ("static", "dynamic", "batch"):
         live = metadata.clone()
         dispatcher = ExpertDispatcher(live, rank=3, policy=DispatchPolicy(algorithm))
         live.update_layers_(target, [1])
@@ -103,6 +104,61 @@ def test_live_maps_are_seen_after_an_update() -> None:
 
 
 def test_an_empty_batch_is_fine() -> None:
-    for algorithm in ("static", "dynamic"):
+    for algorithm in ("static", "dynamic", "batch"):
         dispatcher = ExpertDispatcher(random_placement(0), rank=0, policy=DispatchPolicy(algorithm))
         assert dispatcher.dispatch(0, torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 2)
+
+
+ALGORITHMS = ("static", "dynamic", "batch")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(12,), (12, 2), (3, 4, 2), (0, 2)])
+def test_ids_keep_their_dtype_and_shape(algorithm: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    metadata = random_placement(4)
+    ids = torch.randint(-1, 6, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    slots = ExpertDispatcher(metadata, rank=2, policy=DispatchPolicy(algorithm)).dispatch(1, ids)
+    assert slots.dtype == dtype
+    assert slots.shape == ids.shape
+    held = metadata.physical_to_logical_map[1][slots[ids >= 0].long()]
+    assert torch.equal(held, ids[ids >= 0].long())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tokens_beyond_the_unpadded_ones_get_no_slot_and_are_not_counted(algorithm: str) -> None:
+    metadata = random_placement(5)
+    policy = DispatchPolicy(algorithm)
+    ids = torch.randint(0, 6, (9, 2), generator=torch.Generator().manual_seed(0))
+    padded = ExpertDispatcher(metadata, rank=0, policy=policy).dispatch(0, ids, num_unpadded=torch.tensor(4))
+    alone = ExpertDispatcher(metadata, rank=0, policy=policy).dispatch(0, ids[:4])
+    assert torch.equal(padded[:4], alone)
+    assert (padded[4:] == -1).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_static_never_takes_a_replica_of_weight_zero(rank: int) -> None:
+    metadata = ExpertLocationMetadata.from_physical_to_logical(
+        [[0, 1, 0, 1]], 2, EpTopology(2, 1, 2), dispatch_weights=[[0, 1, 1, 0]]
+    )
+    dispatcher = ExpertDispatcher(metadata, rank=rank, policy=DispatchPolicy("static"))
+    assert dispatcher.dispatch(0, torch.tensor([[0, 1]])).tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_lost_ranks_get_no_tokens(algorithm: str) -> None:
+    metadata = ExpertLocationMetadata.from_physical_to_logical(
+        [[0, 1, 0, 2, 1, 2]], 3, EpTopology(3, 1, 2), dispatch_weights=[[1, 1, 0, 1, 0, 0]]
+    )
+    policy, live = DispatchPolicy(algorithm), [False, True, True]
+    slots = ExpertDispatcher(metadata, rank=1, policy=policy, live_ranks=live).dispatch(0, torch.tensor([0, 1, 2] * 20))
+    assert set(slots.tolist()) <= {2, 3, 4, 5}
+    with pytest.raises(PlacementError, match="expert 0 of layer 0 has no replica"):
+        ExpertDispatcher(metadata, rank=1, policy=policy, live_ranks=[False, False, True])
+
+
+def test_a_profiler_sees_dispatch() -> None:
+    dispatcher = ExpertDispatcher(random_placement(0), rank=0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        dispatcher.dispatch(0, torch.zeros(1, 1, dtype=torch.int64))
+    assert "equipoise.dispatch" in {event.key for event in profile.key_averages()}

@@ -1,0 +1,55 @@
+"""Scores: what they say of a batch is what dispatching that batch does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise import EpTopology
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.dispatch.score import DispatchScorer, counts_by_source, split_over_sources
+from equipoise.errors import LoadError
+from helpers.dispatch_cases import placement
+
+TOPOLOGY = EpTopology(4, 2, 3)
+
+
+@pytest.mark.parametrize("scope", ["rank", "node", "all"])
+@pytest.mark.parametrize("cost", [0.0, 5.0])
+def test_a_score_of_batch_is_what_dispatching_does(scope: str, cost: float) -> None:
+    rng = np.random.default_rng(2)
+    metadata = placement(TOPOLOGY, 8, rng)
+    policy = DispatchPolicy("batch", scope, active_expert_cost=cost)
+    topk = rng.choice(8, (80, 1, 2), p=rng.dirichlet(np.ones(8)))
+    load = DispatchScorer(metadata, "batch", policy).step(counts_by_source(topk, 4, 8))
+    by_rank = np.concatenate([topk[rank::4, 0] for rank in range(4)])
+    bounds = [0, 20, 40, 60, 80]
+    slots = torch.cat(
+        [
+            ExpertDispatcher(metadata, rank=rank, policy=policy).dispatch(
+                0, torch.from_numpy(by_rank), rank_bounds=bounds
+            )
+            for rank in range(4)
+        ]
+    ).numpy()
+    assert load.tokens[0].tolist() == np.bincount(slots.ravel() // 3, minlength=4).tolist()
+    assert load.activated[0].tolist() == np.bincount(np.unique(slots) // 3, minlength=4).tolist()
+    assert load.cost(cost)[0] == (load.tokens[0] + cost * load.activated[0]).max()
+
+
+def test_static_and_planned_scores_keep_every_token() -> None:
+    rng = np.random.default_rng(3)
+    metadata = placement(TOPOLOGY, 8, rng)
+    counts = split_over_sources(rng.integers(0, 50, (1, 8)), 4, rng)
+    for kind in ("even", "static", "weights"):
+        assert DispatchScorer(metadata, kind).step(counts).tokens.sum() == pytest.approx(counts.sum())  # type: ignore[arg-type]
+
+
+def test_counts_that_cannot_be_scored_are_refused() -> None:
+    scorer = DispatchScorer(placement(TOPOLOGY, 8, np.random.default_rng(0)))
+    with pytest.raises(LoadError, match="counts must have shape"):
+        scorer.step(np.zeros((3, 1, 8), dtype=np.int64))
+    with pytest.raises(LoadError, match="whole tokens"):
+        scorer.step(np.zeros((4, 1, 8)))
