@@ -67,7 +67,7 @@ def test_weights_loaded_anew_during_a_transfer(
             assert cancelled.status_code == 409
             assert cancelled.json()["report"]["outcome"] == "cancelled"
         assert server.answers(concurrency=2) == expected(other_qwen)
-        assert moved_while_answering(server, expected(other_qwen))["outcome"] == "committed"
+        assert moved_while_answering(server, expected(other_qwen))["outcome"] in ("committed", "skipped")
         reload_weights(server, qwen)  # by SGLang's loader, which goes by the maps that we wrote
         assert server.answers(concurrency=2) == expected(qwen)
         os.kill(scheduler_pids(server)[1], signal.SIGKILL)
