@@ -61,6 +61,7 @@ def dispatch_cases(
         "batch",
         scope,
         active_expert_cost=draw(st.sampled_from([0.0, 0.0, 0.3, 3.0, 1000.0])) if costs else 0.0,
+        sweeps=draw(st.integers(0, 1)),
         cross_node_cost=draw(st.sampled_from([0.0, 0.2, 5.0])) if costs and scope != "all" else 0.0,
     )
     tokens = draw(st.sampled_from([0, 1, 3, 20, max_tokens]))
