@@ -12,6 +12,7 @@ Public modules, which other rooms import::
 
 Private to this room::
 
+    batch_plan.py     Plans for dispatch that solves its shares on each batch
     deepseek.py       `deepseek` and `deepseek_hierarchical`: DeepSeek's published planner
     guard.py          Keeps the placement in force where a plan cannot be expected to do better on what comes
     priced_search.py  `equipoise`, the default: placement and dispatch weights by a local search with priced moves

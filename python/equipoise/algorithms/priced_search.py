@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms import deepseek
+from equipoise.algorithms.batch_plan import plan_for_batches
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.guard import keep_what_is_better
 from equipoise.algorithms.problem import PlacementProblem, Solution
@@ -76,6 +77,9 @@ def solve(problem: PlacementProblem) -> Solution:
             f"{problem.max_moves_per_layer}, num_groups={problem.num_groups} leave no slot to copy them to",
             field="rank_capacity",
         )
+    if problem.dispatch == "batch" and not task.num_groups:
+        planned = plan_for_batches(task, placed, _move_terms(task))
+        return task.finish(planned, solve_shares(task.at(planned)))
     if problem.current is not None:
         placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
     return task.finish(placed, share)
@@ -123,11 +127,9 @@ def _pack_from_scratch(task: Task) -> tuple[np.ndarray, np.ndarray]:
 def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
     """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
     problem, from_nothing = task.problem, task.problem.current is None
-    topology, limit = problem.topology, problem.max_moves_per_layer
+    topology = problem.topology
     several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
-    moves = MoveTerms(
-        task.prices, problem.move_price / topology.num_slots, NO_LIMIT if limit is None or from_nothing else limit
-    )
+    moves = _move_terms(task)
     options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
@@ -138,6 +140,14 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
         topology.ranks_per_node if task.num_groups else topology.num_ranks,
     )
     task.run(_improve_layers, task.old, placed, share, value, task.layers, moves, options)
+
+
+def _move_terms(task: Task) -> MoveTerms:
+    problem, limit = task.problem, task.problem.max_moves_per_layer
+    unlimited = limit is None or problem.current is None
+    return MoveTerms(
+        task.prices, problem.move_price / problem.topology.num_slots, NO_LIMIT if unlimited else int(limit or 0)
+    )
 
 
 @kernel

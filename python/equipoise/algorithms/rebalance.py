@@ -48,7 +48,7 @@ def rebalance_experts(
         move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it.
         dispatch: how tokens will be split over replicas. ``even``: alike, as engines do that know no weights;
             ``weights``: by the shares that are planned here; ``batch``: by shares solved anew on each batch.
-        tokens_per_step: tokens that a forward pass routes, all ranks together: the noise of a batch, for ``batch``.
+        tokens_per_step: expert choices of a forward pass, all ranks together (tokens times top-k): a batch's noise.
         num_threads: layers solved side by side; None: one thread per CPU this process may use.
 
     Returns:

@@ -95,6 +95,10 @@ class Task:
             self, old=self.old[chosen], old_share=self.old_share[chosen], layers=layers, exponent=self.exponent[chosen]
         )
 
+    def at(self, placed: np.ndarray) -> Task:
+        """The same with ``placed`` (L, P) in force, its replicas sharing alike."""
+        return replace(self, old=placed, old_share=np.zeros(placed.shape))
+
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         for_each_layer(kernel, len(self.old), self.problem.num_threads, *args)
 

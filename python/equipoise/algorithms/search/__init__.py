@@ -8,6 +8,7 @@ Public modules, which other rooms import::
     local_search.py    Searches from the placement in force for the fewest priced changes that balance the load to come
     lpt_packing.py     Packs replicas from scratch, longest processing time first
     move_price.py      Prices the moves of a placement by where each expert was before
+    recourse.py        Places replicas for dispatch that solves shares on each batch
     repair.py          Restores lost experts, splits co-located replicas
     shares.py          Optimises the shares of replicas by coordinate descent
 

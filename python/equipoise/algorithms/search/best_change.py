@@ -127,6 +127,17 @@ def bounds(
     return max_back, any_swap
 
 
+@helper
+def _overwrite_rate(state: LayerState, slot: int, hot_rank: int, cool_rank: int, even: bool) -> float:
+    """Bound (over q) on what a further replica on a cool rank gains for the expert of a hot rank's slot."""
+    expert, _, share, replicas, _, ranks, experts, _ = state
+    e, part = expert[slot], share[slot]
+    if even:
+        n = replicas[e, COUNT] + 1
+        return even_change_gain(state, e, n) - marginal(ranks, experts, cool_rank, e, 0.5 / n) / n
+    return part * (marginal(ranks, experts, hot_rank, e, part) - marginal(ranks, experts, cool_rank, e, 0.0))
+
+
 @inlined
 def exact_gains(
     state: LayerState,
@@ -151,7 +162,7 @@ def exact_gains(
         out_p  = sum_s (slope_hs - slope_cs) load_ps              a swap sends all of it:     gain <= q (out + back)
         rate_p = w (marginal of a on h - marginal of a on c)      an overwrite at most all:   gain <= q (rate + freed)
     """
-    expert, _, share, replicas, held, ranks, experts, weight = state
+    expert, _, share, _, held, ranks, _, weight = state
     _, remaining, freed, back, limit = scratch
     cool, saved = scratch.loads[NUM_HOT], scratch.loads[NUM_HOT + 1]
     size, q = remaining.shape[0], float(1 << doublings)
@@ -162,16 +173,11 @@ def exact_gains(
         if part <= 0.0 or held[cool_rank, e] > 0:
             continue
         out = first_order_gain(ranks, hot, k_1, hot_rank, cool_rank)
-        if even:
-            n = replicas[e, COUNT] + 1
-            rate = even_change_gain(state, e, n) - marginal(ranks, experts, cool_rank, e, 0.5 / n) / n
-        else:
-            rate = part * (marginal(ranks, experts, hot_rank, e, part) - marginal(ranks, experts, cool_rank, e, 0.0))
+        rate = _overwrite_rate(state, p, hot_rank, cool_rank, even)
         comes_from, stays_at = origin[cool_rank, e], origin[hot_rank, e]
         for k in range(size if q * max(out + max_back, rate + max_freed) > top * FREE else 0):
             slot = cool_rank * size + k
-            other = expert[slot]
-            was = origin[cool_rank, other]
+            other, was = expert[slot], origin[cool_rank, expert[slot]]
             # Undoing a move gives its price back; a change that costs nothing is ranked as if it cost FREE.
             price = prices[comes_from] - prices[was]
             more = (comes_from != ON_RANK) - (was != ON_RANK)
