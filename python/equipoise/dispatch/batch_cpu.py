@@ -72,13 +72,6 @@ class CpuBatchDispatch:
         step = self._policy.num_scopes(self._topology)
         self._controls[ROTATION] = (int(self._controls[ROTATION]) + step) & ROTATION_MASK
 
-    def set_controls(self, policy: DispatchPolicy) -> None:
-        """Takes over the costs of a policy of the same scope."""
-        self._policy = policy
-        rotation = self._controls[ROTATION]
-        self._controls[:] = policy.controls(self._topology, self._rank)
-        self._controls[ROTATION] = rotation
-
     def _counts_of_scope(self, ids: torch.Tensor) -> np.ndarray:
         if len(self._ranks) == 1:
             return self._alone

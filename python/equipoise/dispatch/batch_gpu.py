@@ -117,10 +117,3 @@ class TritonBatchDispatch:
         """Lets the next step round in favour of other replicas; on the device, so that a graph does not freeze it."""
         rotation = self._controls[ROTATION]
         rotation.add_(self._policy.num_scopes(self._topology)).bitwise_and_(ROTATION_MASK)
-
-    def set_policy(self, policy: DispatchPolicy) -> None:
-        """Takes over the costs of a policy of the same scope, in place."""
-        rotation = self._controls[ROTATION].clone()
-        self._controls.copy_(torch.from_numpy(policy.controls(self._topology, self._rank)))
-        self._controls[ROTATION] = rotation
-        self._policy = policy
