@@ -10,7 +10,7 @@ from equipoise.cli.offline.cluster import costs_of, num_ranks_of
 from equipoise.cli.offline.compare import check_outputs, play_with_progress, title_of, write_outputs
 from equipoise.cli.offline.recordings import opened
 from equipoise.load.merge import merge_traces
-from equipoise.replay.grid import default_intervals, default_redundancies, make_grid
+from equipoise.replay.grid import default_intervals, default_redundancies, make_grid, without_slow_rows
 from equipoise.replay.live import LiveSettings
 from equipoise.replay.views.advice import Advice, advise, flag_notes, launch_flags
 from equipoise.replay.views.table import human_bytes
@@ -43,6 +43,7 @@ def run_advise(arguments: Advise, console: Console) -> int:
             dispatches=("even", "weights", "batch"),
             base=LiveSettings(None, num_groups=arguments.cluster.num_groups),
         )
+        candidates = without_slow_rows(candidates, _ALGORITHMS[0])  # batch dispatch is solved step by step
         played = play_with_progress(candidates, trace, costs, arguments.jobs, arguments.resume, console)
         found = advise(played, ranks)
         names = [path.name for path in arguments.traces]
