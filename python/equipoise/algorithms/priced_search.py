@@ -113,8 +113,10 @@ def compile_search(problem: PlacementProblem) -> None:
 
 
 def compile_packing(problem: PlacementProblem) -> None:
-    """Compiles the packing from scratch, and scenarios, without the search."""
-    _pack_from_scratch(Task.of(problem))
+    """Compiles the packing from scratch, scenarios and the guard, without the search."""
+    task = Task.of(problem)
+    _pack_from_scratch(task)
+    keep_what_is_better(task, (task.old, task.old_share))
 
 
 def _pack_from_scratch(task: Task) -> tuple[np.ndarray, np.ndarray]:
