@@ -19,6 +19,12 @@ _DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
     "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": 48,
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,

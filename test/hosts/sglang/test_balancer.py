@@ -15,6 +15,7 @@ from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.manager.commands import Command, GetStatus, Pause, Rebalance
 from equipoise.manager.host import HostTraits
+from equipoise.manager.live_placement import LayersCommitted
 from equipoise.manager.manager import EplbManager
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
@@ -35,6 +36,12 @@ class Scheduler:
         self.weights = [[torch.empty(TOPOLOGY.slots_per_rank, 4)] for _ in LAYER_IDS]
         self.load_weights(added=0.5)
         self.reports: list[Any] = []
+        changed: list[int] = []
+
+        def follow(change: LayersCommitted) -> None:
+            changed.extend(row for row in change.rows if row not in changed)
+            writer.write(change.layer_ids, change.placement, change.rows)
+
         manager = EplbManager(
             EplbConfig(eplb_algorithm="equipoise", ep_num_redundant_experts=4, **options),
             self.weights,
@@ -47,11 +54,11 @@ class Scheduler:
                 layer_ids=LAYER_IDS,
                 dispatches=True,
                 replicated_counts=True,
-                on_layers_committed=lambda change: writer.write(change.layer_ids, change.placement, change.rows),
+                on_layers_committed=follow,
                 on_report=self.reports.append,
             ),
         )
-        self.balancer = SglangBalancer(manager)
+        self.balancer = SglangBalancer(manager, writer, changed)
 
     def forward(self) -> None:
         """A pass in which experts 6 and 7 of layer 2 get most tokens; every rank counts them all."""
@@ -214,3 +221,28 @@ def test_two_holds_end_with_the_last_and_an_operators_pause_outlives_them() -> N
         return [*phases, scheduler.balancer.manager.phase]
 
     assert on_ranks(body) == [["paused", "collecting", "paused"]] * 2
+
+
+def test_rank_that_fails_leaves_all_ranks_with_the_same_dispatch() -> None:
+    """Without an a2a backend ranks that choose different replicas for a token answer wrongly."""
+
+    def body(scheduler: Scheduler) -> tuple[str, torch.Tensor]:
+        def fail(*_: object) -> None:
+            raise RuntimeError("injected by a test")
+
+        for _ in range(3):
+            scheduler.forward()
+        assert scheduler.ask(Rebalance(), carry_on=scheduler.forward).outcome == "committed"
+        scheduler.idle(turns=5)
+        if scheduler.rank == 1:
+            scheduler.balancer.manager._migration.begin = fail  # type: ignore[method-assign]
+        for _ in range(5):
+            scheduler.forward()
+        scheduler.balancer.submit(Rebalance(algorithm="deepseek", force=True), lambda _reply: None)
+        for _ in range(50):
+            scheduler.forward()
+        return scheduler.balancer.manager.phase, scheduler.maps.logical_to_all_physical_map
+
+    (phase, tables), (other_phase, other_tables) = on_ranks(body)
+    assert (phase, other_phase) == ("failed", "failed")
+    assert torch.equal(tables, other_tables)

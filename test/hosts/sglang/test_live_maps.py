@@ -52,7 +52,10 @@ def test_committed_layer_is_written_in_place_and_no_other() -> None:
 
 def test_dispatch_table_repeats_by_share_and_loading_table_does_not() -> None:
     live = live_maps()
-    SglangMaps(live, rank=0).write([2], placement(), [1])
+    maps = SglangMaps(live, rank=0)
+    maps.write([2], placement(), [1])
+    assert live.logical_to_all_physical_map_num_valid[2].tolist() == [1, 1, 1, 3]  # even turns until all are through
+    maps.write_shares(2, placement(), 1)
     valid = live.logical_to_all_physical_map_num_valid[2]
     assert valid.tolist() == [1, 1, 1, 4]
     assert sorted(live.logical_to_all_physical_map[2, 3, :4].tolist()) == [3, 3, 4, 5]
@@ -63,6 +66,7 @@ def test_shorter_table_leaves_nothing_of_the_longer_one() -> None:
     live = live_maps()
     maps = SglangMaps(live, rank=0)
     maps.write([2], placement(), [1])
+    maps.write_shares(2, placement(), 1)
     even = ExpertLocationMetadata.from_physical_to_logical(TRIVIAL[1:].numpy(), NUM_EXPERTS, TOPOLOGY)
     maps.write([2], even, [1])
     assert torch.equal(live.logical_to_all_physical_map[2], live_maps().logical_to_all_physical_map[2])
@@ -73,4 +77,19 @@ def test_static_dispatch_takes_the_nearest_replica_of_this_rank() -> None:
     SglangMaps(live, rank=1).write([1, 2], placement(), [0, 1])
     assert live.logical_to_rank_dispatch_physical_map[2].tolist()[:3] == [2, 1, 0]
     assert live.logical_to_rank_dispatch_physical_map[2, 3] in (3, 4, 5)
+    assert live.logical_to_all_physical_map_num_valid[2].tolist() == [1, 1, 1, 3]
+
+
+def test_layer_whose_slots_hold_what_they_held_waits_for_its_shares() -> None:
+    """A rank that fails before it takes new shares over must not choose other replicas than the rest."""
+    live = live_maps()
+    maps = SglangMaps(live, rank=0)
+    maps.write([2], placement(), [1])
+    maps.write_shares(2, placement(), 1)
+    before = live.logical_to_all_physical_map.clone()
+    p2l = placement().physical_to_logical_map.numpy()
+    reweighted = ExpertLocationMetadata.from_physical_to_logical(p2l, NUM_EXPERTS, TOPOLOGY)
+    maps.write([2], reweighted, [1])
+    assert torch.equal(live.logical_to_all_physical_map, before)
+    maps.write_shares(2, reweighted, 1)
     assert live.logical_to_all_physical_map_num_valid[2].tolist() == [1, 1, 1, 3]

@@ -1,4 +1,4 @@
-"""Builds our manager for a scheduler, from what SGLang's runtime holds once its weights are loaded."""
+"""Builds our manager and its balancer for a scheduler, from what SGLang's runtime holds once its weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from equipoise.config import EplbConfig, TransferTransport
 from equipoise.distributed.communicator import Communicator, TorchCommunicator
 from equipoise.distributed.groups import new_transfer_group
 from equipoise.distributed.pinned_host import PinnedHostCommunicator
+from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.launch.settings import PluginSettings
 from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.hosts.sglang.stock_mover import StockMover
@@ -94,10 +95,10 @@ def eplb_config(moe: Any, num_redundant: int, own_options: Mapping[str, Any]) ->
     )
 
 
-def build_manager(
+def build_balancer(
     runtime: SglangRuntime, settings: PluginSettings, collaborators: Mapping[str, Any], *, on_report: OnReport
-) -> EplbManager:
-    """Collective. The manager of this rank, warmed up. Allocates staging: before SGLang measures memory for its cache.
+) -> SglangBalancer:
+    """Collective. The balancer of this rank, warmed up. Allocates staging: before SGLang measures memory for its cache.
 
     Args:
         collaborators: the keyword arguments of SGLang's ``EPLBManager``, for level ``manager``.
@@ -116,7 +117,10 @@ def build_manager(
         device=runtime.device,
     )
 
+    changed: list[int] = []
+
     def follow(change: LayersCommitted) -> None:
+        changed.extend(row for row in change.rows if row not in changed)
         maps.write(change.layer_ids, change.placement, change.rows)
 
     traits = HostTraits(
@@ -149,7 +153,7 @@ def build_manager(
     manager.warm_up()
     span = f"MoE layers {layer_ids[0]} to {layer_ids[-1]}"
     log.info("attached on rank %d, level %s, %s: %s", runtime.rank, settings.level, span, config)
-    return manager
+    return SglangBalancer(manager, maps, changed)
 
 
 def transfer_communicator(runtime: SglangRuntime, transport: TransferTransport) -> Communicator:

@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 
+from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.manager.command_handler import PendingReply
 from equipoise.manager.commands import Command
 from equipoise.manager.manager import EplbManager
 
 log = logging.getLogger("equipoise.hosts.sglang")
+
+_LAYERS_PER_TICK = 4
+"""Layers whose shares are written between two passes: each takes about a millisecond."""
 
 OnReply = Callable[[object], None]
 """Takes a command's reply, or the EquipoiseError that it failed with."""
@@ -32,13 +36,20 @@ OnReply = Callable[[object], None]
 class SglangBalancer:
     """One for each scheduler, called alike.
 
-    Attributes:
+    Args:
         manager: ours.
+        maps: SGLang's.
+        changed: rows of the placement that have committed and whose shares SGLang's maps do not follow yet; added to
+            inside commits, emptied here.
+
+    Attributes:
         ticks, idle_ticks: how often it was ticked after a pass, and in a turn without one.
     """
 
-    def __init__(self, manager: EplbManager) -> None:
+    def __init__(self, manager: EplbManager, maps: SglangMaps, changed: list[int]) -> None:
         self.manager = manager
+        self._maps = maps
+        self._changed = changed
         self.ticks = self.idle_ticks = 0
         self._stepped = False
         self._waiting: list[tuple[PendingReply[Any], OnReply]] = []
@@ -47,8 +58,8 @@ class SglangBalancer:
 
     @property
     def wants_tick(self) -> bool:
-        """Ticks carry something on even when no request runs. The same on all ranks."""
-        return self.manager.wants_tick
+        """Turns carry something on even when no request runs. The same on all ranks."""
+        return self.manager.wants_tick or bool(self._changed and self.manager.phase != "failed")
 
     def count(self, physical_counts: torch.Tensor) -> None:
         """Adds (L, P) tokens in each slot, a row for every layer of SGLang's."""
@@ -60,15 +71,18 @@ class SglangBalancer:
         self.ticks += 1
         self.manager.end_forward_pass(counted=True)
         self.manager.tick()
+        self._follow_shares()
         self._answer()
 
     def turn(self) -> None:
         """Once per turn of the event loop. Whether a pass ran since the last one is the same on all ranks."""
         stepped, self._stepped = self._stepped, False
-        if stepped or not self.manager.wants_tick:
+        if stepped or not self.wants_tick:
             return
-        self.idle_ticks += 1
-        self.manager.tick()
+        if self.manager.wants_tick:
+            self.idle_ticks += 1
+            self.manager.tick()
+        self._follow_shares()
         self._answer()
 
     def submit(self, command: Command[Any], on_reply: OnReply) -> None:
@@ -92,6 +106,15 @@ class SglangBalancer:
         if not self._holds and self._paused_here:
             self._paused_here = False
             self.manager.resume()
+
+    def _follow_shares(self) -> None:
+        """Some layers' shares, once nothing moves and every rank has told the others that none has failed."""
+        if self.manager.wants_tick or self.manager.phase == "failed":
+            return
+        placement = self.manager.placement
+        for row in self._changed[:_LAYERS_PER_TICK]:
+            self._maps.write_shares(placement.layer_ids[row], placement.committed, row)
+        del self._changed[:_LAYERS_PER_TICK]
 
     def _answer(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -14,49 +14,59 @@ from equipoise.placement.metadata import ExpertLocationMetadata
 
 
 class SglangMaps:
-    """Writes layers of a placement into SGLang's ``ExpertLocationMetadata``.
+    """Writes layers of a placement into SGLang's ``ExpertLocationMetadata``, in two steps.
+
+    Hazard: without an a2a backend all ranks must choose the same replica for a token. Which expert a slot holds changes
+    with the weights, on all ranks or on none, by their vote. Shares are changed by each rank for itself; one that
+    fails to would choose otherwise. So :meth:`write` leaves moved layers with even turns, and :meth:`write_shares`
+    follows once all ranks are known to have come through.
 
     Args:
         live: SGLang's object; its tensors have a row for every layer, dense ones too.
         rank: of this process in the expert-parallel group, for ``static`` dispatch.
-        weighted: whether dispatch follows our shares; replicas take even turns otherwise.
     """
 
-    def __init__(self, live: Any, *, rank: int, weighted: bool = True) -> None:
+    def __init__(self, live: Any, *, rank: int) -> None:
         self._live = live
         self._rank = rank
-        self._weighted = weighted
 
     def physical_to_logical(self, layer_ids: Sequence[int]) -> np.ndarray:
         """(L, P) int64 of these layers, from the copy on the CPU."""
         return self._live.physical_to_logical_map_cpu[list(layer_ids)].numpy().astype(np.int64)
 
     def write(self, layer_ids: Sequence[int], placement: ExpertLocationMetadata, rows: Sequence[int]) -> None:
-        """Takes over ``placement``'s ``rows`` as SGLang's ``layer_ids``, between two forward passes.
+        """Takes over ``placement``'s ``rows`` as SGLang's ``layer_ids`` where slots hold other experts now.
 
         Args:
             placement: on the CPU.
         """
         for layer_id, row in zip(layer_ids, rows, strict=True):
-            self._write_layer(layer_id, placement, row)
+            p2l = placement.physical_to_logical_map[row]
+            if not torch.equal(self._live.physical_to_logical_map_cpu[layer_id].long(), p2l):
+                self._write_layer(layer_id, placement, p2l)
 
-    def _write_layer(self, layer_id: int, placement: ExpertLocationMetadata, row: int) -> None:
-        live, num_experts = self._live, placement.num_logical_experts
-        p2l = placement.physical_to_logical_map[row]
+    def _write_layer(self, layer_id: int, placement: ExpertLocationMetadata, p2l: torch.Tensor) -> None:
+        live = self._live
+        even = torch.from_numpy(even_table(p2l.numpy(), placement.num_logical_experts))
         live.physical_to_logical_map[layer_id].copy_(p2l)
         live.physical_to_logical_map_cpu[layer_id].copy_(p2l)
-        even = torch.from_numpy(even_table(p2l.numpy(), num_experts))
         # The CPU copy is what SGLang loads weights by: each slot once.
         _fill_row(live.logical_to_all_physical_map_cpu[layer_id], even)
         if live.logical_to_rank_dispatch_physical_map is not None:
             near = nearest_replicas(even, placement.topology, self._rank)
             live.logical_to_rank_dispatch_physical_map[layer_id].copy_(near)
-        table = even
-        if self._weighted and live.logical_to_rank_dispatch_physical_map is None:
-            weights = placement.dispatch_weights[row].numpy()
-            table = torch.from_numpy(share_table(p2l.numpy(), weights, num_experts))
-        _fill_row(live.logical_to_all_physical_map[layer_id], table)
-        live.logical_to_all_physical_map_num_valid[layer_id].copy_((table >= 0).sum(-1))
+        self._write_table(layer_id, even)
+
+    def write_shares(self, layer_id: int, placement: ExpertLocationMetadata, row: int) -> None:
+        """Has the ``dynamic`` dispatch of a layer follow the placement's weights; ``static`` has no use for them."""
+        if self._live.logical_to_rank_dispatch_physical_map is not None:
+            return
+        p2l, weights = placement.physical_to_logical_map[row].numpy(), placement.dispatch_weights[row].numpy()
+        self._write_table(layer_id, torch.from_numpy(share_table(p2l, weights, placement.num_logical_experts)))
+
+    def _write_table(self, layer_id: int, table: torch.Tensor) -> None:
+        _fill_row(self._live.logical_to_all_physical_map[layer_id], table)
+        self._live.logical_to_all_physical_map_num_valid[layer_id].copy_((table >= 0).sum(-1))
 
 
 def _fill_row(row: torch.Tensor, table: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from equipoise.errors import EquipoiseError, PhaseError
-from equipoise.hosts.sglang.attach import build_manager, runtime_of
+from equipoise.hosts.sglang.attach import build_balancer, runtime_of
 from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.command_channel import add_command_handler
 from equipoise.hosts.sglang.hook_targets import Hook, HookTarget, calls
@@ -115,10 +115,9 @@ class SchedulerSide:
             runtime = runtime_of(runner)
             self.rank = runtime.rank
             metrics = RebalanceMetrics() if runtime.rank == 0 else None
-            manager = build_manager(
+            self.balancer = build_balancer(
                 runtime, self._settings, self._collaborators, on_report=metrics.ended if metrics else _nothing
             )
-            self.balancer = SglangBalancer(manager)
         except Exception as error:
             self._stop("attaching", error)
 
