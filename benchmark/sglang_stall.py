@@ -36,6 +36,7 @@ from helpers.tiny_models import make_tiny_model
 SYSTEMS = ("stock", "full")
 NUM_RANKS, NUM_EXPERTS, NUM_REDUNDANT = 2, 16, 4
 _BALANCEDNESS = re.compile(r"forward_pass_id=(\d+) current_pass_balancedness=([\d.]+)")
+_SLACK = 0.3  # seconds until the first token after a rebalance has reached the client
 _PASSES_AFTER = 20  # a pass of a few tokens says little by itself
 
 
@@ -227,7 +228,7 @@ def _wait_for_passes(watch: LogWatch, since: float, count: int) -> None:
 def _add_client_figures(found: Measured, ends: list[float], streams: Streams, watch: LogWatch) -> None:
     passes = watch.passes()
     for begin, end in pairwise(ends):
-        gaps = [gap for when, gap in streams.gaps if begin + 1 < when <= end + 1]
+        gaps = [gap for when, gap in streams.gaps if begin + _SLACK < when <= end + _SLACK]
         found.gap.append(max(gaps))
         found.quiet_gap.append(median(gaps))
         following = [value for when, _, value in passes if when > end][1 : _PASSES_AFTER + 1]
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--quick", action="store_true", help="a small model, one rebalance each: shows that it runs")
     arguments = parser.parse_args()
-    load = Load(layers=3, hidden=64, intermediate=64, passes=60, rebalances=1) if arguments.quick else Load()
+    load = Load(layers=3, hidden=64, intermediate=64, passes=300, rebalances=1) if arguments.quick else Load()
     console = Console()
     results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as directory:
