@@ -139,8 +139,8 @@ class LogWatch:
         return [(when, int(match[1]), float(match[2])) for when, match in found if match]
 
     def after(self, text: str, when: float) -> float | None:
-        """When a line with ``text`` first appeared after ``when``."""
-        return next((seen for seen, line in self.lines if seen > when and text in line), None)
+        """When rank 0 first wrote a line with ``text`` after ``when``."""
+        return next((seen for seen, line in self.lines if seen > when and " TP0 " in line and text in line), None)
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _wait_for_rebalance(
     if found is None:
         return end
     if system == "stock":
-        begin = max(when for when, line in watch.lines if when <= end and "rebalance start" in line)
+        begin = max(when for when, line in watch.lines if when <= end and " TP0 " in line and "rebalance start" in line)
         moves = _stock_moves([line for when, line in watch.lines if since < when <= end])
         found.moves.append(moves)
         found.duration.append(end - begin)
