@@ -7,8 +7,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import Request, Response
+from fastapi import Request, Response, Security, params
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 
 from equipoise.admin.http_errors import HttpError
 from equipoise.config import HttpConfig
@@ -46,6 +47,18 @@ class AdminKeyRoute(APIRoute):
             return await handler(request)
 
         return checked
+
+
+def documented_key(http: HttpConfig, *, admin: bool) -> list[params.Depends]:
+    """Dependencies that tell OpenAPI of the key which :class:`ApiKeyRoute` or :class:`AdminKeyRoute` asks for.
+
+    They refuse nothing: FastAPI would read the body before them. Empty where no key is asked for.
+    """
+    if admin and http.admin_api_key is not None:
+        return [Security(HTTPBearer(scheme_name="AdminKey", description="--admin-api-key", auto_error=False))]
+    if http.api_key is not None:
+        return [Security(HTTPBearer(scheme_name="ApiKey", description="--api-key", auto_error=False))]
+    return []
 
 
 def require_key(request: Request, key: str | None, option: str) -> None:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, InvalidInputError, PhaseError, StorageError
@@ -20,6 +21,37 @@ _SHOWN_CHARACTERS = 80
 
 UNION_TAGS = frozenset({"(one)", "(batch)"})
 """Names that pydantic puts into the path of a field of more than one shape; no client ever wrote them."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. ``field`` comes as ``param`` too, and the status as ``code``: OpenAI's clients look there."""
+
+    message: str
+    type: str
+    field: str | None
+    param: str | None
+    code: int
+
+
+class ErrorAnswer(BaseModel):
+    """The one shape in which every error leaves the server, in an answer or inside a stream."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": ErrorAnswer,
+        "description": "The request is at fault: 400 a field, 401 and 403 the key, 404 the name, 409 not in this phase,"
+        " 413 too large, 421 the host, 429 too many requests wait",
+    },
+    "5XX": {
+        "model": ErrorAnswer,
+        "description": "The server is: 500 an error inside, 503 the engine is dead, silent or shuts down,"
+        " 504 the time allowed has passed, 507 the disk is full",
+    },
+}
+"""What OpenAPI says of every route's errors."""
 
 
 class HttpError(EquipoiseError):
@@ -44,12 +76,10 @@ def shown(value: object) -> str:
 
 
 def error_body(message: str, kind: str, field: str | None = None, code: int = 400) -> dict[str, Any]:
-    """The one shape in which every error leaves the server, in an answer or inside a stream.
-
-    ``field`` comes as ``param`` too, and the status as ``code``: OpenAI's clients look there.
-    """
+    """An :class:`ErrorAnswer` as JSON has it."""
     name = None if field is None else _printable(field)
-    return {"error": {"message": _printable(message), "type": kind, "field": name, "param": name, "code": code}}
+    detail = ErrorDetail(message=_printable(message), type=kind, field=name, param=name, code=code)
+    return ErrorAnswer(error=detail).model_dump()
 
 
 def body_and_status(error: EquipoiseError, obituary: str | None = None) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 
 from equipoise.admin.bodies import PauseBody, RebalanceBody
 from equipoise.admin.codec import jsonable
-from equipoise.admin.http_errors import ErrorAnsweringRoute, error_body
+from equipoise.admin.http_errors import ERROR_RESPONSES, ErrorAnsweringRoute, error_body
 from equipoise.errors import ConfigError
 from equipoise.manager.commands import (
     Command,
@@ -43,7 +43,7 @@ def admin_router(control: Control, *, dump_dir: str, route_class: type[APIRoute]
         route_class: asks for keys, answers errors. The default answers errors only, for an application whose middleware
             asks for keys.
     """
-    router = APIRouter(route_class=route_class)
+    router = APIRouter(route_class=route_class, responses=ERROR_RESPONSES)
     _add_balancing(router, control)
     _add_recording(router, control, dump_dir)
     return router
@@ -67,10 +67,10 @@ def _add_balancing(router: APIRouter, control: Control) -> None:
         command = Rebalance(asked.algorithm, asked.dry_run, asked.max_moves_per_layer, asked.move_price)
         report: RebalanceReport = await _shielded(control(command))
         if report.outcome == "failed":
-            failure = error_body(report.error or report.reason, "TransferError")
+            failure = error_body(report.error or report.reason, "TransferError", code=500)
             return JSONResponse({**failure, "report": jsonable(report)}, status_code=500)
         if report.outcome == "cancelled":
-            refusal = error_body(report.error or report.reason, "PhaseError")
+            refusal = error_body(report.error or report.reason, "PhaseError", code=409)
             return JSONResponse({**refusal, "report": jsonable(report)}, status_code=409)
         return JSONResponse(jsonable(report))
 

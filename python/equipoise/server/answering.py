@@ -19,6 +19,9 @@ from equipoise.server.tokenizing import Tokenizing
 T = TypeVar("T")
 Render = Callable[[int, Answer, TokenEvent], dict[str, Any]]
 
+STREAM_RESPONSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What OpenAPI says of a route that streams when asked to."""
+
 
 async def make_requests(
     request: Request,

@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 import equipoise
-from equipoise.admin.auth import AdminKeyRoute
+from equipoise.admin.auth import AdminKeyRoute, documented_key
 from equipoise.admin.body_limit import BodyLimit
-from equipoise.admin.http_errors import install_error_handlers
+from equipoise.admin.http_errors import ERROR_RESPONSES, install_error_handlers
 from equipoise.admin.routes import admin_router
 from equipoise.config import ServeConfig
 from equipoise.server import generate, info, openai
@@ -30,7 +30,9 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
         registry: where the metrics live; a fresh one if None.
     """
     # No page of interactive documentation: it would load its scripts from the internet. /openapi.json stays.
-    app = FastAPI(title="Equipoise", version=equipoise.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Equipoise", version=equipoise.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES
+    )
     metrics = ServerMetrics(registry if registry is not None else CollectorRegistry())
     app.state.engine = engine
     app.state.config = config
@@ -53,6 +55,9 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
         app.add_middleware(LoopbackHosts, host=config.http.host)
     app.add_middleware(RequestId)
     admin = admin_router(app.state.control, dump_dir=config.http.dump_dir, route_class=AdminKeyRoute)
-    for router in (info.public, info.router, generate.router, openai.router, admin, info.admin):
-        app.include_router(router)
+    app.include_router(info.public)
+    for router in (info.router, generate.router, openai.router):
+        app.include_router(router, dependencies=documented_key(config.http, admin=False))
+    for router in (admin, info.admin):
+        app.include_router(router, dependencies=documented_key(config.http, admin=True))
     return app

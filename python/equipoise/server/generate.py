@@ -10,14 +10,14 @@ from fastapi.responses import JSONResponse
 from equipoise.admin.auth import ApiKeyRoute
 from equipoise.engine.requests import SamplingParams, TokenEvent, TokenLogprob
 from equipoise.errors import ConfigError
-from equipoise.server.answering import collect, make_requests, stream
+from equipoise.server.answering import STREAM_RESPONSE, collect, make_requests, stream
 from equipoise.server.generation import Answer, batch_of, check_choices, prompts_of, samples_of
 from equipoise.server.request_models import GenerateBody, SamplingBody
 
 router = APIRouter(route_class=ApiKeyRoute)
 
 
-@router.post("/generate")
+@router.post("/generate", responses=STREAM_RESPONSE)
 async def generate(body: GenerateBody, request: Request) -> Response:
     """Completes ``text`` or ``input_ids``; with ``stream``, each event holds the whole answer so far."""
     if (body.text is None) == (body.input_ids is None):

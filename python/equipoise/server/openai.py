@@ -14,14 +14,14 @@ from equipoise.admin.auth import ApiKeyRoute
 from equipoise.admin.http_errors import HttpError
 from equipoise.engine.requests import GenerateRequest, TokenEvent, TokenLogprob
 from equipoise.errors import ConfigError
-from equipoise.server.answering import collect, make_requests, stream, usage
+from equipoise.server.answering import STREAM_RESPONSE, collect, make_requests, stream, usage
 from equipoise.server.generation import Answer, check_choices, prompts_of, samples_of
 from equipoise.server.openai_models import ChatBody, CompletionBody
 
 router = APIRouter(route_class=ApiKeyRoute)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAM_RESPONSE)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Completes ``prompt``; with ``stream``, each event holds the new text only."""
     check_model(request, body.model)
@@ -56,14 +56,14 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     return JSONResponse({**head, "choices": choices, "usage": usage(answers, count)})
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAM_RESPONSE)
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answers ``messages`` through the model's chat template; with ``stream``, each event holds the new text only."""
     check_model(request, body.model)
     count = check_choices(body.n, "n")
     tokenizer = request.app.state.engine.tokenizer
-    prompt = render_chat(tokenizer, body)
     sampling = body.sampling()
+    prompt = render_chat(tokenizer, body)
     if body.max_tokens is None and body.max_completion_tokens is None:
         sampling = body.model_copy(update={"max_tokens": request.app.state.max_model_len}).sampling()
     requests = await make_requests(

@@ -1,0 +1,81 @@
+"""/openapi.json says what is sent: the shape of errors, the keys that are asked for, streams, metrics as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from equipoise.admin.http_errors import ErrorAnswer
+from equipoise.config import EngineConfig, HttpConfig, ServeConfig
+from equipoise.server.app import create_app
+from helpers.fake_engine import FakeEngine
+from helpers.http_server import running_server
+
+STREAMING = {"/generate", "/v1/completions", "/v1/chat/completions"}
+
+
+def document(**http: Any) -> dict[str, Any]:
+    return create_app(FakeEngine(), ServeConfig(EngineConfig("m"), http=HttpConfig(**http))).openapi()
+
+
+def operations(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {path: operation for path, by_method in schema["paths"].items() for operation in by_method.values()}
+
+
+def test_every_route_documents_its_errors() -> None:
+    schema = document()
+    for path, operation in operations(schema).items():
+        responses = operation["responses"]
+        assert set(responses) == {"200", "4XX", "5XX"}, path
+        for status in ("4XX", "5XX"):
+            assert responses[status]["content"] == {
+                "application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}
+            }, path
+    detail = schema["components"]["schemas"]["ErrorDetail"]
+    assert set(detail["required"]) == {"message", "type", "field", "param", "code"}
+    assert "HTTPValidationError" not in schema["components"]["schemas"], "FastAPI's own, which no route sends"
+
+
+@pytest.mark.parametrize(
+    ("http", "user", "admin"),
+    [
+        ({}, [], []),
+        ({"api_key": "u"}, [{"ApiKey": []}], [{"ApiKey": []}]),
+        ({"admin_api_key": "a"}, [], [{"AdminKey": []}]),
+        ({"api_key": "u", "admin_api_key": "a"}, [{"ApiKey": []}], [{"AdminKey": []}]),
+    ],
+)
+def test_keys_are_documented_where_they_are_asked_for(http: dict[str, str], user: list[Any], admin: list[Any]) -> None:
+    schema = document(**http)
+    schemes = schema["components"].get("securitySchemes", {})
+    assert set(schemes) == {name for need in (*user, *admin) for name in need}
+    assert all((scheme["type"], scheme["scheme"]) == ("http", "bearer") for scheme in schemes.values())
+    for path, operation in operations(schema).items():
+        is_admin = path.startswith("/eplb/") or path.endswith("_expert_distribution_record")
+        expected = [] if path == "/health" else admin if is_admin else user
+        assert operation.get("security", []) == expected, path
+
+
+def test_metrics_are_text_and_generation_may_stream() -> None:
+    for path, operation in operations(document()).items():
+        expected = {"text/plain"} if path == "/metrics" else {"application/json"}
+        expected |= {"text/event-stream"} if path in STREAMING else set()
+        assert set(operation["responses"]["200"]["content"]) == expected, path
+
+
+def test_what_is_sent_is_what_is_documented() -> None:
+    config = ServeConfig(EngineConfig("m"), http=HttpConfig(api_key="u"))
+    engine = FakeEngine()
+    with running_server(create_app(engine, config)) as client:
+        refusals = [client.get("/v1/models")]
+        client.headers["Authorization"] = "Bearer u"
+        refusals += [client.get("/nowhere"), client.post("/health"), client.get("/eplb/steps?since=x")]
+        refusals += [client.post("/generate", json={"text": 1}), client.get("/v1/models/other")]
+        engine.error = "rank 1 was killed"
+        refusals += [client.get("/health"), client.get("/eplb/status")]
+        for response, status in zip(refusals, (401, 404, 405, 400, 400, 404, 503, 503), strict=True):
+            assert response.status_code == status, response.request.url
+            assert ErrorAnswer.model_validate(response.json(), extra="forbid").error.code == status
+        assert client.get("/metrics").headers["content-type"].startswith("text/plain")
+        assert client.get("/openapi.json").json()["info"]["title"] == "Equipoise"
