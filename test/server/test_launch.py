@@ -35,7 +35,7 @@ class Serving:
     def __init__(self, *arguments: object) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "equipoise", "serve", "--port", "0", *map(str, arguments)],
+            [sys.executable, "-m", "equipoise", "serve", "--port", "0", "--device", "cpu", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -132,6 +132,36 @@ def test_sigterm_ends_streams_and_leaves_nothing(tiny_model: Path) -> None:
         assert events[-1] == "data: [DONE]"
         last = json.loads(events[-2].removeprefix("data: "))
         assert last["meta_info"]["finish_reason"]["type"] in ("abort", "length")
+        server.assert_nothing_is_left()
+
+
+@needs_proc
+def test_sigterm_answers_a_rebalance_that_is_under_way_with_503(tiny_model: Path) -> None:
+    with serving("--model-path", tiny_model, "--ep-size", 2, "--drain-timeout", 1) as server:
+        url = server.url()
+        answers: list[httpx.Response] = []
+
+        def rebalance() -> None:
+            answers.append(httpx.post(f"{url}/eplb/rebalance", json={}, timeout=60))
+
+        (held, *_) = reversed(server.rank_pids())
+        os.kill(held, signal.SIGSTOP)  # so the rebalance cannot end before the signal comes
+        thread = threading.Thread(target=rebalance)
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive(), answers
+        signalled = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert time.monotonic() - signalled < 4, "the drain time is 1 s"
+        os.kill(held, signal.SIGCONT)
+        _, stderr = server.process.communicate(timeout=15)
+        assert server.process.returncode == 0
+        assert answers[0].headers["content-type"] == "application/json"
+        assert (answers[0].status_code, answers[0].json()["error"]["type"]) == (503, "ShuttingDown")
+        assert "Traceback" not in stderr
+        assert "ERROR" not in stderr
         server.assert_nothing_is_left()
 
 
