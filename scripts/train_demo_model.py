@@ -41,6 +41,7 @@ from demo_corpus import TOPICS, Corpus, CorpusError, build_corpus, pick_prompts
 from demo_report import LIMIT_MIB, folder_mib, measure, model_card
 
 END = "<|end|>"  # separates documents; also the end-of-text token
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # plain text: it saw no chats
 STATE = "training_state.pt"
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "python" / "equipoise" / "engine" / "demo_model"
 
@@ -91,6 +92,7 @@ def train_tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(sample, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
+        chat_template=CHAT_TEMPLATE,
         eos_token=END,
         pad_token=END,
         clean_up_tokenization_spaces=False,
