@@ -12,13 +12,16 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import IO
 
 from equipoise.jit.compile import compile_common_helpers
 
+_TAIL_LINES, _TAIL_BYTES = 12, 4096  # of what a child wrote, for a log
 _NICE = 10  # three processes at 10 weigh as much as one at 5
 # The child's standard input is a pipe that its parent never writes to: it ends when the parent does, however that was.
 _COMPILE = """
@@ -31,9 +34,15 @@ runpy.run_module({module!r}, run_name="__main__")
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A compilation under way in a child process."""
+    """A compilation under way in a child process.
+
+    Attributes:
+        said: what the child and those that it forked have written to their standard error; None: it went elsewhere.
+    """
 
     process: subprocess.Popen[bytes]
+    said: IO[bytes] | None = None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def done(self) -> bool:
@@ -50,8 +59,23 @@ class WarmUp:
         except subprocess.TimeoutExpired:
             return False
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was ended from here: no failure, and nobody waits for its kernels any more."""
+        return self._cancelled.is_set()
+
+    def complaint(self) -> str:
+        """How a child that failed ended, and the last lines that it wrote; for a log."""
+        ended = f"exit status {self.process.poll()}"
+        if self.said is None:
+            return ended
+        written = os.pread(self.said.fileno(), _TAIL_BYTES, max(0, os.fstat(self.said.fileno()).st_size - _TAIL_BYTES))
+        lines = written.decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        return "\n  ".join([ended, *lines])
+
     def cancel(self) -> None:
         """Ends the child process, and those that it has forked; a shutdown does not wait for a compiler."""
+        self._cancelled.set()
         self.process.kill()
         self.process.communicate()
 
@@ -63,14 +87,14 @@ def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmU
     cache is filled already the child ends within a second or two, most of it spent on imports. It never outlives
     this process, and imports nothing that happens to lie in the current directory (-P).
     """
-    return WarmUp(
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", _COMPILE.format(module=module, nice=_NICE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    said = tempfile.TemporaryFile()  # noqa: SIM115 not a pipe: nobody reads while it compiles
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _COMPILE.format(module=module, nice=_NICE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=said,
     )
+    return WarmUp(process, said)
 
 
 def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:

@@ -42,8 +42,11 @@ def load_compiled_kernels(compiling: WarmUp) -> None:
     if compiling.wait():
         compile_kernels()
         logger.info("kernels of planning and transfer are ready after %.1f s", time.perf_counter() - start)
-    else:
-        logger.warning("compiling kernels ahead failed: the first rebalance compiles, and takes as much longer")
+    elif not compiling.cancelled:
+        logger.warning(
+            "compiling kernels ahead failed: the first rebalance compiles, and takes as much longer: %s",
+            compiling.complaint(),
+        )
 
 
 if __name__ == "__main__":
