@@ -59,7 +59,7 @@ class Host:
             transfer_communicator=transfers.communicator(self.rank),
             host=HostTraits(
                 layer_ids=LAYER_IDS,
-                dispatches=True,
+                dispatch="weights",
                 replicated_counts=True,
                 on_layers_committed=self.follow,
                 on_report=self.note,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.config import EplbConfig
 from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
 from equipoise.engine.step_log import GetSteps
@@ -36,7 +37,7 @@ class Host:
     def __init__(self, communicator: InMemoryCommunicator, transfers: InMemoryHub | None, **given: Any) -> None:
         hooks = {name: given.pop(name) for name in ("wall_clock",) if name in given}
         self.faults = ScheduledFaults(given.pop("faults", []), communicator.rank)
-        traits = {name: given.pop(name) for name in ("on_report", "num_groups") if name in given}
+        traits = {name: given.pop(name) for name in ("on_report", "num_groups", "dispatch") if name in given}
         rank = communicator.rank
         self.metadata = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, TOPOLOGY, max_replicas=5)
         held = self.metadata.physical_to_logical_map[:, list(TOPOLOGY.slots_of_rank(rank))]
@@ -245,3 +246,48 @@ def test_close_ends_the_threads() -> None:
     for thread in left:
         thread.join(5)
     assert not any(thread.is_alive() for thread in left)
+
+
+@pytest.mark.parametrize(
+    ("given", "dispatch"),
+    [
+        ({}, "weights"),
+        ({"ep_dispatch_algorithm": "static"}, "weights"),
+        ({"ep_dispatch_algorithm": "batch"}, "batch"),
+        ({"dispatch": "even"}, "even"),  # the host's own, whatever the option says
+    ],
+)
+def test_plans_are_made_for_the_dispatch_that_the_host_has(given: dict[str, Any], dispatch: str, monkeypatch) -> None:
+    planned: list[tuple[str, int]] = []
+
+    def plan(*args: Any, **options: Any) -> Any:
+        planned.append((options["dispatch"], options["tokens_per_step"]))
+        return rebalance_experts(*args, **options)
+
+    monkeypatch.setattr("equipoise.manager.planning.rebalance_experts", plan)
+
+    def body(host: Host) -> None:
+        for _ in range(2):
+            if dispatch != "even":
+                host.step()
+            else:
+                host.manager.record_counts(torch.full((LAYERS, TOPOLOGY.num_slots), 2))
+                host.manager.end_forward_pass(counted=True)
+                host.manager.tick()
+        host.answer(host.manager.submit(Rebalance()), idle=True)
+
+    on_ranks(body, eplb_algorithm="equipoise", **given)
+    tokens = {"even": 4 * 2 * TOPOLOGY.num_slots}.get(dispatch, 4 * 13 * 2)
+    assert planned == [(dispatch, tokens)]
+
+
+def test_an_algorithm_that_plans_for_another_dispatch_is_refused() -> None:
+    def body(host: Host) -> str:
+        reply = host.manager.submit(Rebalance(algorithm="reweight")).reply
+        assert isinstance(reply, ConfigError)
+        return str(reply)
+
+    for message in on_ranks(body, ep_dispatch_algorithm="batch"):
+        assert message == "algorithm reweight plans for dispatch weights, got dispatch='batch'"
+    with pytest.raises(ConfigError, match="eplb_algorithm reweight plans for dispatch weights"):
+        Host(InMemoryHub(4).communicator(0), None, eplb_algorithm="reweight", ep_dispatch_algorithm="batch")

@@ -127,7 +127,7 @@ class Parts:
         self.failures = FailureWatch(InMemoryHub(1).communicator(0))
         planner = RebalancePlanner(
             config, placement, self.load, self.background, self.failures, timer,  # type: ignore[arg-type]
-            num_groups=4, max_staged_experts=1, clock=self.clock,
+            dispatch="weights", num_groups=4, max_staged_experts=1, clock=self.clock,
         )  # fmt: skip
         self.reporter = Reporter(placement, self.migration, timer, self.failures, self.reports.append, profile=False)
         self.rebalancing = Rebalancing(config, placement, planner, self.migration, self.failures, self.reporter, timer)

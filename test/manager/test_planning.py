@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.config import EplbConfig
+from equipoise.manager import planning
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.planning import Migrate, Plan, Reweight, Skip, plan_rebalance
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -22,8 +24,10 @@ def plan(
     *,
     max_staged_experts: int | None = 2,
     force: bool = True,
+    load: np.ndarray | None = None,
 ) -> Plan:
-    load = np.random.default_rng(3).zipf(1.5, (1, 2, EXPERTS)).clip(max=500) * 10
+    if load is None:
+        load = np.random.default_rng(3).zipf(1.5, (1, 2, EXPERTS)).clip(max=500) * 10
     return plan_rebalance(
         load,
         current,
@@ -104,7 +108,9 @@ def test_a_host_that_moves_experts_itself_gets_no_transfer_plan():
 
 def test_new_weights_alone_are_a_reweight():
     current = ExpertLocationMetadata.trivial(2, EXPERTS, TOPOLOGY)
-    planned = plan(current, "reweight", None)
+    load = np.full((1, 2, EXPERTS), 1000)
+    load[..., 6:9] = 3000, 3000, 5000  # on one rank; the first two have replicas on another one
+    planned = plan(current, "reweight", None, load=load)
     assert isinstance(planned, Reweight)
     placement = planned.placement(current)
     assert placement.physical_to_logical_map.equal(current.physical_to_logical_map)
@@ -116,3 +122,29 @@ def test_a_plan_that_gains_nothing_is_skipped_and_says_what_it_would_have_change
     kept = plan(current, "deepseek", None, force=False)
     assert isinstance(kept, Skip)
     assert "->" in kept.reason
+
+
+@pytest.mark.parametrize("dispatch", ["even", "batch"])
+def test_a_plan_is_made_for_the_dispatch_there_is_and_for_batches_of_the_size_there_was(dispatch, monkeypatch):
+    asked = []
+
+    def rebalance(load, topology, **options):
+        asked.append(options)
+        return rebalance_experts(load, topology, **options)
+
+    monkeypatch.setattr(planning, "rebalance_experts", rebalance)
+    windows = np.zeros((2, 3, EXPERTS), dtype=np.int64)
+    windows[:, :2] = np.random.default_rng(0).multinomial(2000, np.arange(1, 17) / 136, (2, 2))  # the third counts none
+    plan_rebalance(
+        windows,
+        ExpertLocationMetadata.trivial(3, EXPERTS, TOPOLOGY),
+        EplbConfig(),
+        algorithm="auto",
+        request=None,
+        window_steps=5,
+        num_groups=None,
+        max_staged_experts=2,
+        clock=lambda: 0.0,
+        dispatch=dispatch,
+    )
+    assert [(options["dispatch"], options["tokens_per_step"]) for options in asked] == [(dispatch, 800)]

@@ -7,7 +7,8 @@ another package is registered by decorator or entry point.
 Public modules, which other rooms import::
 
     rebalance.py      Computes a placement for the load to come: the one function that callers use
-    registry.py      Registers placement algorithms, own and others: one frozen record each
+    problem.py        PlacementProblem and Solution: what a placement algorithm is asked and answers
+    registry.py       Registers placement algorithms, own and others: one frozen record each
     warm_up.py        Compiles the solvers' kernels: in parts, as a program of its own, or all in this process
 
 Private to this room::
@@ -16,7 +17,6 @@ Private to this room::
     deepseek.py       `deepseek` and `deepseek_hierarchical`: DeepSeek's published planner
     guard.py          Keeps the placement in force where a plan cannot be expected to do better on what comes
     priced_search.py  `equipoise`, the default: placement and dispatch weights by a local search with priced moves
-    problem.py        PlacementProblem and Solution: what a placement algorithm is asked and answers
     reweight.py       `reweight`: dispatch weights for the placement in force; no slot changes
     task.py           Task: a problem as the kernels take it, and what turns their answer into a placement
 """

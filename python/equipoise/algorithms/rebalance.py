@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, DispatchKind, PlacementProblem
-from equipoise.algorithms.registry import Algorithm, find_algorithm
+from equipoise.algorithms.registry import Algorithm, check_algorithm, find_algorithm
 from equipoise.errors import ConfigError
 from equipoise.jit.threads import available_cpus
 from equipoise.placement.balancedness import LoadLike, as_load_array
@@ -85,11 +85,7 @@ def _check_support(algorithm: Algorithm, problem: PlacementProblem) -> None:
     Raises:
         ConfigError: the algorithm cannot honour the kind of dispatch, or ranks of different speed.
     """
-    if problem.dispatch not in algorithm.dispatch:
-        raise ConfigError(
-            f"{algorithm.name} plans for dispatch {', '.join(algorithm.dispatch)}, got dispatch={problem.dispatch!r}",
-            field="dispatch",
-        )
+    check_algorithm(algorithm.name, dispatch=problem.dispatch)
     capacity = problem.rank_capacity
     if capacity is not None and not algorithm.rank_capacity and (capacity != capacity[0]).any():
         raise ConfigError(

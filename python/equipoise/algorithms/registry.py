@@ -103,14 +103,20 @@ def available_algorithms() -> list[str]:
     return sorted(_known)
 
 
-def check_algorithm(name: str, *, field: str = "algorithm") -> None:
+def check_algorithm(name: str, *, field: str = "algorithm", dispatch: DispatchKind | None = None) -> None:
     """
     Raises:
-        ConfigError: ``name`` is neither ``auto`` nor one of :func:`available_algorithms`; the message lists them.
+        ConfigError: ``name`` is neither ``auto`` nor one of :func:`available_algorithms`; the message lists them. Or
+            its plans make no sense for ``dispatch``.
     """
     if name != "auto" and name not in available_algorithms():
         known = ", ".join(["auto", *available_algorithms()])
         raise ConfigError(f"{field} must be one of {known}, got {name!r}", field=field)
+    kinds = _known[AUTO if name == "auto" else name].dispatch
+    if dispatch is not None and dispatch not in kinds:
+        raise ConfigError(
+            f"{field} {name} plans for dispatch {', '.join(kinds)}, got dispatch={dispatch!r}", field=field
+        )
 
 
 def find_algorithm(name: str) -> Algorithm:

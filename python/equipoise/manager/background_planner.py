@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, TypeVar
 
+from equipoise.algorithms.problem import DispatchKind
 from equipoise.algorithms.registry import HISTORY
 from equipoise.config import EplbConfig
 from equipoise.distributed.communicator import Communicator
@@ -116,6 +117,7 @@ class RebalancePlanner:
         recorder: its load window is what plans are made from.
         failures: makes an error of one rank known to all.
         timer: told of what has been done.
+        dispatch: how tokens are split over replicas; what plans are made for.
         num_groups: groups of group-limited routing, if the model has it.
         max_staged_experts: what transfer plans are made for; None: none is made.
         clock: seconds, monotonic.
@@ -130,6 +132,7 @@ class RebalancePlanner:
         failures: FailureWatch,
         timer: RebalanceTimer,
         *,
+        dispatch: DispatchKind,
         num_groups: int | None,
         max_staged_experts: int | None,
         clock: Callable[[], float],
@@ -140,6 +143,7 @@ class RebalancePlanner:
         self._background = background
         self._failures = failures
         self._timer = timer
+        self.dispatch: DispatchKind = dispatch
         self._num_groups = num_groups
         self._max_staged_experts = max_staged_experts
         self._clock = clock
@@ -170,6 +174,7 @@ class RebalancePlanner:
             num_groups=self._num_groups,
             max_staged_experts=self._max_staged_experts,
             clock=self._clock,
+            dispatch=self.dispatch,
         )
         self._background.start(job)
         return None

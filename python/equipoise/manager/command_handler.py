@@ -29,9 +29,8 @@ from equipoise.manager.commands import (
 from equipoise.manager.failures import rank_logger
 from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.phases import Rebalancing
-from equipoise.manager.planning import as_optional_floats, mean_of
 from equipoise.manager.reporting import Reporter
-from equipoise.manager.reports import summarize_balance
+from equipoise.manager.reports import as_optional_floats, mean_of, summarize_balance
 from equipoise.placement.balancedness import balancedness, rank_load
 from equipoise.placement.metadata import ExpertLocationMetadata
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from equipoise.algorithms.problem import DispatchKind
+from equipoise.config import EplbConfig
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement, OnLayersCommitted
 from equipoise.manager.migration import Migration
@@ -21,8 +23,9 @@ class HostTraits:
     layer_ids: Sequence[int] | None = None
     """The host's number of each MoE layer, for hosts whose first layers are dense; None: 0 to L - 1."""
 
-    dispatches: bool = False
-    """The host chooses among replicas itself: there is no dispatcher of ours, and ``route`` is not called."""
+    dispatch: DispatchKind | None = None
+    """How the host itself splits an expert's tokens over replicas, which is what plans are made for: there is no
+    dispatcher of ours, and ``route`` is not called. None: ours does, by ``ep_dispatch_algorithm``."""
 
     replicated_counts: bool = False
     """Each rank counts the tokens of all ranks (no all-to-all backend): nothing is summed over ranks."""
@@ -35,3 +38,9 @@ class HostTraits:
 
     on_report: OnReport | None = None
     """Called with every rebalance that ends, requested or not, on every rank."""
+
+    def planned_dispatch(self, config: EplbConfig) -> DispatchKind:
+        """What plans are made for. ``static`` takes the nearest replica of those with a planned share."""
+        if self.dispatch is not None:
+            return self.dispatch
+        return "batch" if config.ep_dispatch_algorithm == "batch" else "weights"

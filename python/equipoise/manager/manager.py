@@ -84,15 +84,16 @@ class EplbManager:
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        check_algorithm(config.eplb_algorithm, field="eplb_algorithm")
         host = host or HostTraits()
+        dispatch = host.planned_dispatch(config)
+        check_algorithm(config.eplb_algorithm, field="eplb_algorithm", dispatch=dispatch)
         self._rank = rank = communicator.rank
         self.forward_pass_id = 0
         self._wall_clock = wall_clock
         self._stepped = False
         self._compiling: WarmUp | None = None
         self._dispatcher: ExpertDispatcher | None = None
-        if not host.dispatches:
+        if host.dispatch is None:
             self._dispatcher = ExpertDispatcher.from_config(config, metadata, communicator)
         self.placement = LivePlacement(
             metadata, host.layer_ids, dispatcher=self._dispatcher, on_layers_committed=host.on_layers_committed
@@ -115,17 +116,13 @@ class EplbManager:
             self._background,
             failures,
             timer,
+            dispatch=dispatch,
             num_groups=host.num_groups,
             max_staged_experts=self._migration.max_staged_experts,
             clock=clock,
         )
         reporter = Reporter(
-            self.placement,
-            self._migration,
-            timer,
-            failures,
-            host.on_report,
-            profile=config.eplb_profile,
+            self.placement, self._migration, timer, failures, host.on_report, profile=config.eplb_profile
         )
         self._rebalancing = Rebalancing(config, self.placement, planner, self._migration, failures, reporter, timer)
         self._handler = CommandHandler(

@@ -105,7 +105,7 @@ class Rebalancing:
             how_far = stage.get(self._phase, f"is migrating, {self.layers_pending} layers to go")
             raise PhaseError(f"another rebalance {how_far}")
         if request.algorithm is not None:
-            check_algorithm(request.algorithm, field="algorithm")
+            check_algorithm(request.algorithm, dispatch=self._planner.dispatch)
         for name, minimum in (("max_moves_per_layer", 0), ("window_steps", 1), ("move_price", 0)):
             value = getattr(request, name)
             if value is not None and not minimum <= value < math.inf:

@@ -11,20 +11,19 @@ from typing import ClassVar
 
 import numpy as np
 
+from equipoise.algorithms.problem import DispatchKind
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.algorithms.registry import find_algorithm
 from equipoise.config import EplbConfig
 from equipoise.errors import InvalidInputError
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.decision import keep_reason, skip_reason
-from equipoise.manager.reports import Action
+from equipoise.manager.reports import Action, OptionalFloats, as_optional_floats, mean_of
 from equipoise.placement.alignment import align_placement
 from equipoise.placement.balancedness import balancedness, mean_balancedness, rank_load
 from equipoise.placement.metadata import ExpertLocationMetadata, PlacementDiff
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.types import TransferPlan
-
-OptionalFloats = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ def plan_rebalance(
     num_groups: int | None,
     max_staged_experts: int | None,
     clock: Callable[[], float],
+    dispatch: DispatchKind = "weights",
 ) -> Plan:
     """Decides and plans.
 
@@ -113,9 +113,10 @@ def plan_rebalance(
         windows: (W, L, E) int64, oldest first; W = 0 if nothing was recorded.
         current: the committed placement, on the CPU.
         request: the operator's, or None for a periodic rebalance.
-        window_steps: steps the windows hold, for the report.
+        window_steps: steps the windows hold, for the report and for the size of a batch.
         max_staged_experts: experts a rank can stage at once; None: the host moves them, no transfer is planned.
         clock: seconds.
+        dispatch: how tokens are split over replicas; what the algorithm plans for.
     """
     load = windows.sum(0) if len(windows) else np.zeros((current.num_layers, current.num_logical_experts))
     per_layer = balancedness(load, current).numpy()
@@ -129,17 +130,17 @@ def plan_rebalance(
     )
     if reason is not None or mean_before is None:
         return Skip(reason or "no load", window_steps, before, loads)
-    limit = request.max_moves_per_layer if request else None
-    price = request.move_price if request else None
     start = clock()
     try:
         planned = _solve(
             windows,
             current,
+            config,
             algorithm=algorithm,
+            request=request,
             num_groups=num_groups,
-            max_moves_per_layer=limit if limit is not None else config.eplb_max_moves_per_layer,
-            move_price=price if price is not None else config.eplb_move_price,
+            dispatch=dispatch,
+            tokens_per_step=max(1, round(float(load.sum(1).max()) / window_steps)),
         )
     except InvalidInputError as error:
         return Skip("planning failed", window_steps, before, loads, seconds=clock() - start, error=str(error))
@@ -158,20 +159,26 @@ def plan_rebalance(
 def _solve(
     windows: np.ndarray,
     current: ExpertLocationMetadata,
+    config: EplbConfig,
     *,
     algorithm: str,
+    request: Rebalance | None,
     num_groups: int | None,
-    max_moves_per_layer: int | None,
-    move_price: float,
+    dispatch: DispatchKind,
+    tokens_per_step: int,
 ) -> ExpertLocationMetadata:
+    limit = request.max_moves_per_layer if request else None
+    price = request.move_price if request else None
     planned = rebalance_experts(
         windows,
         current.topology,
         algorithm=algorithm,
         current=current,
         num_groups=num_groups,
-        max_moves_per_layer=max_moves_per_layer,
-        move_price=move_price,
+        max_moves_per_layer=limit if limit is not None else config.eplb_max_moves_per_layer,
+        move_price=price if price is not None else config.eplb_move_price,
+        dispatch=dispatch,
+        tokens_per_step=tokens_per_step,
     )
     # Names of slots and ranks change nothing for the load, but much for what must move.
     grouped = num_groups is not None or find_algorithm(algorithm).by_nodes
@@ -235,13 +242,3 @@ def _judge(
         seconds,
         clock() - start,
     )
-
-
-def as_optional_floats(values: np.ndarray) -> OptionalFloats:
-    """NaN, which JSON has not, becomes None."""
-    return [None if np.isnan(value) else float(value) for value in values]
-
-
-def mean_of(values: OptionalFloats) -> float | None:
-    """Average over the layers that have a value."""
-    return mean_balancedness([np.nan if value is None else value for value in values])

@@ -14,7 +14,7 @@ from equipoise.manager.commands import Rebalance
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import Migration
-from equipoise.manager.planning import Migrate, Plan, Skip, mean_of
+from equipoise.manager.planning import Migrate, Plan, Skip
 from equipoise.manager.reports import (
     BalanceSummary,
     Outcome,
@@ -22,6 +22,7 @@ from equipoise.manager.reports import (
     RebalanceReport,
     RebalanceTotals,
     describe,
+    mean_of,
     summarize_balance,
 )
 from equipoise.placement.metadata import PlacementDiff

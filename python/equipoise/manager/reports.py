@@ -8,11 +8,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from equipoise.placement.balancedness import mean_balancedness
 from equipoise.transfer.execution.profile import LayerProfile
 
 Phase = Literal["collecting", "planning", "migrating", "paused", "failed"]
 Action = Literal["skip", "reweight", "migrate"]
 Outcome = Literal["skipped", "dry_run", "committed", "cancelled", "failed"]
+OptionalFloats = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -166,3 +168,13 @@ def _profile_lines(report: RebalanceReport) -> list[str]:
         seconds = (layer.transfer_seconds, layer.verify_seconds, layer.commit_seconds)
         lines.append(counts + "  {:11.2f}  {:9.2f}  {:9.2f}".format(*(1e3 * s for s in seconds)))
     return lines
+
+
+def as_optional_floats(values: np.ndarray) -> OptionalFloats:
+    """NaN, which JSON has not, becomes None."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def mean_of(values: OptionalFloats) -> float | None:
+    """Average over the layers that have a value."""
+    return mean_balancedness([np.nan if value is None else value for value in values])

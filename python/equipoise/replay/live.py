@@ -144,6 +144,7 @@ class _Loop:
             num_groups=self.settings.num_groups,
             max_staged_experts=self.settings.max_staged_experts,
             clock=time.perf_counter,
+            dispatch="weights" if self.settings.dispatch == "static" else self.settings.dispatch,
         )
 
     def _begin(self, proposal: Proposal, step: int) -> None:

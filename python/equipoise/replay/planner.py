@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from equipoise.algorithms.problem import DispatchKind
 from equipoise.config import EplbConfig
 from equipoise.errors import EquipoiseError
 from equipoise.manager.commands import Rebalance
@@ -38,6 +39,7 @@ def propose(
     num_groups: int | None,
     max_staged_experts: int,
     clock: Callable[[], float],
+    dispatch: DispatchKind,
 ) -> Proposal:
     """Calls :func:`~equipoise.manager.planning.plan_rebalance`; see there.
 
@@ -54,6 +56,7 @@ def propose(
         num_groups=num_groups,
         max_staged_experts=max_staged_experts,
         clock=clock,
+        dispatch=dispatch,
     )
     match plan:
         case Skip():

@@ -52,7 +52,7 @@ class Scheduler:
             transfer_communicator=transfers.communicator(rank),
             host=HostTraits(
                 layer_ids=LAYER_IDS,
-                dispatches=True,
+                dispatch="weights",
                 replicated_counts=True,
                 on_layers_committed=follow,
                 on_report=self.reports.append,

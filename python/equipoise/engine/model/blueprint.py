@@ -21,6 +21,7 @@ from equipoise.engine.model.experts import experts_are_replaceable, find_experts
 from equipoise.engine.model.initial_placement import first_placement
 from equipoise.engine.model.row_experts import ROW_EXPERTS_NAME, register_row_experts
 from equipoise.errors import ConfigError, ModelError
+from equipoise.manager.host import HostTraits
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -58,7 +59,8 @@ class ModelBlueprint:
             ModelError: the directory is missing or incomplete, or holds a model that cannot be served.
             ConfigError, PlacementError: an option that does not fit the model or the machine.
         """
-        check_algorithm(config.eplb.eplb_algorithm, field="eplb_algorithm")
+        dispatch = HostTraits().planned_dispatch(config.eplb)
+        check_algorithm(config.eplb.eplb_algorithm, field="eplb_algorithm", dispatch=dispatch)
         directory = model_directory(config.engine.model_path)
         device_type = _device_type(config.engine)
         model_config = read_config(directory)

@@ -7,6 +7,7 @@ from equipoise.config import ServeConfig
 from equipoise.errors import ConfigError, PlacementError
 from equipoise.formats.expert_location import LoadStart, MapStart
 from equipoise.formats.readers.placements import read_init_expert_location
+from equipoise.manager.host import HostTraits
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -35,7 +36,12 @@ def first_placement(
         )
     # One thread: this runs before the ranks are forked, and a thread pool would not survive that.
     planned = rebalance_experts(
-        start.logical_count, topology, algorithm=config.eplb.eplb_algorithm, num_groups=num_groups, num_threads=1
+        start.logical_count,
+        topology,
+        algorithm=config.eplb.eplb_algorithm,
+        num_groups=num_groups,
+        dispatch=HostTraits().planned_dispatch(config.eplb),
+        num_threads=1,
     )
     return ExpertLocationMetadata.from_physical_to_logical(
         planned.physical_to_logical_map,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise.algorithms.problem import DispatchKind
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.algorithms.registry import find_algorithm
 from equipoise.algorithms.warm_up import warm_up
@@ -98,9 +99,14 @@ def plan_or_original(original: Callable[..., Any], **kwargs: Any) -> Any:
         num_groups=kwargs["num_groups"],
         oldest_step=_oldest_step(),
         counted_times=parallel.tp_size if get_exec().moe.moe_a2a_backend == "none" else 1,
-        weighted=get_exec().moe.ep_dispatch_algorithm in ("dynamic", "fake"),
+        weighted=kind_of_dispatch(get_exec().moe.ep_dispatch_algorithm) == "weights",
         num_threads=max(1, available_cpus() // max(1, parallel.tp_size // parallel.nnodes)),
     )
+
+
+def kind_of_dispatch(ep_dispatch_algorithm: str | None) -> DispatchKind:
+    """How SGLang splits an expert's tokens: ``static`` takes the nearest replica, whatever share is planned for it."""
+    return "weights" if ep_dispatch_algorithm in ("dynamic", "fake") else "even"
 
 
 def plan_maps(

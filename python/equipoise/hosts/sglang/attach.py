@@ -16,6 +16,7 @@ from equipoise.config import EplbConfig, TransferTransport
 from equipoise.distributed.communicator import Communicator, TorchCommunicator
 from equipoise.distributed.groups import new_transfer_group
 from equipoise.distributed.pinned_host import PinnedHostCommunicator
+from equipoise.hosts.sglang.algorithm import kind_of_dispatch
 from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.launch.settings import PluginSettings
 from equipoise.hosts.sglang.live_maps import SglangMaps
@@ -125,7 +126,7 @@ def build_balancer(
 
     traits = HostTraits(
         layer_ids=layer_ids,
-        dispatches=True,
+        dispatch=kind_of_dispatch(runtime.moe.ep_dispatch_algorithm),
         replicated_counts=runtime.moe.moe_a2a_backend == "none",
         num_groups=runtime.num_groups,
         on_layers_committed=follow,
