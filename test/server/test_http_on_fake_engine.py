@@ -164,6 +164,10 @@ class TestAdmin:
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "rank 1: canary 3 is not 5"
         assert response.json()["report"]["outcome"] == "failed"
+        assert response.json()["error"]["code"] == 500
+        engine.report = dataclasses.replace(REPORT, outcome="cancelled", error="paused")
+        response = client.post("/eplb/rebalance")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, 409)
 
     @pytest.mark.parametrize(
         ("error", "status", "field"),
