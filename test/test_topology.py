@@ -1,3 +1,6 @@
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,13 +35,30 @@ def test_slots_ranks_and_nodes_agree(nodes: int, ranks_per_node: int, slots: int
 
 @pytest.mark.parametrize(
     ("args", "field"),
-    [((0, 1, 1), "num_ranks"), ((4, 3, 1), "num_nodes"), ((4, 2, -1), "slots_per_rank"), ((True, 1, 1), "num_ranks")],
+    [
+        ((0, 1, 1), "num_ranks"),
+        ((4, 3, 1), "num_nodes"),
+        ((4, 2, -1), "slots_per_rank"),
+        ((True, 1, 1), "num_ranks"),
+        ((np.True_, 1, 1), "num_ranks"),
+        ((4, 2.0, 1), "num_nodes"),
+        ((4, 2, np.float64(3)), "slots_per_rank"),
+    ],
 )
 def test_bad_numbers_are_named(args: tuple[int, int, int], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         EpTopology(*args)
     assert caught.value.field == field
     assert field in str(caught.value)
+
+
+def test_numpy_integers_are_taken_as_integers() -> None:
+    topology = EpTopology(np.int8(64), np.uint8(8), np.int64(9))
+    assert topology == EpTopology(64, 8, 9)
+    assert (topology.num_slots, json.dumps(topology.num_slots)) == (576, "576")
+    assert EpTopology.for_experts(np.int8(64), np.int8(64), np.int8(32)) == EpTopology(32, 1, 4)
+    with pytest.raises(ConfigError, match=r"num_redundant_experts must be an integer, got 64\.0"):
+        EpTopology.for_experts(64, 64.0, 32)  # type: ignore[arg-type]
 
 
 def test_slots_that_do_not_divide_name_the_nearest_count_that_does() -> None:

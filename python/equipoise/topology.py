@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from equipoise.errors import ConfigError
 
 
@@ -15,7 +17,7 @@ class EpTopology:
     32 redundant experts on 32 ranks in 4 nodes: ``EpTopology(32, 4, 9)``, 288 slots, 8 ranks and 72 slots a node.
 
     Raises:
-        ConfigError: a number below 1, or ranks that do not divide evenly over the nodes.
+        ConfigError: a number below 1 or no integer (numpy's are), or ranks that do not divide evenly over the nodes.
     """
 
     num_ranks: int
@@ -24,9 +26,10 @@ class EpTopology:
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_nodes", "slots_per_rank"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}", field=name)
+            value = _integer(name, getattr(self, name))
+            if value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value}", field=name)
+            object.__setattr__(self, name, value)
         if self.num_ranks % self.num_nodes:
             raise ConfigError(
                 f"num_ranks must be a multiple of num_nodes, got num_ranks={self.num_ranks}, "
@@ -43,6 +46,9 @@ class EpTopology:
         Raises:
             ConfigError: the slots do not divide evenly over the ranks; the message names the nearest count that does.
         """
+        num_logical_experts = _integer("num_logical_experts", num_logical_experts)
+        num_redundant_experts = _integer("num_redundant_experts", num_redundant_experts)
+        num_ranks = _integer("num_ranks", num_ranks)
         if num_logical_experts < 1:
             raise ConfigError(
                 f"num_logical_experts must be at least 1, got {num_logical_experts}",
@@ -100,3 +106,10 @@ class EpTopology:
 
     def same_node(self, rank_a: int, rank_b: int) -> bool:
         return self.node_of_rank(rank_a) == self.node_of_rank(rank_b)
+
+
+def _integer(name: str, value: object) -> int:
+    """``value`` as Python's int: numpy's overflow in products, and are no JSON."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ConfigError(f"{name} must be an integer, got {value!r}", field=name)
+    return int(value)

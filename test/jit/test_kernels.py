@@ -53,7 +53,8 @@ import gc, time
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 from equipoise import EpTopology, ExpertLocationMetadata
-from equipoise.algorithms.registry import available_algorithms
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.algorithms.registry import available_algorithms, find_algorithm
 from equipoise.config import EplbConfig
 from equipoise.manager.warm_up import compile_kernels
 from equipoise.manager.planning import plan_rebalance
@@ -80,6 +81,12 @@ for algorithm in available_algorithms():
         for layer in transfer.layers if transfer is not None else ():
             for batch in layer.batches:
                 rank_program(batch, 1, topology)
+    for dispatch in find_algorithm(algorithm).dispatch:
+        for load in (windows, windows[0] / 3.0):
+            for placement in (None, current):
+                rebalance_experts(
+                    load, topology, algorithm=algorithm, current=placement, dispatch=dispatch, tokens_per_step=64
+                )
 print("missing:", *sorted(loaded() - before))
 """
 

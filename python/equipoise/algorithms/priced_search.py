@@ -113,9 +113,10 @@ def compile_search(problem: PlacementProblem) -> None:
 
 
 def compile_packing(problem: PlacementProblem) -> None:
-    """Compiles the packing from scratch, scenarios and the guard, without the search."""
+    """Compiles the packing from scratch, scenarios, plans for batches and the guard, without the search."""
     task = Task.of(problem)
     _pack_from_scratch(task)
+    plan_for_batches(task, task.old, _move_terms(task))
     keep_what_is_better(task, (task.old, task.old_share))
 
 
@@ -169,12 +170,8 @@ def _improve_layers(
     ``value`` (L,) holds what a layer has to beat and takes what it reached: -inf where no valid plan is within the
     limit, or none that could beat it.
     """
-    experts, inverse_speed, ranks_per_node, num_groups = (
-        layers.experts,
-        layers.inverse_speed,
-        layers.ranks_per_node,
-        layers.num_groups,
-    )
+    experts, inverse_speed = layers.experts, layers.inverse_speed
+    ranks_per_node, num_groups = layers.ranks_per_node, layers.num_groups
     prices, slot_price, limit = moves
     num_ranks, num_experts = inverse_speed.shape[0], experts.shape[1]
     for layer in range(first, last):

@@ -22,7 +22,7 @@ from equipoise.algorithms.search.layer_state import (
     refresh,
     relink,
 )
-from equipoise.jit.compile import helper
+from equipoise.jit.compile import helper, number
 
 
 @helper
@@ -81,15 +81,14 @@ def _cost_of_holders(
     e: int,
     others: int,
     held: np.ndarray,
-    now: bool,
 ) -> float:
-    """Cost of the ranks that hold ``e`` and not ``others`` (-1: any): as stored, or ``now``, from their loads."""
+    """Cost of the ranks that hold ``e`` and not ``others`` (-1: any): from their loads; as stored for -1 doublings."""
     total = 0.0
     slot = replicas[e, FIRST]
     while slot >= 0:
         rank = slot // size
         if others < 0 or held[rank, others] == 0:
-            if now:
+            if doublings >= 0:
                 for s in range(NUM_SCENARIOS):
                     total += weight[s] * power(ranks[rank, s], doublings)
             else:
@@ -105,9 +104,10 @@ def even_overwrite_gain(state: LayerState, slot: int, new: int, doublings: int) 
     size = expert.shape[0] // ranks.shape[0]
     old, rank = expert[slot], slot // size
     n_new, n_old = replicas[new, COUNT], replicas[old, COUNT]
+    any_expert, stored = number(-1), number(-1)
     # The slot's own rank holds `old`: it is among the ranks of `old`, and counted once.
-    gain = _cost_of_holders(following, replicas, ranks, weight, size, doublings, old, -1, held, False)
-    gain += _cost_of_holders(following, replicas, ranks, weight, size, doublings, new, old, held, False)
+    gain = _cost_of_holders(following, replicas, ranks, weight, size, stored, old, any_expert, held)
+    gain += _cost_of_holders(following, replicas, ranks, weight, size, stored, new, old, held)
     _set_shares(expert, following, share, replicas, ranks, experts, new, n_new + 1)
     _set_shares(expert, following, share, replicas, ranks, experts, old, n_old - 1)
     # That counted the slot as one of the remaining: its part of `old` goes, a part of `new` comes.
@@ -115,8 +115,8 @@ def even_overwrite_gain(state: LayerState, slot: int, new: int, doublings: int) 
     for s in range(NUM_SCENARIOS):
         more = come * (experts[new, s] + experts[new, NOISE] * come)
         ranks[rank, s] += (more - gone * (experts[old, s] + experts[old, NOISE] * gone)) * slow
-    gain -= _cost_of_holders(following, replicas, ranks, weight, size, doublings, old, -1, held, True)
-    gain -= _cost_of_holders(following, replicas, ranks, weight, size, doublings, new, old, held, True)
+    gain -= _cost_of_holders(following, replicas, ranks, weight, size, doublings, old, any_expert, held)
+    gain -= _cost_of_holders(following, replicas, ranks, weight, size, doublings, new, old, held)
     for s in range(NUM_SCENARIOS):
         more = come * (experts[new, s] + experts[new, NOISE] * come)
         ranks[rank, s] -= (more - gone * (experts[old, s] + experts[old, NOISE] * gone)) * slow
