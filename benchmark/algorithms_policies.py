@@ -184,7 +184,7 @@ def _ascend(cache: Path) -> tuple[Policy, Policy]:
     load_file(f"{package}.policy_abstract", root / "policy_abstract.py")
     flashlb = load_file(f"{package}.policy_flashlb", root / "policy_flashlb.py")
     devices = types.SimpleNamespace(count=1)
-    if importlib.util.find_spec("torch_npu") is None:
+    if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
         stand_in("torch_npu")
     torch.npu = types.SimpleNamespace(device_count=lambda: devices.count)  # type: ignore[attr-defined]
     swift = load_file(f"{package}.policy_swift_balancer", root / "policy_swift_balancer.py")

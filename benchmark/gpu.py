@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.distributed.pinned_host import PinnedHostCommunicator
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -63,7 +64,7 @@ def measure_dispatch(repeats: int) -> None:
     for tokens in (1, 64, 4096):
         ids = torch.randint(0, 256, (tokens, 8), device="cuda")
         for algorithm in ("static", "dynamic"):
-            dispatcher = ExpertDispatcher(metadata, rank=0, algorithm=algorithm)  # type: ignore[arg-type]
+            dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))  # type: ignore[arg-type]
             ms = device_ms(lambda dispatcher=dispatcher, ids=ids: dispatcher.dispatch(0, ids), repeats)  # type: ignore[misc]
             print(f"dispatch {algorithm:8s} {tokens:5d} tokens  {1e3 * ms:9.1f} us a layer on the device")
     ms = host_ms(lambda: metadata.update_layers_(new, [0]), repeats)

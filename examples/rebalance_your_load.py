@@ -30,5 +30,5 @@ for algorithm in ("deepseek", "deepseek_hierarchical", "auto"):
 plan = plan_transfer(current, planned, topology)
 layer = plan.layers[0]
 print(f"\nlayer {layer.layer_id}: {layer.num_transfers} transfers in {layer.num_rounds} rounds, for example")
-for transfer in layer.steps[0].transfers[:3]:
+for transfer in layer.batches[0].transfers[:3]:
     print(f"  expert {transfer.expert}: slot {transfer.source_slot} -> slot {transfer.destination_slot}")

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.documents import (
@@ -50,9 +51,14 @@ RULES = (
     Rule(r"make (api|check|clean|dist|format|kernels)", "long"),
     Rule(r"make demo ARGS=--keep-running", "it never ends; `make demo` is run"),
     Rule(r"make (demo|test-gpu|bench-[a-z]+)", "long", add=" ARGS=--quick"),
+    Rule(r"python benchmark/[a-z_]+\.py --quick", "long"),
     Rule(r"python benchmark/[a-z_]+\.py", "long", add=" --quick"),
     Rule(rf"{SUBCOMMAND}", "quick", add=" --help"),
     Rule(rf"{SUBCOMMAND} --help", "quick"),
+    Rule(r"(\.venv/bin/)?equipoise (inspect|convert|plan) .+", "quick"),
+    Rule(r"equipoise compare gptoss20b_freq_think\.npz .+", "it is made from a trace that is not in the repository"),
+    Rule(r"(\.venv/bin/)?equipoise (advise|compare) .+", "long"),
+    Rule(r"python -m equipoise\.manager\.warm_up", "it is what `make kernels` runs"),
     Rule(r"(\.venv/bin/)?equipoise replay .+", "quick"),
     Rule(r"(\.venv/bin/)?equipoise explain-transfer .+", "quick"),
     Rule(r"(\.venv/bin/)?equipoise serve .+", "server"),
@@ -65,6 +71,9 @@ RULES = (
 PLACEHOLDERS = {
     "TRACE.npz": SAMPLE,
     "TRACE": SAMPLE,
+    "RECORDING": SAMPLE,
+    "IN": SAMPLE,
+    "dump.pt": "dump.npy",
     "OLD.json": "old.json",
     "NEW.json": "new.json",
     "OLD": "old.json",
@@ -118,6 +127,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rotated in (("old", 0), ("new", 1)):
         slots = [*range(rotated, 8), *range(rotated)]
         (folder / f"{name}.json").write_text(f'{{"physical_to_logical_map": [{slots}]}}')
+    np.save(folder / "dump.npy", np.random.default_rng(0).poisson(50.0, (16, 2, 64)))  # (T, L, E)
     return folder
 
 

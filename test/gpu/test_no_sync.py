@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.engine.model import token_exchange
 from equipoise.load.recorder import ExpertDistributionRecorder
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -66,7 +67,7 @@ def test_what_copies_is_noted() -> None:
 def test_dispatch_and_counting(algorithm: Any) -> None:
     def body(communicator: Any) -> list[tuple[str, bool]]:
         metadata = on_device()
-        dispatcher = ExpertDispatcher(metadata, rank=0, algorithm=algorithm)
+        dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
         recorder = ExpertDistributionRecorder(metadata, communicator, period=4, num_windows=2, buffer_size=4)
         with Watched() as seen:
             for step in range(3):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.distributed.communicator import TorchCommunicator
 from equipoise.distributed.groups import new_transfer_group
 from equipoise.distributed.in_memory import InMemoryHub
@@ -140,7 +141,7 @@ def test_nothing_waits_for_the_device(algorithm: Any) -> None:
         new = ExpertLocationMetadata.from_physical_to_logical(
             np.roll(metadata.physical_to_logical_map.cpu().numpy(), 1, axis=1), 8, TOPOLOGY
         )
-        dispatcher = ExpertDispatcher(metadata, rank=0, algorithm=algorithm)
+        dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
         recorder = ExpertDistributionRecorder(metadata, communicator, period=8, num_windows=2, buffer_size=4)
         ids = torch.randint(0, 8, (16, 2), device="cuda")
         for checked in (False, True):  # once to load kernels
@@ -171,7 +172,7 @@ def test_a_captured_graph_follows_the_maps(record_property: Any) -> None:
         return first.clone(device)
 
     live, twin = metadata_of("cuda"), metadata_of("cpu")
-    dispatchers = [ExpertDispatcher(each, rank=3, algorithm="dynamic") for each in (live, twin)]
+    dispatchers = [ExpertDispatcher(each, rank=3, policy=DispatchPolicy("dynamic")) for each in (live, twin)]
     ids = torch.randint(0, experts, (64, 8))
     on_device = ids.cuda()
     counts = torch.zeros(layers, topology.num_slots + 1, dtype=torch.int32, device="cuda")

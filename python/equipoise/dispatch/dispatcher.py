@@ -73,6 +73,7 @@ class ExpertDispatcher:
         device = metadata.physical_to_logical_map.device
         topology = metadata.topology
         live = torch.ones(topology.num_ranks, dtype=torch.bool) if live_ranks is None else torch.tensor(live_ranks)
+        self._some_are_lost = not bool(live.all())
         self._live_slots = live.repeat_interleave(topology.slots_per_rank).to(device)
         # Advances on the device, so that a captured CUDA graph does not freeze it.
         self._next_token = torch.zeros((), dtype=torch.int64, device=device)
@@ -179,17 +180,22 @@ class ExpertDispatcher:
         index = torch.tensor(list(layer_ids), device=self._live_slots.device)
         maps = self._metadata.logical_to_physical_map[index]
         weights = usable_weights(maps, self._metadata.dispatch_weights[index], self._live_slots)
+        if self._some_are_lost:  # else no expert can be: every placement has a replica of each; looking would wait
+            self._require_live_replicas(weights, layer_ids)
+        if self._nearest is not None:
+            self._nearest[index] = nearest_replicas(maps, self._metadata.topology, self._rank, weights)
+        else:
+            assert self._cdf is not None
+            self._cdf[index] = cumulative_weights(weights)
+
+    @staticmethod
+    def _require_live_replicas(weights: torch.Tensor, layer_ids: Sequence[int]) -> None:
         lost = (weights.sum(-1) == 0).nonzero()
         if len(lost):
             layer, expert = lost[0].tolist()
             raise PlacementError(
                 f"expert {expert} of layer {list(layer_ids)[layer]} has no replica on a live rank", field="live_ranks"
             )
-        if self._nearest is not None:
-            self._nearest[index] = nearest_replicas(maps, self._metadata.topology, self._rank, weights)
-        else:
-            assert self._cdf is not None
-            self._cdf[index] = cumulative_weights(weights)
 
 
 def _profiler_range() -> contextlib.AbstractContextManager[object]:

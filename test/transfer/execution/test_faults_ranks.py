@@ -228,7 +228,7 @@ class Serving(Rank):
         self.host, self.faults = TorchCommunicator(dist.group.WORLD), ScheduledFaults([], rank)
         self.connect(self.model.expert_weights(), TOPOLOGY, background=True)
         self.dispatcher = ExpertDispatcher(self.metadata, rank=rank)
-        self.model.connect(EpContext(TOPOLOGY, rank, gloo_group(), self.dispatcher.dispatch))
+        self.model.connect(EpContext(TOPOLOGY, rank, gloo_group(), self.route))
         self.channel = StepChannel(gloo_group(), rank)
         self.scheduler = Scheduler(
             num_rows=config.engine.max_running_requests,
@@ -239,6 +239,9 @@ class Serving(Rank):
         )
         self.answers: dict[str, list[int]] = {}
         self.compared = 0
+
+    def route(self, layer_id, ids, bounds):
+        return self.dispatcher.dispatch(layer_id, ids, rank_bounds=bounds)
 
     def apply(self, layer_id, batch):
         super().apply(layer_id, batch)
