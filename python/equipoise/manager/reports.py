@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from equipoise.placement.balancedness import mean_balancedness
 from equipoise.transfer.execution.profile import LayerProfile
 
 Phase = Literal["collecting", "planning", "migrating", "paused", "failed"]
@@ -177,4 +176,5 @@ def as_optional_floats(values: np.ndarray) -> OptionalFloats:
 
 def mean_of(values: OptionalFloats) -> float | None:
     """Average over the layers that have a value."""
-    return mean_balancedness([np.nan if value is None else value for value in values])
+    seen = [value for value in values if value is not None]
+    return float(np.mean(seen)) if seen else None
