@@ -169,7 +169,7 @@ def test_a_file_name_cannot_inject_into_the_page(
     evil = tmp_path / "<script>alert(1)<'&.npz"
     evil.write_bytes(trace.read_bytes())
     run(
-        capsys, "compare", evil, "--num-ranks", 4, "--interval", 8, "--algorithm", "reweight", "--dispatch", "even",
+        capsys, "compare", evil, "--num-ranks", 4, "--interval", 8, "--algorithm", "reweight", "--dispatch", "weights",
         "--num-redundant-experts", 4, "--jobs", 1, "--html", tmp_path / "r.html",
     )  # fmt: skip
     assert "<script" not in (tmp_path / "r.html").read_text()
