@@ -64,3 +64,16 @@ def test_numpy_integers_are_taken_as_integers() -> None:
 def test_slots_that_do_not_divide_name_the_nearest_count_that_does() -> None:
     with pytest.raises(ConfigError, match=r"60 logical \+ 5 redundant = 65 slots on num_ranks=8.*redundant_experts=12"):
         EpTopology.for_experts(60, 5, num_ranks=8)
+
+
+def test_live_ranks_are_numbers_of_ranks() -> None:
+    topology = EpTopology(4, 2, 3)
+    assert topology.live_mask(None).tolist() == [True] * 4
+    assert topology.live_mask({3, np.int64(1)}).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("live", [[], [4], [-1], [True, False, True, True], [0.0, 1.0], ["0"]])
+def test_live_ranks_that_cannot_be_are_refused(live: list[int]) -> None:
+    with pytest.raises(ConfigError, match="live_ranks must be") as caught:
+        EpTopology(4, 2, 3).live_mask(live)
+    assert caught.value.field == "live_ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,12 +105,27 @@ class EpTopology:
     def ranks_of_node(self, node: int) -> range:
         return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
 
+    def live_mask(self, live_ranks: Collection[int] | None) -> np.ndarray:
+        """(G,) bool: which ranks are among ``live_ranks``, numbers in [0, G); all of them for None.
+
+        Planner, dispatch and transfer take the same ``live_ranks``, and all of them read it by this.
+
+        Raises:
+            ConfigError: no rank, or one outside [0, G).
+        """
+        if live_ranks is None:
+            return np.ones(self.num_ranks, dtype=bool)
+        ranks = sorted(_integer("each of live_ranks", rank, field="live_ranks") for rank in live_ranks)
+        if not ranks or ranks[0] < 0 or ranks[-1] >= self.num_ranks:
+            raise ConfigError(f"live_ranks must be some of 0 to {self.num_ranks - 1}, got {ranks}", field="live_ranks")
+        return np.isin(np.arange(self.num_ranks), ranks)
+
     def same_node(self, rank_a: int, rank_b: int) -> bool:
         return self.node_of_rank(rank_a) == self.node_of_rank(rank_b)
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: object, *, field: str | None = None) -> int:
     """``value`` as Python's int: numpy's overflow in products, and are no JSON."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ConfigError(f"{name} must be an integer, got {value!r}", field=name)
+        raise ConfigError(f"{name} must be an integer, got {value!r}", field=field or name)
     return int(value)

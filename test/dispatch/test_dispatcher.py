@@ -150,11 +150,11 @@ def test_lost_ranks_get_no_tokens(algorithm: str) -> None:
     metadata = ExpertLocationMetadata.from_physical_to_logical(
         [[0, 1, 0, 2, 1, 2]], 3, EpTopology(3, 1, 2), dispatch_weights=[[1, 1, 0, 1, 0, 0]]
     )
-    policy, live = DispatchPolicy(algorithm), [False, True, True]
+    policy, live = DispatchPolicy(algorithm), [1, 2]
     slots = ExpertDispatcher(metadata, rank=1, policy=policy, live_ranks=live).dispatch(0, torch.tensor([0, 1, 2] * 20))
     assert set(slots.tolist()) <= {2, 3, 4, 5}
     with pytest.raises(PlacementError, match="expert 0 of layer 0 has no replica"):
-        ExpertDispatcher(metadata, rank=1, policy=policy, live_ranks=[False, False, True])
+        ExpertDispatcher(metadata, rank=1, policy=policy, live_ranks=[2])
 
 
 def test_a_profiler_sees_dispatch() -> None:

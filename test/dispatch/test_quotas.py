@@ -170,14 +170,14 @@ def test_replicas_on_one_rank_are_one_choice() -> None:
 
 def test_slots_of_lost_ranks_get_nothing() -> None:
     metadata = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 0, 2, 1, 2]], 3, EpTopology(3, 1, 2))
-    tables = DispatchTables(metadata, live_ranks=[True, False, True]).layer(0)
+    tables = DispatchTables(metadata, live_ranks=[0, 2]).layer(0)
     assert tables.slot[tables.slot >= 0].tolist() == [1, 4] or tables.slot[tables.slot >= 0].tolist() == [4, 1]
     assert tables.slot_of_expert.tolist()[0] == 0
     assert tables.slot_of_expert.tolist()[2] == 5
     with pytest.raises(
         PlacementError, match=r"expert 0 of layer 0 has no replica left: all its slots are on ranks \[0, 1\]"
     ):
-        DispatchTables(metadata, live_ranks=[False, False, True])
+        DispatchTables(metadata, live_ranks=[2])
 
 
 def test_an_expert_with_more_replicas_than_choices_keeps_the_heaviest(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -68,6 +69,7 @@ class PlacementProblem:
         num_groups: int | None,
         max_moves_per_layer: int | None,
         rank_capacity: npt.ArrayLike | None,
+        live_ranks: Collection[int] | None = None,
         move_price: float,
         num_threads: int,
         dispatch: DispatchKind = "weights",
@@ -85,7 +87,7 @@ class PlacementProblem:
             current,
             num_groups,
             max_moves_per_layer,
-            _checked_capacity(rank_capacity, topology, load.shape[-1]),
+            _checked_capacity(rank_capacity, live_ranks, topology, load.shape[-1]),
             move_price,
             num_threads,
             dispatch,
@@ -154,11 +156,17 @@ class PlacementProblem:
         return None if self.current is None else self.current.physical_to_logical_map.cpu().numpy()
 
 
-def _checked_capacity(rank_capacity: npt.ArrayLike | None, topology: EpTopology, num_experts: int) -> np.ndarray | None:
-    if rank_capacity is None:
+def _checked_capacity(
+    rank_capacity: npt.ArrayLike | None,
+    live_ranks: Collection[int] | None,
+    topology: EpTopology,
+    num_experts: int,
+) -> np.ndarray | None:
+    alive = topology.live_mask(live_ranks)
+    if rank_capacity is None and alive.all():
         return None
     try:
-        capacity = np.asarray(rank_capacity, dtype=np.float64)
+        capacity = np.asarray(np.ones(topology.num_ranks) if rank_capacity is None else rank_capacity, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"rank_capacity must hold numbers: {error}", field="rank_capacity") from None
     if capacity.shape != (topology.num_ranks,):
@@ -170,11 +178,12 @@ def _checked_capacity(rank_capacity: npt.ArrayLike | None, topology: EpTopology,
         raise ConfigError(
             f"rank_capacity must be finite and not negative, got {capacity.tolist()}", field="rank_capacity"
         )
+    capacity = np.where(alive, capacity, 0.0)
     live_slots = int((capacity > 0).sum()) * topology.slots_per_rank
     if live_slots < num_experts:
         raise ConfigError(
             f"{num_experts} logical experts do not fit into the {live_slots} slots of the "
-            f"{int((capacity > 0).sum())} ranks whose rank_capacity is above 0",
-            field="rank_capacity",
+            f"{int((capacity > 0).sum())} ranks that are live and whose rank_capacity is above 0",
+            field="rank_capacity" if live_ranks is None else "live_ranks",
         )
     return capacity

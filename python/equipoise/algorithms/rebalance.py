@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,13 @@ def rebalance_experts(
     num_groups: int | None = None,
     max_moves_per_layer: int | None = None,
     rank_capacity: npt.ArrayLike | None = None,
+    live_ranks: Collection[int] | None = None,
     move_price: float = DEFAULT_MOVE_PRICE,
     dispatch: DispatchKind = "weights",
     tokens_per_step: int | None = None,
     num_threads: int | None = None,
 ) -> ExpertLocationMetadata:
-    """Computes a placement for the load to come from the load that was.
-
-    Pure: the same arguments give the same placement on any machine and with any number of threads.
+    """Computes a placement for the load to come: the same on any machine and with any number of threads.
 
     Args:
         load: (L, E) tokens per expert, or (T, L, E) for T windows, oldest first.
@@ -42,9 +42,10 @@ def rebalance_experts(
         algorithm: one of :func:`available_algorithms`, or ``auto``.
         current: the placement in force; algorithms that count moves start from it.
         num_groups: expert groups of group-limited routing; a group's experts then share a node. None: no groups.
-        max_moves_per_layer: most slots of a layer that may receive another expert. Holds for every algorithm: a layer
-            whose plan an algorithm cannot shorten keeps its current placement. Without ``current`` it says nothing.
+        max_moves_per_layer: most slots of a layer that may receive another expert than in ``current``, for every
+            algorithm: a layer whose plan cannot be shortened stays as it is.
         rank_capacity: (G,) relative speed of each rank; 0 for a rank that is gone.
+        live_ranks: ranks that are there, as dispatch and ``plan_transfer`` take them; all if None.
         move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it.
         dispatch: how tokens will be split over replicas. ``even``: alike, as engines do that know no weights;
             ``weights``: by the shares that are planned here; ``batch``: by shares solved anew on each batch.
@@ -52,7 +53,7 @@ def rebalance_experts(
         num_threads: layers solved side by side; None: one thread per CPU this process may use.
 
     Returns:
-        A fresh placement on the CPU, with dispatch weights where the algorithm solves them and uniform ones elsewhere.
+        A placement on the CPU, with dispatch weights where the algorithm solves them and uniform ones elsewhere.
 
     Raises:
         LoadError: NaN, infinite or negative load, or a wrong shape.
@@ -66,6 +67,7 @@ def rebalance_experts(
         num_groups=num_groups,
         max_moves_per_layer=max_moves_per_layer,
         rank_capacity=rank_capacity,
+        live_ranks=live_ranks,
         move_price=move_price,
         dispatch=dispatch,
         tokens_per_step=tokens_per_step,
@@ -74,9 +76,8 @@ def rebalance_experts(
     chosen = find_algorithm(algorithm)
     _check_support(chosen, problem)
     placed, weights = chosen.solve(problem)
-    placed = _within_limit(placed, problem)
     return ExpertLocationMetadata.from_physical_to_logical(
-        placed, problem.num_logical_experts, topology, dispatch_weights=weights
+        _within_limit(placed, problem), problem.num_logical_experts, topology, dispatch_weights=weights
     )
 
 
@@ -89,8 +90,8 @@ def _check_support(algorithm: Algorithm, problem: PlacementProblem) -> None:
     capacity = problem.rank_capacity
     if capacity is not None and not algorithm.rank_capacity and (capacity != capacity[0]).any():
         raise ConfigError(
-            f"{algorithm.name} knows only ranks of one speed, got rank_capacity={capacity.tolist()}; "
-            f"equipoise and reweight honour it",
+            f"{algorithm.name} knows only ranks of one speed that are all there, got rank_capacity={capacity.tolist()} "
+            f"(0: not among live_ranks); equipoise and reweight honour it",
             field="rank_capacity",
         )
     if problem.num_groups not in (None, 1) and problem.topology.num_nodes > 1:

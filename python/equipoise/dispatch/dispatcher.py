@@ -8,7 +8,7 @@ what outlives a step, and on a GPU nothing waits for the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -52,9 +52,10 @@ class ExpertDispatcher:
         policy: what decides among replicas.
         gather: for ``batch`` in scope ``node`` or ``all``: how counts of the scope's ranks come together. Not needed
             where every call passes all ranks' tokens (``rank_bounds``).
-        live_ranks: (G,) bool, ranks that take tokens; all if None.
+        live_ranks: ranks that take tokens; all if None.
 
     Raises:
+        ConfigError: no live rank, or one outside [0, G).
         PlacementError: an expert has no replica on a live rank.
     """
 
@@ -65,14 +66,14 @@ class ExpertDispatcher:
         rank: int,
         policy: DispatchPolicy | None = None,
         gather: GatherCounts | None = None,
-        live_ranks: Sequence[bool] | None = None,
+        live_ranks: Collection[int] | None = None,
     ) -> None:
         self.policy = policy if policy is not None else DispatchPolicy()
         self._metadata = metadata
         self._rank = rank
         device = metadata.physical_to_logical_map.device
         topology = metadata.topology
-        live = torch.ones(topology.num_ranks, dtype=torch.bool) if live_ranks is None else torch.tensor(live_ranks)
+        live = torch.from_numpy(topology.live_mask(live_ranks))
         self._some_are_lost = not bool(live.all())
         self._live_slots = live.repeat_interleave(topology.slots_per_rank).to(device)
         # Advances on the device, so that a captured CUDA graph does not freeze it.

@@ -8,7 +8,7 @@ of replicas, so that a kernel captured in a CUDA graph fits every placement to c
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class DispatchTables:
 
     Args:
         metadata: the live placement.
-        live_ranks: (G,) bool, ranks that take tokens; all if None.
+        live_ranks: ranks that take tokens; all if None.
         max_choices: see :data:`MAX_CHOICES`.
 
     Attributes:
@@ -44,16 +44,12 @@ class DispatchTables:
         self,
         metadata: ExpertLocationMetadata,
         *,
-        live_ranks: Sequence[bool] | None = None,
+        live_ranks: Collection[int] | None = None,
         max_choices: int = MAX_CHOICES,
     ) -> None:
         topology = metadata.topology
         self._metadata = metadata
-        self._live = np.ones(topology.num_ranks, dtype=bool) if live_ranks is None else np.array(live_ranks, dtype=bool)
-        if self._live.shape != (topology.num_ranks,):
-            raise PlacementError(
-                f"live_ranks must name {topology.num_ranks} ranks, got {len(self._live)}", field="live_ranks"
-            )
+        self._live = topology.live_mask(live_ranks)
         self.num_ranks = topology.num_ranks
         self.num_experts = metadata.num_logical_experts
         self.host = _empty_tables(metadata, min(max_choices, metadata.max_replicas, topology.num_ranks))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.errors import ConfigError, PlacementError
+from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.rank_program import rank_program
@@ -61,6 +66,38 @@ def test_live_ranks_reach_the_new_map_among_themselves(case):
         held = {int(expert) for rank in live for expert in slots[rank]}
         assert held == set(range(num_experts)), "live ranks hold every expert after each batch"
     assert all(slots[rank].tolist() == new.reshape(topology.num_ranks, -1)[rank].tolist() for rank in live)
+
+
+@settings(max_examples=40, deadline=None)
+@given(transitions(), st.integers(0, 2**32))
+def test_planner_transfer_and_dispatch_honour_one_value(case, seed):
+    topology, live, old, _, budget, num_experts = case
+    current = ExpertLocationMetadata.from_physical_to_logical(old, num_experts, topology)
+    load = np.random.default_rng(seed).integers(0, 1000, (2, 1, num_experts))
+    planned = rebalance_experts(load, topology, current=current, live_ranks=live)
+    plan = plan_transfer(current, planned, topology, max_staged_experts=budget, live_ranks=live)
+    for transfer in (t for layer in plan.layers for batch in layer.batches for t in batch.transfers):
+        ends = {topology.rank_of_slot(transfer.source_slot), topology.rank_of_slot(transfer.destination_slot)}
+        assert ends <= set(live)
+    on_live = {slot for rank in live for slot in topology.slots_of_rank(rank)}
+    tokens = torch.arange(num_experts).repeat(50)[:, None]
+    for algorithm in ("static", "dynamic", "batch"):
+        dispatcher = ExpertDispatcher(planned, rank=live[0], policy=DispatchPolicy(algorithm), live_ranks=live)
+        slots = dispatcher.dispatch(0, tokens)
+        assert set(slots.flatten().tolist()) <= on_live
+        assert torch.equal(planned.physical_to_logical_map[0][slots], tokens)
+
+
+def test_planners_of_whole_clusters_say_that_they_are():
+    topology = EpTopology(3, 1, 2)
+    for algorithm in ("deepseek", "deepseek_hierarchical"):
+        with pytest.raises(
+            ConfigError, match=r"ranks of one speed that are all there, got rank_capacity=\[1.0, 0.0, 1"
+        ):
+            rebalance_experts(np.ones((1, 4)), topology, algorithm=algorithm, live_ranks=[0, 2])
+    with pytest.raises(ConfigError, match=r"5 logical experts do not fit into the 4 slots of the 2 ranks") as caught:
+        rebalance_experts(np.ones((1, 5)), topology, live_ranks=[0, 2])
+    assert caught.value.field == "live_ranks"
 
 
 def test_all_ranks_alive_is_the_default():

@@ -33,6 +33,8 @@ NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
 PAIR_DECAY = 0.5  # at least, of two windows: whether they drift or go back and forth cannot be told
 STEADY = 1.1  # times what counting alone would change: load that changes no more is steady
 MAX_WINDOWS = 16  # older ones are left out
+LARGEST_COUNT = 2.0**53  # up to which a float tells counts from other loads: beyond it all are whole numbers
+GRID = 2.0**32  # parts that the largest load of a window is told in
 
 
 class Scenarios(NamedTuple):
@@ -63,7 +65,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     poisson, relative = np.zeros(num_layers), np.zeros(num_layers)
     part = _fit_changes(told, poisson, relative) if len(told) > 1 else 0.0
     steady = False
-    if (load == np.floor(load)).all():
+    if load.max(initial=0.0) < LARGEST_COUNT and (load == np.floor(load)).all():
         # Of counts it is known how far they are off. In the calmest pair of a few windows it may not show.
         known = 2.0 * total / np.maximum(load[first:].sum(2).max(0), 1.0)
         only_counting = len(told) > 1 and _is_steady(told, known)
@@ -131,13 +133,17 @@ def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 @kernel
 def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> None:
-    """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others."""
+    """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others.
+
+    Rounded on the way, to 1 / GRID of the window's largest load. Ranks fitted to one window end level to the last bit,
+    which then chooses how a search goes on: without rounding, a load in two units got two placements.
+    """
     num_windows, num_layers, num_experts = load.shape
     for layer in range(num_layers):
         mean, largest = zeros(num_experts), zeros(num_windows)
         filled = 0
         for window in range(num_windows):
-            # Scaled by the largest first: a sum of huge counts overflows, tiny ones vanish.
+            # Scaled by the largest first: a sum of huge counts overflows, tiny ones vanish. Sums of parts are exact.
             top = 0.0
             for expert in range(num_experts):
                 top = max(top, load[window, layer, expert])
@@ -146,12 +152,12 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
                 continue
             tokens = 0.0
             for expert in range(num_experts):
-                tokens += load[window, layer, expert] / top
+                share[window, layer, expert] = np.floor(load[window, layer, expert] / top * GRID + 0.5)
+                tokens += share[window, layer, expert]
             filled += 1
             for expert in range(num_experts):
-                part = load[window, layer, expert] / top * (total / tokens)
-                share[window, layer, expert] = part
-                mean[expert] += part
+                share[window, layer, expert] *= total / tokens
+                mean[expert] += share[window, layer, expert]
         any_load[layer] = filled > 0
         for window in range(num_windows):
             if largest[window] == 0.0:

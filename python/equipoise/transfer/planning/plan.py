@@ -65,7 +65,7 @@ def plan_transfer(
     if num_logical_experts is None:
         known = [each.num_logical_experts for each in (old, new) if isinstance(each, ExpertLocationMetadata)]
         num_logical_experts = known[0] if known else int(before.max()) + 1
-    alive = _alive(live_ranks, topology)
+    alive = read_only_int32(topology.live_mask(live_ranks))
     _require_complete(before, "old", num_logical_experts, alive)
     _require_complete(after, "new", num_logical_experts, alive)
     before, after = read_only_int32(before), read_only_int32(after)
@@ -89,16 +89,6 @@ def _slot_map(placement: PlacementLike, name: str, topology: EpTopology) -> np.n
             raise PlacementError(f"{name} was made for {placement.topology}, not for {topology}", field=name)
         placement = placement.physical_to_logical_map
     return as_slot_map(placement, name, topology)
-
-
-def _alive(live_ranks: Collection[int] | None, topology: EpTopology) -> np.ndarray:
-    """(G,) int32, read-only: 1 for ranks that take part."""
-    if live_ranks is None:
-        return read_only_int32(np.ones(topology.num_ranks))
-    ranks = sorted(int(rank) for rank in live_ranks)
-    if not ranks or ranks[0] < 0 or ranks[-1] >= topology.num_ranks:
-        raise ConfigError(f"live_ranks must be some of 0 to {topology.num_ranks - 1}, got {ranks}", field="live_ranks")
-    return read_only_int32(np.isin(np.arange(topology.num_ranks), ranks))
 
 
 def _require_complete(array: np.ndarray, name: str, num_experts: int, alive: np.ndarray) -> None:
