@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,8 +25,8 @@ from equipoise.engine.requests import GenerateRequest, SamplingParams
 from equipoise.engine.worker import RankWorker
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.reports import RebalanceReport
-from equipoise.transfer.execution.profile import LayerProfile
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
+from equipoise.transfer.execution.stream import CommitTimer
+from equipoise.transfer.execution.updater import CommittedBatch, ExpertLocationUpdater, StagedBatch
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import make_tiny_model
 
@@ -65,8 +66,8 @@ def converse(pipe: Connection, said: dict[str, Any]) -> None:
         pipe.send(Stop())
 
 
-def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> LayerProfile:
-    return staged.profile
+def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> CommittedBatch:
+    return CommittedBatch(staged, CommitTimer(time.perf_counter))
 
 
 def serve(rank: int, world_size: int, directory: str, rendezvous: str, broken: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def migrate_layer(
     """Collective. One profile a batch; ``on_commit`` is called after each."""
     profiles = []
     for batch in layer.batches:
-        profiles.append(updater.commit(updater.stage(layer.layer_id, batch)))
+        profiles.append(updater.commit(updater.stage(layer.layer_id, batch)).profile)
         on_commit(batch)
     return profiles
 

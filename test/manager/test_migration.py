@@ -17,6 +17,8 @@ from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import MigrationBroken, WeightMigration
 from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.runner import TransferState
+from equipoise.transfer.execution.stream import CommitTimer
+from equipoise.transfer.execution.updater import CommittedBatch, StagedBatch
 from equipoise.transfer.planning.plan import TransferBatch, TransferPlan
 
 TOPOLOGY = EpTopology(2, 2, 5)
@@ -46,7 +48,7 @@ class Runner:
             return TransferState.BROKEN
         return TransferState.READY if self.staged > 0 else TransferState.WORKING
 
-    def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> LayerProfile:
+    def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> CommittedBatch:
         if self.cancelled is not None:
             self.batches = []
             raise TransferCancelled(self.cancelled)
@@ -57,16 +59,19 @@ class Runner:
         on_commit(layer_id, batch)
         self.staged -= 1
         self.committed += 1
-        return LayerProfile(
+        profile = LayerProfile(
             layer_id=layer_id,
             num_rounds=1,
             transfer_seconds=0.5,
             verify_seconds=0.25,
-            commit_seconds=0.125,
+            commit_seconds=None,
             peak_staging_bytes=100 + layer_id,
             bytes_received=7,
             expert_bytes=10 + layer_id,
         )
+        timer = CommitTimer(iter([3.0, 3.125]).__next__)
+        timer.stop()
+        return CommittedBatch(StagedBatch(layer_id, batch, None, profile), timer)  # type: ignore[arg-type]
 
     def cancel(self, reason: str) -> None:
         self.cancelled = reason
@@ -233,7 +238,7 @@ def test_a_vote_that_leaves_the_runner_broken_says_both() -> None:
     scene.runner.fails_at = 0
     scene.begin()
 
-    def broken_by_then(on_commit: object) -> LayerProfile:
+    def broken_by_then(on_commit: object) -> CommittedBatch:
         del on_commit
         scene.runner.error = "no group of ranks is left"
         raise TransferError("voted down")

@@ -32,6 +32,7 @@ def test_the_profile_is_a_table_with_a_line_per_commit() -> None:
     layers = [
         LayerProfile(3, 0.001, 0.002, 0.003, 4096, 5, 1024, 9999),
         LayerProfile(9, 0.01, 0.02, 0.03, 8192, 6, 1024, 9999),
+        LayerProfile(11, 0.01, 0.02, None, 8192, 6, 1024, 9999),  # queued on a GPU that has not come to it
     ]
     report = dataclasses.replace(REPORT, profile=dataclasses.replace(REPORT.profile, layers=layers))
     first, *rows = describe(report, profile=True).splitlines()
@@ -43,15 +44,16 @@ def test_the_profile_is_a_table_with_a_line_per_commit() -> None:
         "transfer planned": 3.0,
         "plan broadcast, and waited for a step": 10.0 - 1.0 - 2.0 - 3.0,
         "migrated, first start to last commit": 20.0,
-        "transfers": 11.0,
-        "checks and votes": 22.0,
+        "transfers": 21.0,
+        "checks and votes": 42.0,
         "commits": 33.0,
         "steps waited, in all": 5.0,
     }
     assert any(row.split()[-4:] == ["640", "bytes", "a", "rank"] for row in rows)
-    assert [row.split() for row in rows[-2:]] == [
+    assert [row.split() for row in rows[-3:]] == [
         ["3", "5", "4,096", "1.00", "2.00", "3.00"],
         ["9", "6", "8,192", "10.00", "20.00", "30.00"],
+        ["11", "6", "8,192", "10.00", "20.00", "-"],
     ]
 
 

@@ -22,7 +22,7 @@ from equipoise.manager.live_placement import LivePlacement
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.transfer.execution.profile import LayerProfile, experts_over_ranks
 from equipoise.transfer.execution.runner import InlineRunner, TransferRunner, TransferState
-from equipoise.transfer.execution.updater import ExpertLocationUpdater
+from equipoise.transfer.execution.updater import CommittedBatch, ExpertLocationUpdater
 from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS
 from equipoise.transfer.execution.worker import TransferWorker
 from equipoise.transfer.memory.store import ExpertWeights
@@ -44,8 +44,12 @@ class Migration(Protocol):
 
     layers_pending: int  # that have not committed yet
     num_commits: int  # since begin; the same on all ranks between ticks
-    profiles: list[LayerProfile]  # of those commits
     max_staged_experts: int | None  # what a transfer plan must be made for; None: none is needed
+
+    @property
+    def profiles(self) -> list[LayerProfile]:
+        """Of those commits, as far as the device has come."""
+        ...
 
     @property
     def peak_staging_bytes(self) -> int: ...
@@ -143,7 +147,7 @@ class WeightMigration:
     ) -> None:
         self.max_staged_experts: int | None = updater.max_staged_experts
         self.layers_pending = self.num_commits = 0
-        self.profiles: list[LayerProfile] = []
+        self._committed: list[CommittedBatch] = []
         self._placement = placement
         self._communicator = communicator
         self._updater = updater
@@ -159,7 +163,7 @@ class WeightMigration:
     def begin(self, target: ExpertLocationMetadata, plan: TransferPlan | None) -> None:
         """See :class:`Migration`. Layers whose experts stay need no transfer: their new weights hold from now on."""
         moving = {layer.layer_id for layer in plan.layers} if plan is not None else set()
-        self._target, self._bytes, self.profiles = target, self._no_bytes(), []
+        self._target, self._bytes, self._committed = target, self._no_bytes(), []
         self.layers_pending, self.num_commits = len(moving), 0
         if plan is not None and plan.layers:
             self._runner.start(plan)
@@ -189,6 +193,11 @@ class WeightMigration:
 
     def bytes_over_ranks(self) -> np.ndarray:
         return self._bytes
+
+    @property
+    def profiles(self) -> list[LayerProfile]:
+        measured = [each.profile for each in self._committed]
+        return [replace(each, layer_id=self._placement.layer_ids[each.layer_id]) for each in measured]
 
     @property
     def peak_staging_bytes(self) -> int:
@@ -225,11 +234,11 @@ class WeightMigration:
                 self.num_commits += 1
                 return
 
-    def _add(self, profile: LayerProfile) -> None:
+    def _add(self, committed: CommittedBatch) -> None:
         assert self._experts is not None
         self.num_commits += 1
-        self._bytes += profile.expert_bytes * self._experts
-        self.profiles.append(replace(profile, layer_id=self._placement.layer_ids[profile.layer_id]))
+        self._bytes += committed.staged.profile.expert_bytes * self._experts
+        self._committed.append(committed)
 
     def _no_bytes(self) -> np.ndarray:
         return np.zeros((self._placement.metadata.topology.num_ranks, 4), dtype=np.int64)

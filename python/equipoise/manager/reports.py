@@ -155,7 +155,7 @@ def _profile_lines(report: RebalanceReport) -> list[str]:
         ("migrated, first start to last commit", times.migrate_seconds),
         ("  transfers", sum(layer.transfer_seconds for layer in times.layers)),
         ("  checks and votes", sum(layer.verify_seconds for layer in times.layers)),
-        ("  commits", sum(layer.commit_seconds for layer in times.layers)),
+        ("  commits", sum(layer.commit_seconds or 0.0 for layer in times.layers)),
         ("steps waited, in all", times.stall_seconds),
     ]
     lines = [f"  {name:<40s}{1e3 * seconds:10.2f} ms" for name, seconds in rows]
@@ -164,8 +164,9 @@ def _profile_lines(report: RebalanceReport) -> list[str]:
         lines.append("  layer  rounds      bytes in  transfer ms  verify ms  commit ms")
     for layer in times.layers:
         counts = f"  {layer.layer_id:5d}  {layer.num_rounds:6d}  {layer.bytes_received:12,d}"
-        seconds = (layer.transfer_seconds, layer.verify_seconds, layer.commit_seconds)
-        lines.append(counts + "  {:11.2f}  {:9.2f}  {:9.2f}".format(*(1e3 * s for s in seconds)))
+        counts += f"  {1e3 * layer.transfer_seconds:11.2f}  {1e3 * layer.verify_seconds:9.2f}"
+        commit = "-" if layer.commit_seconds is None else f"{1e3 * layer.commit_seconds:.2f}"
+        lines.append(f"{counts}  {commit:>9s}")
     return lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.errors import ConfigError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
 from equipoise.topology import EpTopology
+from equipoise.transfer.execution.stream import CommitTimer
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.rank_program import rank_program
@@ -384,3 +387,36 @@ def test_a_plan_that_stages_more_than_there_is_room_for_says_how_to_plan():
         assert_weights(weights, old, communicator.rank, topology)
 
     results_of(body, 2)
+
+
+def test_a_commit_is_timed_where_it_happens(monkeypatch):
+    """On a GPU the host only queues it: events tell, and nobody waits for them."""
+
+    class Event:
+        reached = False
+        made: ClassVar[list[Event]] = []
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.made.append(self)
+
+        def record(self):
+            self.recorded = True
+
+        def query(self):
+            return Event.reached
+
+        def elapsed_time(self, end):
+            assert (self, end) == tuple(Event.made)
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = CommitTimer()
+    assert timer.stop() is Event.made[1], "what staging waits for"
+    assert all(event.recorded for event in Event.made)
+    assert timer.seconds() is None
+    Event.reached = True
+    assert timer.seconds() == 0.25
+    on_host = CommitTimer(iter([3.0, 3.5]).__next__)
+    assert on_host.stop() is None
+    assert on_host.seconds() == 0.5

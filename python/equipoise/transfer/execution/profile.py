@@ -20,7 +20,7 @@ class LayerProfile:
     layer_id: int
     transfer_seconds: float
     verify_seconds: float  # checks and the vote of all ranks
-    commit_seconds: float  # on the host's clock: a GPU may still be copying
+    commit_seconds: float | None  # of the weights' device; None: it has not come to the commit yet
     bytes_received: int  # by this rank: weights and what travels with them
     num_rounds: int  # in which this rank took part
     expert_bytes: int  # that travel for one expert

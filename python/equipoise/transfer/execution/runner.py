@@ -6,7 +6,7 @@ Both runners have one interface, so a manager drives all modes alike::
     while runner.active:
         ... forward pass ...
         while runner.poll(communicator) == TransferState.READY:   # collective: the same answer on every rank
-            profile = runner.commit(update_maps)                  # local; raises the TransferError of all ranks
+            committed = runner.commit(update_maps)                # local; raises the TransferError of all ranks
 
 ``poll`` is where ranks agree: a batch is ready when every rank's staging and vote are behind it, so all of them commit
 it between the same two forward passes. That also settles what a vote that broke off leaves in doubt: if one rank does
@@ -25,8 +25,7 @@ import torch
 
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import InDoubtError, TransferCancelled, TransferError
-from equipoise.transfer.execution.profile import LayerProfile
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
+from equipoise.transfer.execution.updater import CommittedBatch, ExpertLocationUpdater, StagedBatch
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 logger = logging.getLogger("equipoise.transfer")
@@ -75,7 +74,7 @@ class TransferRunner(Protocol):
         """
         ...
 
-    def commit(self, on_commit: OnCommit) -> LayerProfile:
+    def commit(self, on_commit: OnCommit) -> CommittedBatch:
         """After READY: commits the batch and calls ``on_commit(layer_id, batch)``, which changes the maps.
 
         Raises:
@@ -153,15 +152,15 @@ class InlineRunner:
             return outcome
         return start_over(self._updater, doubt, communicator)
 
-    def commit(self, on_commit: OnCommit) -> LayerProfile:
+    def commit(self, on_commit: OnCommit) -> CommittedBatch:
         outcome, self._outcome = self._outcome, None
         assert outcome is not None
         if isinstance(outcome, TransferError):
             self.error = self._updater.error
             raise outcome
-        profile = self._updater.commit(outcome)
+        committed = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
-        return profile
+        return committed
 
     def cancel(self, reason: str) -> None:
         self._cancelled = reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -47,8 +48,40 @@ class SideStream:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def committed(self) -> None:
+    def begin_commit(self, clock: Callable[[], float]) -> CommitTimer:
+        """Marks the begin of a commit on the caller's stream; ``clock`` tells seconds where there is none."""
+        return CommitTimer(clock) if self._stream is None else CommitTimer()
+
+    def committed(self, timer: CommitTimer) -> None:
         """Marks the end of a commit on the caller's stream."""
-        if self._stream is not None:
-            self._last_commit = torch.cuda.Event()
-            self._last_commit.record()
+        self._last_commit = timer.stop()
+
+
+class CommitTimer:
+    """Measures a commit where it happens: a GPU's by events, for the host only queues it; a CPU's by ``clock``."""
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock
+        self._begin = self._end = 0.0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if clock is not None:
+            self._begin = clock()
+        else:
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+
+    def stop(self) -> torch.cuda.Event | None:
+        """Ends the time; returns the event that marks it, None where a clock measures."""
+        if self._clock is not None:
+            self._end = self._clock()
+        if self._events is None:
+            return None
+        self._events[1].record()
+        return self._events[1]
+
+    def seconds(self) -> float | None:
+        """Seconds on the device, without a wait for it; None: it has not come to the end yet."""
+        if self._events is None:
+            return self._end - self._begin
+        begin, end = self._events
+        return 1e-3 * begin.elapsed_time(end) if end.query() else None

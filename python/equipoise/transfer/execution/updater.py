@@ -26,7 +26,7 @@ from equipoise.errors import PlanMismatchError
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.pipeline import TransferPipeline
 from equipoise.transfer.execution.profile import LayerProfile
-from equipoise.transfer.execution.stream import SideStream
+from equipoise.transfer.execution.stream import CommitTimer, SideStream
 from equipoise.transfer.execution.vote import VOTE_GRACE_SECONDS, LayerVote
 from equipoise.transfer.memory.store import ExpertStore, ExpertWeights
 from equipoise.transfer.planning.rank_program import RankProgram, compile_program_kernels, rank_program
@@ -48,6 +48,19 @@ class StagedBatch:
     batch: TransferBatch
     program: RankProgram
     profile: LayerProfile
+
+
+@dataclass(frozen=True, eq=False)
+class CommittedBatch:
+    """A batch that was committed; on a GPU the commit may still be queued."""
+
+    staged: StagedBatch
+    timer: CommitTimer
+
+    @property
+    def profile(self) -> LayerProfile:
+        """What it cost, as far as the device has come."""
+        return replace(self.staged.profile, commit_seconds=self.timer.seconds())
 
 
 class ExpertLocationUpdater:
@@ -190,7 +203,7 @@ class ExpertLocationUpdater:
             layer_id=layer_id,
             transfer_seconds=transferred - start,
             verify_seconds=ended - transferred,
-            commit_seconds=0.0,
+            commit_seconds=None,
             bytes_received=expert_bytes * sum(each.receive is not None for each in program.rounds),
             num_rounds=len(program.rounds),
             expert_bytes=expert_bytes,
@@ -198,17 +211,17 @@ class ExpertLocationUpdater:
         )
         return StagedBatch(layer_id, batch, program, profile)
 
-    def commit(self, staged: StagedBatch) -> LayerProfile:
+    def commit(self, staged: StagedBatch) -> CommittedBatch:
         """Brings a staged batch into the live slots of this rank. Local: no communication, no wait.
 
         The caller makes sure that no forward pass reads the layer meanwhile and that the maps change with it. An
         exception from here is not a TransferError: the others have committed, so this rank must stop.
         """
-        start = self._clock()
         with record_function("equipoise.transfer.commit"):
+            timer = self._stream.begin_commit(self._clock)
             self._store.memory.commit(staged.layer_id, staged.program.copies)
-            self._stream.committed()
-        return replace(staged.profile, commit_seconds=self._clock() - start)
+            self._stream.committed(timer)
+        return CommittedBatch(staged, timer)
 
     def recover(self) -> None:
         """Collective, after an InDoubtError on any rank, once none of them is inside a transfer: makes new groups.

@@ -25,9 +25,8 @@ from collections.abc import Callable
 from equipoise.distributed.communicator import Communicator
 from equipoise.distributed.posted_sum import SumBetweenPolls
 from equipoise.errors import EquipoiseError, InDoubtError, TransferCancelled, TransferError
-from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.runner import OnCommit, TransferState, batches_of, start_over
-from equipoise.transfer.execution.updater import ExpertLocationUpdater, StagedBatch
+from equipoise.transfer.execution.updater import CommittedBatch, ExpertLocationUpdater, StagedBatch
 from equipoise.transfer.planning.types import TransferBatch, TransferPlan
 
 logger = logging.getLogger("equipoise.transfer")
@@ -114,7 +113,7 @@ class TransferWorker:
             self._states.post(communicator, [int(state == mine) for state in TransferState])
         return agreed
 
-    def commit(self, on_commit: OnCommit) -> LayerProfile:
+    def commit(self, on_commit: OnCommit) -> CommittedBatch:
         with self._condition:
             outcome = self._outcome
         assert outcome is not None
@@ -128,7 +127,7 @@ class TransferWorker:
                 self._failure = self._updater.error
                 self._condition.notify_all()
             raise outcome
-        profile = self._updater.commit(outcome)
+        committed = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
         self._polls, self._silent_polls = 0, silent_polls(self._polls)
         with self._condition:
@@ -136,7 +135,7 @@ class TransferWorker:
             self._last_progress = self._clock()
             self._active = outcome.batch is not self._last_batch
             self._condition.notify_all()
-        return profile
+        return committed
 
     def cancel(self, reason: str) -> None:
         if self._active:
