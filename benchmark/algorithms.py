@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 
 from algorithms_bars import DEFAULT, bars
-from algorithms_plot import draw_frontier
+from algorithms_future import future_table
+from algorithms_plot import draw_frontier, draw_recourse
 from algorithms_policies import Policy, baselines, full_replan, never, ours, ours_from_nothing, sources, uniform
 from algorithms_report import show
 from algorithms_timing import planning_times
@@ -94,9 +95,11 @@ def main() -> int:
     report["bars"] = bars(report)
     show(report, console)
     report["dispatch"] = dispatch_table(arguments.traces, arguments.neighbours, arguments.quick, console)
+    report["future"] = future_table(arguments.traces, others, arguments.quick, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "algorithms.json").write_text(json.dumps(report, indent=1) + "\n")
     draw_frontier(report, arguments.out / "algorithms.png")
+    draw_recourse(report["future"], arguments.out / "algorithms_recourse.png")
     console.print(f"{report['cpu']}, load average {os.getloadavg()[0]:.1f}")
     console.print(f"written: {arguments.out}/algorithms.json, {arguments.out}/algorithms.png")
     return 0

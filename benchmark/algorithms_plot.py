@@ -61,3 +61,30 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
         axis.margins(y=0.1)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_recourse(report: dict[str, Any], path: Path) -> None:
+    """Next-window balancedness over moves for the three kinds of dispatch, by price of a move; nothing without it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report.get("batch", {}).get("frontier", {})
+    places = list(dict.fromkeys(name.split()[0] for name in rows))
+    if not places:
+        return
+    figure, axes = plt.subplots(1, len(places), figsize=(5.4 * len(places), 4.0), squeeze=False, layout="constrained")
+    for axis, place in zip(axes[0], places, strict=True):
+        for kind in dict.fromkeys(name.split()[1].rstrip(",") for name in rows):
+            line = [row for name, row in rows.items() if name.startswith(f"{place} {kind},")]
+            axis.plot(
+                [100 * row["moves"] for row in line], [row["balancedness"] for row in line], marker="o", label=kind
+            )
+        axis.set(
+            title=f"{place}, task after task", xlabel="slots moved a replan, %", ylabel="balance of the next window"
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(title="dispatch")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
