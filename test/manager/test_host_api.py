@@ -16,9 +16,9 @@ from equipoise.errors import ConfigError, PhaseError
 from equipoise.manager.commands import GetExpertLocation, GetStatus, Pause, Rebalance, Resume
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.host import HostTraits
-from equipoise.manager.host_migration import HostMigration
 from equipoise.manager.live_placement import LayersCommitted, LivePlacement
 from equipoise.manager.manager import EplbManager
+from equipoise.manager.migration import HostMigration
 from equipoise.manager.reports import RebalanceReport
 from helpers.faults import Fault, FaultyMemory, ScheduledFaults, memory_of
 from helpers.run_threads import results_of

@@ -219,7 +219,7 @@ def test_transfers_rest_in_the_background_only(monkeypatch: pytest.MonkeyPatch, 
         given.append(options["duty"])
         return ExpertLocationUpdater(*args, **options)
 
-    monkeypatch.setattr("equipoise.manager.migration.ExpertLocationUpdater", noted)
+    monkeypatch.setattr("equipoise.manager.weight_migration.ExpertLocationUpdater", noted)
     on_ranks(lambda host: host.manager.phase, eplb_transfer_mode=mode, eplb_transfer_duty=0.25)
     assert given == [duty] * TOPOLOGY.num_ranks
 

@@ -85,7 +85,20 @@ class BackgroundPlanner(Generic[Result]):
         payload, failed = message
         if failed is not None:
             raise PlanningFailed(failed)
-        result: Result = pickle.loads(payload)
+        return self._read(payload)
+
+    def _read(self, payload: bytes) -> Result:
+        """Collective: a plan that one rank cannot read is followed by none."""
+        result: Result | None = None
+        failure: str | None = None
+        try:
+            result = pickle.loads(payload)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = self._communicator.all_gather_object(failure)
+        if any(failures):
+            raise PlanningFailed("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text))
+        assert result is not None
         return result
 
     def abandon(self) -> None:
@@ -163,20 +176,21 @@ class RebalancePlanner:
             return failure
         load = self._recorder.sum_over_ranks(windows).numpy()
         self._timer.load_gathered()
-        job = partial(
-            plan_rebalance,
-            load,
-            self._placement.snapshot(),
-            self._config,
-            algorithm=algorithm,
-            request=request,
-            window_steps=self._recorder.window_steps(asked),
-            num_groups=self._num_groups,
-            max_staged_experts=self._max_staged_experts,
-            clock=self._clock,
-            dispatch=self.dispatch,
-        )
-        self._background.start(job)
+        with self._failures.guard("starting to plan"):
+            job = partial(
+                plan_rebalance,
+                load,
+                self._placement.snapshot(),
+                self._config,
+                algorithm=algorithm,
+                request=request,
+                window_steps=self._recorder.window_steps(asked),
+                num_groups=self._num_groups,
+                max_staged_experts=self._max_staged_experts,
+                clock=self._clock,
+                dispatch=self.dispatch,
+            )
+            self._background.start(job)
         return None
 
     def poll(self, *, idle: bool) -> Plan | None:

@@ -35,12 +35,12 @@ from equipoise.manager.commands import Command, Pause, Resume
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.host import HostTraits, MakeMigration
 from equipoise.manager.live_placement import LivePlacement
-from equipoise.manager.migration import weight_migration
 from equipoise.manager.phases import Rebalancing
 from equipoise.manager.planning import Plan
 from equipoise.manager.reporting import RebalanceTimer, Reporter
 from equipoise.manager.reports import Phase
 from equipoise.manager.warm_up import compile_kernels_in_background, load_compiled_kernels
+from equipoise.manager.weight_migration import weight_migration
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.transfer.memory.store import ExpertWeights
 

@@ -156,8 +156,7 @@ class Rebalancing:
         self._forward_pass_id = forward_pass_id
         self._timer.enter_tick(idle=idle)
         try:
-            failure = self._failures.take()
-            if failure is not None:
+            if (failure := self._failures.take()) is not None:
                 self._fail(failure)
             else:
                 self._carry_on(idle)
@@ -239,7 +238,8 @@ class Rebalancing:
         self._phase, self._error = "collecting", error
         self._reporter.end(attempt, error, cancelled=cancelled)
         while self._on_paused:
-            self._on_paused.pop()()
+            with self._failures.guard("a callback once nothing moves"):
+                self._on_paused.pop()()
 
     def _fail(self, reason: str) -> None:
         """Ends rebalancing for good; a thread that still transfers commits nothing any more."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from equipoise.manager.reports import Phase
 from helpers.sglang_runs import (
     EPLB,
     PERIODIC,
@@ -65,6 +67,8 @@ def test_own_manager_moves_experts_while_answering_and_while_idle(
         metrics = server.get("/metrics").text
         check_hooks(tmp_path, num_ranks=2)
     assert 'equipoise_rebalances_total{outcome="committed"}' in metrics
+    assert sum(f'equipoise_phase{{phase="{phase}"}} 1.0' in metrics for phase in get_args(Phase)) == 1
+    assert all(f'equipoise_balancedness{{layer="{layer}"}}' in metrics for layer in range(3))
 
 
 def check_operators_routes(server: SglangServer) -> None:

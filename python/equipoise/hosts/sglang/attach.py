@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,18 +20,16 @@ from equipoise.hosts.sglang.algorithm import kind_of_dispatch
 from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.launch.settings import PluginSettings
 from equipoise.hosts.sglang.live_maps import SglangMaps
+from equipoise.hosts.sglang.metrics import RebalanceMetrics
 from equipoise.hosts.sglang.stock_mover import StockMover
 from equipoise.manager.host import HostTraits
-from equipoise.manager.host_migration import HostMigration
 from equipoise.manager.live_placement import LayersCommitted
 from equipoise.manager.manager import EplbManager
-from equipoise.manager.reports import RebalanceReport
+from equipoise.manager.migration import HostMigration
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 log = logging.getLogger("equipoise.hosts.sglang")
-
-OnReport = Callable[[RebalanceReport], None]
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,13 @@ def eplb_config(moe: Any, num_redundant: int, own_options: Mapping[str, Any]) ->
 
 
 def build_balancer(
-    runtime: SglangRuntime, settings: PluginSettings, collaborators: Mapping[str, Any], *, on_report: OnReport
+    runtime: SglangRuntime, settings: PluginSettings, collaborators: Mapping[str, Any], metrics: RebalanceMetrics | None
 ) -> SglangBalancer:
     """Collective. The balancer of this rank, warmed up. Allocates staging: before SGLang measures memory for its cache.
 
     Args:
         collaborators: the keyword arguments of SGLang's ``EPLBManager``, for level ``manager``.
+        metrics: of rank 0.
 
     Raises:
         ConfigError: options, weights or budgets that cannot be used.
@@ -130,7 +129,7 @@ def build_balancer(
         replicated_counts=runtime.moe.moe_a2a_backend == "none",
         num_groups=runtime.num_groups,
         on_layers_committed=follow,
-        on_report=on_report,
+        on_report=None if metrics is None else metrics.ended,
     )
     gloo = partial(dist.new_group, runtime.ranks, backend="gloo")
     serving = TorchCommunicator(gloo(), "cpu", new_group=gloo, new_control_group=gloo)
@@ -154,7 +153,7 @@ def build_balancer(
     manager.warm_up()
     span = f"MoE layers {layer_ids[0]} to {layer_ids[-1]}"
     log.info("attached on rank %d, level %s, %s: %s", runtime.rank, settings.level, span, config)
-    return SglangBalancer(manager, maps, changed)
+    return SglangBalancer(manager, maps, changed, on_phase=None if metrics is None else metrics.show_phase)
 
 
 def transfer_communicator(runtime: SglangRuntime, transport: TransferTransport) -> Communicator:

@@ -23,12 +23,14 @@ from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.manager.command_handler import PendingReply
 from equipoise.manager.commands import Command
 from equipoise.manager.manager import EplbManager
+from equipoise.manager.reports import Phase
 
 log = logging.getLogger("equipoise.hosts.sglang")
 
 _LAYERS_PER_TICK = 4
 """Layers whose shares are written between two passes: each takes about a millisecond."""
 
+OnPhase = Callable[[Phase], None]
 OnReply = Callable[[object], None]
 """Takes a command's reply, or the EquipoiseError that it failed with."""
 
@@ -41,15 +43,19 @@ class SglangBalancer:
         maps: SGLang's.
         changed: rows of the placement that have committed and whose shares SGLang's maps do not follow yet; added to
             inside commits, emptied here.
+        on_phase: told of the phase after whatever may have changed it.
 
     Attributes:
         ticks, idle_ticks: how often it was ticked after a pass, and in a turn without one.
     """
 
-    def __init__(self, manager: EplbManager, maps: SglangMaps, changed: list[int]) -> None:
+    def __init__(
+        self, manager: EplbManager, maps: SglangMaps, changed: list[int], *, on_phase: OnPhase | None = None
+    ) -> None:
         self.manager = manager
         self._maps = maps
         self._changed = changed
+        self._on_phase = on_phase
         self.ticks = self.idle_ticks = 0
         self._stepped = False
         self._waiting: list[tuple[PendingReply[Any], OnReply]] = []
@@ -106,6 +112,7 @@ class SglangBalancer:
         if not self._holds and self._paused_here:
             self._paused_here = False
             self.manager.resume()
+        self._tell_phase()
 
     def _follow_shares(self) -> None:
         """Some layers' shares, once nothing moves and every rank has told the others that none has failed."""
@@ -116,7 +123,12 @@ class SglangBalancer:
             self._maps.write_shares(placement.layer_ids[row], placement.committed, row)
         del self._changed[:_LAYERS_PER_TICK]
 
+    def _tell_phase(self) -> None:
+        if self._on_phase is not None:
+            self._on_phase(self.manager.phase)
+
     def _answer(self) -> None:
+        self._tell_phase()
         waiting, self._waiting = self._waiting, []
         for pending, on_reply in waiting:
             if pending.done:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
-from equipoise.manager.reports import RebalanceReport
+from equipoise.manager.reports import Phase, RebalanceReport
 
 
 class RebalanceMetrics:
@@ -15,6 +16,7 @@ class RebalanceMetrics:
 
     def __init__(self) -> None:
         self._made = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._phase: Phase | None = None
         if not self._made:
             return
         from prometheus_client import Counter, Gauge
@@ -27,11 +29,15 @@ class RebalanceMetrics:
         self._cross_node_moves = counter("cross_node_moves", "Those of equipoise_moves_total from another node")
         self._moved_bytes = counter("moved_bytes", "Bytes of experts that all ranks received")
         self._stall_seconds = counter("stall_seconds", "Seconds that forward passes waited for rebalances")
-        self._balancedness = Gauge(
-            "equipoise_balancedness_mean",
-            "Mean over layers of mean rank load / maximum rank load, of the last rebalance's load window, before it",
-            multiprocess_mode="mostrecent",
-        )
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"equipoise_{name}", text, labels, multiprocess_mode="mostrecent")
+
+        ratio = "mean rank load / maximum rank load, of the last rebalance's load window, before it"
+        self._mean = gauge("balancedness_mean", f"Mean over layers of {ratio}")
+        self._layers = gauge("balancedness", ratio.capitalize(), ("layer",))
+        self._phases = gauge("phase", "1 for the phase the balancer is in", ("phase",))
+        self.show_phase("collecting")
 
     def ended(self, report: RebalanceReport) -> None:
         """Adds a rebalance that has ended."""
@@ -44,4 +50,15 @@ class RebalanceMetrics:
             self._moves.inc(sum(report.moves))
             self._cross_node_moves.inc(sum(report.cross_node_moves))
         if report.mean_balancedness_before is not None:
-            self._balancedness.set(report.mean_balancedness_before)
+            self._mean.set(report.mean_balancedness_before)
+        for layer, value in zip(report.layer_ids, report.balancedness_before, strict=True):
+            if value is not None:
+                self._layers.labels(layer).set(value)
+
+    def show_phase(self, phase: Phase) -> None:
+        """Called as often as one likes: a phase is written when it begins."""
+        if not self._made or phase == self._phase:
+            return
+        self._phase = phase
+        for name in get_args(Phase):
+            self._phases.labels(name).set(name == phase)

@@ -54,6 +54,7 @@ class SchedulerSide:
         self._settings = settings
         self._collaborators: dict[str, Any] = {}
         self._disabled: str | None = None
+        self._metrics: RebalanceMetrics | None = None
 
     def hooks(self) -> list[Hook]:
         scheduler = "managers.scheduler.Scheduler."
@@ -114,10 +115,8 @@ class SchedulerSide:
                 raise RuntimeError("SGLang made a manager of its own: the hook on its class did not hold")
             runtime = runtime_of(runner)
             self.rank = runtime.rank
-            metrics = RebalanceMetrics() if runtime.rank == 0 else None
-            self.balancer = build_balancer(
-                runtime, self._settings, self._collaborators, on_report=metrics.ended if metrics else _nothing
-            )
+            self._metrics = RebalanceMetrics() if runtime.rank == 0 else None
+            self.balancer = build_balancer(runtime, self._settings, self._collaborators, self._metrics)
         except Exception as error:
             self._stop("attaching", error)
 
@@ -198,6 +197,8 @@ class SchedulerSide:
         log.error("%s failed: balancing stops, the placement in force serves on", what, exc_info=error)
         self.error = f"{what} failed: {type(error).__name__}: {error}"
         self.balancer = None
+        if self._metrics is not None:
+            self._metrics.show_phase("failed")
 
 
 def manager_class(side: SchedulerSide) -> type:
@@ -239,7 +240,3 @@ def _forward_stream(scheduler: Any) -> AbstractContextManager[object]:
     """Where the passes' kernels are queued, on a device that has streams: commits are ordered with them."""
     context = getattr(scheduler, "forward_stream_ctx", None)
     return nullcontext() if context is None or scheduler.device == "cpu" else context
-
-
-def _nothing(_report: object) -> None:
-    return None

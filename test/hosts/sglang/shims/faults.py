@@ -56,7 +56,7 @@ def _slow_transfers_down() -> None:
 
 
 def _raise_in_a_tick() -> None:
-    from equipoise.manager.migration import WeightMigration
+    from equipoise.manager.weight_migration import WeightMigration
 
     begin, calls = WeightMigration.begin, 0
 

@@ -14,7 +14,8 @@ from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.errors import TransferCancelled, TransferError
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement
-from equipoise.manager.migration import MigrationBroken, WeightMigration
+from equipoise.manager.migration import MigrationBroken
+from equipoise.manager.weight_migration import WeightMigration
 from equipoise.transfer.execution.profile import LayerProfile
 from equipoise.transfer.execution.runner import TransferState
 from equipoise.transfer.execution.stream import CommitTimer
@@ -128,12 +129,16 @@ class Scene:
         self.migration.begin(self.target, self.plan)
 
 
-def test_layers_whose_experts_stay_take_their_weights_at_once() -> None:
+def test_layers_whose_experts_stay_take_their_weights_once_all_ranks_have_begun() -> None:
+    """Which is known a tick later: where ranks must choose alike, none may commit while another failed to begin."""
     scene = Scene()
     scene.begin()
+    assert not any(scene.arrived(layer) for layer in range(LAYERS))
+    scene.runner.staged = 0
+    assert scene.migration.advance(idle=False) is False
     assert [scene.arrived(layer) for layer in range(LAYERS)] == [False, False, True, False]
     assert scene.refreshed == [2]
-    assert scene.migration.layers_pending == 3
+    assert (scene.migration.layers_pending, scene.migration.num_commits) == (3, 1)
 
 
 def test_a_change_of_weights_alone_needs_no_transfer() -> None:
@@ -145,8 +150,13 @@ def test_a_change_of_weights_alone_needs_no_transfer() -> None:
         maps, EXPERTS, TOPOLOGY, dispatch_weights=weights, max_replicas=3
     )
     scene.migration.begin(scene.target, None)
-    assert all(scene.arrived(layer) for layer in range(LAYERS))
+    scene.migration.cancel("the host says so")
+    with pytest.raises(TransferCancelled, match="the host says so"):
+        scene.migration.advance(idle=False)
+    assert not any(scene.arrived(layer) for layer in range(LAYERS))
+    scene.migration.begin(scene.target, None)
     assert scene.migration.advance(idle=False) is True
+    assert all(scene.arrived(layer) for layer in range(LAYERS))
     assert (scene.migration.layers_pending, scene.runner.committed) == (0, 0)
 
 
