@@ -27,7 +27,7 @@ TOPOLOGY = EpTopology(4, 2, 3)
 EXPERTS, HOST_LAYERS, LAYER_IDS = 8, 6, [2, 3, 5]  # layers 0, 1 and 4 are dense
 
 
-class Host:
+class CountingHost:
     """Dispatches and counts by itself, as SGLang does; every rank counts the tokens of all ranks.
 
     Expert ``e`` of layer ``l`` has weights ``version + 100 l + e``, so what a slot holds can be read.
@@ -116,19 +116,19 @@ class Host:
             self.step(check=check)
         raise AssertionError("it never came about")
 
-    def rebalance(self, **wish: Any) -> Any:
+    def rebalance(self, **fields: Any) -> Any:
         self.step()
-        pending = self.manager.submit(Rebalance(**wish))
+        pending = self.manager.submit(Rebalance(**fields))
         self.until(lambda: pending.done)
         self.check()
         return pending.reply
 
 
-def on_ranks(body: Callable[[Host], Any], **given: Any) -> list[Any]:
+def on_ranks(body: Callable[[CountingHost], Any], **given: Any) -> list[Any]:
     transfers = InMemoryHub(TOPOLOGY.num_ranks)
 
     def run(communicator: InMemoryCommunicator) -> Any:
-        host = Host(communicator, transfers, **given)
+        host = CountingHost(communicator, transfers, **given)
         try:
             return body(host)
         finally:
@@ -138,7 +138,7 @@ def on_ranks(body: Callable[[Host], Any], **given: Any) -> list[Any]:
 
 
 def test_a_host_with_dense_layers_gets_its_own_numbers_back() -> None:
-    def body(host: Host) -> Any:
+    def body(host: CountingHost) -> Any:
         report = host.rebalance()
         return report, host.manager.submit(GetStatus()).result(), host.manager.submit(GetExpertLocation()).result()
 
@@ -164,7 +164,7 @@ def test_layer_numbers_must_name_each_layer_once(layer_ids: list[int]) -> None:
 
 @pytest.mark.parametrize("mode", ["async", "chunked", "sync"])
 def test_ticks_run_under_inference_mode(mode: str) -> None:
-    def body(host: Host) -> list[str]:
+    def body(host: CountingHost) -> list[str]:
         with torch.inference_mode():
             return [host.rebalance(force=True).outcome for _ in range(2)]
 
@@ -176,7 +176,7 @@ def test_ticks_run_under_inference_mode(mode: str) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6])
 def test_a_pause_returns_once_nothing_moves_and_rebalances_go_on_after_resume(steps: int) -> None:
-    def body(host: Host) -> Any:
+    def body(host: CountingHost) -> Any:
         host.step()
         pending = host.manager.submit(Rebalance())
         for _ in range(steps):
@@ -201,7 +201,7 @@ def test_a_pause_returns_once_nothing_moves_and_rebalances_go_on_after_resume(st
 
 
 def test_pause_and_resume_are_commands_too() -> None:
-    def body(host: Host) -> Any:
+    def body(host: CountingHost) -> Any:
         pending = host.manager.submit(Pause("an operator"))
         host.until(lambda: pending.done)
         assert (pending.result(), host.manager.phase) == (None, "paused")
@@ -214,7 +214,7 @@ def test_pause_and_resume_are_commands_too() -> None:
 @pytest.mark.parametrize("mode", ["async", "chunked"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_weights_loaded_anew_are_never_overwritten_by_old_ones(mode: str, steps: int) -> None:
-    def body(host: Host) -> Any:
+    def body(host: CountingHost) -> Any:
         host.step()
         pending = host.manager.submit(Rebalance())
         for _ in range(steps):
@@ -236,7 +236,7 @@ def test_weights_loaded_anew_are_never_overwritten_by_old_ones(mode: str, steps:
 @pytest.mark.parametrize("place", ["on_report", "on_layers_committed", "recorder"])
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_an_error_on_one_rank_is_phase_failed_on_all_and_reaches_no_host(place: str, mode: str) -> None:
-    def body(host: Host) -> Any:
+    def body(host: CountingHost) -> Any:
         host.step()
         pending = host.manager.submit(Rebalance())
         host.until(lambda: host.manager.phase == "failed")
@@ -251,7 +251,7 @@ def test_an_error_on_one_rank_is_phase_failed_on_all_and_reaches_no_host(place: 
 
 
 def test_a_commit_that_fails_on_one_rank_ends_balancing_on_all() -> None:
-    def body(host: Host) -> str:
+    def body(host: CountingHost) -> str:
         host.step()
         host.manager.submit(Rebalance())
         host.until(lambda: host.manager.phase == "failed", check=False)
@@ -263,7 +263,7 @@ def test_a_commit_that_fails_on_one_rank_ends_balancing_on_all() -> None:
 
 
 def host_mover(layers_per_tick: int | None) -> Callable[..., HostMigration]:
-    def make(host: Host, placement: LivePlacement, failures: FailureWatch) -> HostMigration:
+    def make(host: CountingHost, placement: LivePlacement, failures: FailureWatch) -> HostMigration:
         def move(target: ExpertLocationMetadata, layer_ids: list[int]) -> None:
             every = host.communicator.all_gather_object([tensors[0].clone() for tensors in host.weights])
             if host.raises_in == "mover":
@@ -282,7 +282,7 @@ def host_mover(layers_per_tick: int | None) -> Callable[..., HostMigration]:
 
 @pytest.mark.parametrize("layers_per_tick", [1, None])
 def test_a_hosts_own_mover_carries_out_our_plans(layers_per_tick: int | None) -> None:
-    def body(host: Host) -> RebalanceReport:
+    def body(host: CountingHost) -> RebalanceReport:
         report = host.rebalance()
         assert isinstance(report, RebalanceReport)
         assert host.rebalance(algorithm="reweight").outcome in ("committed", "skipped")
@@ -295,7 +295,7 @@ def test_a_hosts_own_mover_carries_out_our_plans(layers_per_tick: int | None) ->
 
 
 def test_a_hosts_mover_that_raises_on_one_rank_ends_balancing_on_all() -> None:
-    def body(host: Host) -> str:
+    def body(host: CountingHost) -> str:
         host.step()
         host.manager.submit(Rebalance())
         host.until(lambda: host.manager.phase == "failed", check=False)
@@ -307,7 +307,7 @@ def test_a_hosts_mover_that_raises_on_one_rank_ends_balancing_on_all() -> None:
 
 def test_log_records_carry_their_rank_and_reports_are_seen_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="equipoise.manager")
-    on_ranks(Host.rebalance)
+    on_ranks(CountingHost.rebalance)
     lines = [record for record in caplog.records if "rebalance after step" in record.message]
     assert sorted((record.rank, record.levelname) for record in lines) == [  # type: ignore[attr-defined]
         (0, "INFO"), (1, "DEBUG"), (2, "DEBUG"), (3, "DEBUG"),
@@ -315,7 +315,7 @@ def test_log_records_carry_their_rank_and_reports_are_seen_once(caplog: pytest.L
 
 
 def test_an_error_is_logged_with_its_traceback_by_the_rank_that_has_it(caplog: pytest.LogCaptureFixture) -> None:
-    def body(host: Host) -> None:
+    def body(host: CountingHost) -> None:
         host.step()
         host.manager.submit(Rebalance())
         host.until(lambda: host.manager.phase == "failed")

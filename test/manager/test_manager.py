@@ -31,7 +31,7 @@ TOPOLOGY = EpTopology(4, 2, 3)
 LAYERS, EXPERTS = 2, 8
 
 
-class Host:
+class ThreadHost:
     """Nearly all tokens of its steps go to experts 4 and 5, which only the first node holds at first."""
 
     def __init__(self, communicator: InMemoryCommunicator, transfers: InMemoryHub | None, **given: Any) -> None:
@@ -76,20 +76,20 @@ class Host:
                 self.step()
         raise AssertionError("no answer")
 
-    def rebalance(self, *, idle: bool = False, **wish: Any) -> RebalanceReport:
+    def rebalance(self, *, idle: bool = False, **fields: Any) -> RebalanceReport:
         self.step()
-        report = self.answer(self.manager.submit(Rebalance(**wish)), idle=idle)
+        report = self.answer(self.manager.submit(Rebalance(**fields)), idle=idle)
         assert isinstance(report, RebalanceReport)
         return report
 
 
-def on_ranks(body: Callable[[Host], Any], **given: Any) -> list[Any]:
+def on_ranks(body: Callable[[ThreadHost], Any], **given: Any) -> list[Any]:
     """``body`` on every rank with a host of its own; ``on_report`` is a function of the rank."""
     transfers = InMemoryHub(TOPOLOGY.num_ranks)
 
     def run(communicator: InMemoryCommunicator) -> Any:
         mine = {name: of(communicator.rank) if name == "on_report" else of for name, of in given.items()}
-        host = Host(communicator, transfers, **mine)
+        host = ThreadHost(communicator, transfers, **mine)
         try:
             return body(host)
         finally:
@@ -101,7 +101,7 @@ def on_ranks(body: Callable[[Host], Any], **given: Any) -> list[Any]:
 def test_every_rank_is_told_of_every_rebalance_that_ends() -> None:
     told: dict[int, list[RebalanceReport]] = {rank: [] for rank in range(4)}
 
-    def body(host: Host) -> list[RebalanceReport]:
+    def body(host: ThreadHost) -> list[RebalanceReport]:
         return [host.rebalance(dry_run=True), host.rebalance(), host.rebalance(max_moves_per_layer=0)]
 
     for rank, reports in enumerate(on_ranks(body, on_report=lambda rank: told[rank].append)):
@@ -110,7 +110,7 @@ def test_every_rank_is_told_of_every_rebalance_that_ends() -> None:
 
 
 def test_only_forward_passes_that_wait_are_stalled() -> None:
-    def body(host: Host) -> tuple[RebalanceReport, RebalanceReport]:
+    def body(host: ThreadHost) -> tuple[RebalanceReport, RebalanceReport]:
         return host.rebalance(idle=True, dry_run=True), host.rebalance()
 
     for idle, busy in on_ranks(body):
@@ -123,7 +123,7 @@ def test_only_forward_passes_that_wait_are_stalled() -> None:
     ("kind", "phase", "said"), [("corrupt", "verify", r"checksum"), ("drop", "transfer", r"within 0\.[45]\d* s")]
 )
 def test_checks_and_timeouts_are_those_of_the_options(kind: Any, phase: Any, said: str) -> None:
-    def body(host: Host) -> tuple[RebalanceReport, bool]:
+    def body(host: ThreadHost) -> tuple[RebalanceReport, bool]:
         before = host.metadata.physical_to_logical_map.clone()
         report = host.rebalance()
         return report, torch.equal(host.metadata.physical_to_logical_map, before)
@@ -140,7 +140,7 @@ def test_checks_and_timeouts_are_those_of_the_options(kind: Any, phase: Any, sai
 
 
 def test_bytes_are_told_per_rank_and_node() -> None:
-    for report in on_ranks(Host.rebalance):
+    for report in on_ranks(ThreadHost.rebalance):
         sent, received = report.bytes_sent_per_rank, report.bytes_received_per_rank
         assert sum(sent) == sum(received) == report.bytes_moved > 0
         assert len(report.bytes_sent_per_node) == len(report.bytes_received_per_node) == 2
@@ -156,7 +156,7 @@ def test_groups_of_the_model_reach_the_algorithm() -> None:
 
 
 def test_a_dump_is_written_once_under_the_time_it_was_given(tmp_path: Path) -> None:
-    def body(host: Host) -> Any:
+    def body(host: ThreadHost) -> Any:
         host.manager.submit(StartRecording())
         host.step()
         return host.manager.submit(DumpRecording(str(tmp_path))).reply
@@ -168,7 +168,7 @@ def test_a_dump_is_written_once_under_the_time_it_was_given(tmp_path: Path) -> N
 
 
 def test_status_follows_a_rebalance() -> None:
-    def body(host: Host) -> list[Any]:
+    def body(host: ThreadHost) -> list[Any]:
         seen = [host.manager.submit(GetStatus()).reply]
         host.step()
         ticket = host.manager.submit(Rebalance())
@@ -201,13 +201,13 @@ def test_status_follows_a_rebalance() -> None:
 def test_options_that_cannot_work_are_refused_at_the_start() -> None:
     alone = InMemoryHub(TOPOLOGY.num_ranks).communicator(0)
     with pytest.raises(ConfigError, match="needs a transfer_communicator") as caught:
-        Host(alone, None)
+        ThreadHost(alone, None)
     assert caught.value.field == "eplb_transfer_mode"
     with pytest.raises(ConfigError) as caught:
-        Host(alone, None, eplb_transfer_mode="sync", eplb_algorithm="best")
+        ThreadHost(alone, None, eplb_transfer_mode="sync", eplb_algorithm="best")
     assert caught.value.field == "eplb_algorithm"
     with pytest.raises(ConfigError) as caught:
-        Host(alone, None, eplb_transfer_mode="chunked", eplb_staging_bytes=1)
+        ThreadHost(alone, None, eplb_transfer_mode="chunked", eplb_staging_bytes=1)
     assert caught.value.field == "eplb_staging_bytes"
 
 
@@ -225,7 +225,7 @@ def test_transfers_rest_in_the_background_only(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_choice_among_replicas_is_that_of_the_options() -> None:
-    def body(host: Host) -> list[list[int]]:
+    def body(host: ThreadHost) -> list[list[int]]:
         slots = []
         for _ in range(8):  # expert 0 lies in slots 0 and 8; a step has one token
             slots.append(host.manager.route(0, torch.tensor([[0]])).flatten().tolist())
@@ -266,7 +266,7 @@ def test_plans_are_made_for_the_dispatch_that_the_host_has(given: dict[str, Any]
 
     monkeypatch.setattr("equipoise.manager.planning.rebalance_experts", plan)
 
-    def body(host: Host) -> None:
+    def body(host: ThreadHost) -> None:
         for _ in range(2):
             if dispatch != "even":
                 host.step()
@@ -282,7 +282,7 @@ def test_plans_are_made_for_the_dispatch_that_the_host_has(given: dict[str, Any]
 
 
 def test_an_algorithm_that_plans_for_another_dispatch_is_refused() -> None:
-    def body(host: Host) -> str:
+    def body(host: ThreadHost) -> str:
         reply = host.manager.submit(Rebalance(algorithm="reweight")).reply
         assert isinstance(reply, ConfigError)
         return str(reply)
@@ -290,4 +290,4 @@ def test_an_algorithm_that_plans_for_another_dispatch_is_refused() -> None:
     for message in on_ranks(body, ep_dispatch_algorithm="batch"):
         assert message == "algorithm reweight plans for dispatch weights, got dispatch='batch'"
     with pytest.raises(ConfigError, match="eplb_algorithm reweight plans for dispatch weights"):
-        Host(InMemoryHub(4).communicator(0), None, eplb_algorithm="reweight", ep_dispatch_algorithm="batch")
+        ThreadHost(InMemoryHub(4).communicator(0), None, eplb_algorithm="reweight", ep_dispatch_algorithm="batch")

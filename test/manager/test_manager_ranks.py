@@ -33,7 +33,7 @@ from helpers.run_ranks import run_ranks
 LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
 
 
-class Host:
+class GlooHost:
     """A minimal engine: random skewed routing in place of a model, and the check of what a forward pass would see."""
 
     def __init__(self, rank: int, world_size: int, faults: tuple[Fault, ...] = (), **options: Any) -> None:
@@ -99,7 +99,7 @@ class Host:
 
 
 def rebalance_while_stepping(rank: int, world_size: int, idle: bool) -> dict[str, Any]:
-    host = Host(rank, world_size)
+    host = GlooHost(rank, world_size)
     before = host.metadata.physical_to_logical_map.clone()
     addresses = host.metadata.physical_to_logical_map.data_ptr()
     for _ in range(6):
@@ -139,7 +139,7 @@ def test_a_requested_rebalance_moves_experts_between_steps(world_size: int, idle
 
 
 def rebalance_periodically(rank: int, world_size: int) -> tuple[list[RebalanceReport], RebalanceTotals]:
-    host = Host(rank, world_size, enable_eplb=True, eplb_rebalance_num_iterations=12)
+    host = GlooHost(rank, world_size, enable_eplb=True, eplb_rebalance_num_iterations=12)
     found: list[RebalanceReport] = []
     for _ in range(20_000):  # the first plan may wait for its kernels to compile
         host.step(hot=2 * (len(found) // 2))  # another expert is hot after every second rebalance
@@ -173,7 +173,7 @@ def test_periodic_rebalances_follow_a_shifting_load_alike_on_all_ranks() -> None
 
 
 def hold_back(rank: int, world_size: int) -> list[RebalanceReport]:
-    host = Host(rank, world_size, enable_eplb=True, eplb_min_rebalancing_utilization_threshold=0.2)
+    host = GlooHost(rank, world_size, enable_eplb=True, eplb_min_rebalancing_utilization_threshold=0.2)
     reports = []
     for _ in range(3):  # idle and warm-up steps are no load
         host.step(hot=1, counted=False)
@@ -198,7 +198,7 @@ def test_what_holds_a_rebalance_back_is_said() -> None:
 
 
 def fail_in_the_middle(rank: int, world_size: int, mode: str, fault: Fault) -> dict[str, Any]:
-    host = Host(rank, world_size, (fault,), eplb_transfer_mode=mode, eplb_transfer_timeout=2.0)
+    host = GlooHost(rank, world_size, (fault,), eplb_transfer_mode=mode, eplb_transfer_timeout=2.0)
     for _ in range(4):
         host.step(hot=1)
     before = host.metadata.physical_to_logical_map.clone()
@@ -225,7 +225,7 @@ def test_after_a_failure_the_old_layers_serve_on_and_the_next_rebalance_succeeds
 
 
 def record_and_dump(rank: int, world_size: int, directory: str) -> dict[str, Any]:
-    host = Host(rank, world_size, expert_distribution_recorder_mode="per_pass")
+    host = GlooHost(rank, world_size, expert_distribution_recorder_mode="per_pass")
     manager = host.manager
     errors = [manager.submit(command).reply for command in (StopRecording(), DumpRecording(directory))]
     host.step(hot=2)

@@ -93,7 +93,7 @@ class Updater:
         self.forgotten.append(layer_ids)
 
 
-class Scene:
+class MigrationSetup:
     """Towards a placement in which layer 2 holds what it held, under other dispatch weights."""
 
     def __init__(self, mode: TransferMode = "async", per_chunk: int = 1, staged_experts: int | None = None) -> None:
@@ -131,33 +131,33 @@ class Scene:
 
 def test_layers_whose_experts_stay_take_their_weights_once_all_ranks_have_begun() -> None:
     """Which is known a tick later: where ranks must choose alike, none may commit while another failed to begin."""
-    scene = Scene()
-    scene.begin()
-    assert not any(scene.arrived(layer) for layer in range(LAYERS))
-    scene.runner.staged = 0
-    assert scene.migration.advance(idle=False) is False
-    assert [scene.arrived(layer) for layer in range(LAYERS)] == [False, False, True, False]
-    assert scene.refreshed == [2]
-    assert (scene.migration.layers_pending, scene.migration.num_commits) == (3, 1)
+    setup = MigrationSetup()
+    setup.begin()
+    assert not any(setup.arrived(layer) for layer in range(LAYERS))
+    setup.runner.staged = 0
+    assert setup.migration.advance(idle=False) is False
+    assert [setup.arrived(layer) for layer in range(LAYERS)] == [False, False, True, False]
+    assert setup.refreshed == [2]
+    assert (setup.migration.layers_pending, setup.migration.num_commits) == (3, 1)
 
 
 def test_a_change_of_weights_alone_needs_no_transfer() -> None:
-    scene = Scene()
-    maps = scene.live.physical_to_logical_map.numpy()
+    setup = MigrationSetup()
+    maps = setup.live.physical_to_logical_map.numpy()
     weights = np.where(np.arange(TOPOLOGY.num_slots) < EXPERTS, 0.25, 0.75).astype(np.float32)[None].repeat(LAYERS, 0)
     weights[:, [expert for expert in range(EXPERTS) if (maps[0] == expert).sum() == 1]] = 1.0
-    scene.target = ExpertLocationMetadata.from_physical_to_logical(
+    setup.target = ExpertLocationMetadata.from_physical_to_logical(
         maps, EXPERTS, TOPOLOGY, dispatch_weights=weights, max_replicas=3
     )
-    scene.migration.begin(scene.target, None)
-    scene.migration.cancel("the host says so")
+    setup.migration.begin(setup.target, None)
+    setup.migration.cancel("the host says so")
     with pytest.raises(TransferCancelled, match="the host says so"):
-        scene.migration.advance(idle=False)
-    assert not any(scene.arrived(layer) for layer in range(LAYERS))
-    scene.migration.begin(scene.target, None)
-    assert scene.migration.advance(idle=False) is True
-    assert all(scene.arrived(layer) for layer in range(LAYERS))
-    assert (scene.migration.layers_pending, scene.runner.committed) == (0, 0)
+        setup.migration.advance(idle=False)
+    assert not any(setup.arrived(layer) for layer in range(LAYERS))
+    setup.migration.begin(setup.target, None)
+    assert setup.migration.advance(idle=False) is True
+    assert all(setup.arrived(layer) for layer in range(LAYERS))
+    assert (setup.migration.layers_pending, setup.runner.committed) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -167,129 +167,129 @@ def test_a_change_of_weights_alone_needs_no_transfer() -> None:
 def test_a_call_commits_as_many_steps_as_its_mode_allows(
     mode: TransferMode, per_chunk: int, commits: list[int]
 ) -> None:
-    scene = Scene(mode, per_chunk)
-    scene.begin()
+    setup = MigrationSetup(mode, per_chunk)
+    setup.begin()
     for count in commits:
-        assert scene.migration.advance(idle=False) is (count == 3)
-        assert scene.runner.committed == count
-        assert scene.migration.layers_pending == 3 - count
-    assert all(scene.arrived(layer) for layer in range(LAYERS))
-    assert scene.refreshed == [2, 0, 1, 3]
-    scene.live.check_integrity()
+        assert setup.migration.advance(idle=False) is (count == 3)
+        assert setup.runner.committed == count
+        assert setup.migration.layers_pending == 3 - count
+    assert all(setup.arrived(layer) for layer in range(LAYERS))
+    assert setup.refreshed == [2, 0, 1, 3]
+    setup.live.check_integrity()
 
 
 def test_what_is_not_staged_is_not_waited_for_beside_forward_passes() -> None:
-    scene = Scene(per_chunk=9)
-    scene.begin()
-    scene.runner.staged = 1
-    assert scene.migration.advance(idle=False) is False
-    assert (scene.runner.committed, scene.slept) == (1, [])
-    assert scene.migration.advance(idle=True) is False
-    assert len(scene.slept) == 1, "without forward passes a look at the transfer must not spin"
-    scene.runner.staged = 9
-    assert scene.migration.advance(idle=False) is True
+    setup = MigrationSetup(per_chunk=9)
+    setup.begin()
+    setup.runner.staged = 1
+    assert setup.migration.advance(idle=False) is False
+    assert (setup.runner.committed, setup.slept) == (1, [])
+    assert setup.migration.advance(idle=True) is False
+    assert len(setup.slept) == 1, "without forward passes a look at the transfer must not spin"
+    setup.runner.staged = 9
+    assert setup.migration.advance(idle=False) is True
 
 
 def test_a_layer_in_several_batches_counts_once_and_is_whole_in_between() -> None:
-    scene = Scene("chunked", staged_experts=1)
-    scene.begin()
-    batches = len(scene.plan.layers[0].batches)
+    setup = MigrationSetup("chunked", staged_experts=1)
+    setup.begin()
+    batches = len(setup.plan.layers[0].batches)
     assert batches > 1
     for number in range(1, batches + 1):
-        scene.migration.advance(idle=False)
-        scene.live.check_integrity()
-        assert scene.migration.layers_pending == (2 if number == batches else 3)
-        assert scene.arrived(0) is (number == batches)
-    assert scene.refreshed == [2] + [0] * batches
+        setup.migration.advance(idle=False)
+        setup.live.check_integrity()
+        assert setup.migration.layers_pending == (2 if number == batches else 3)
+        assert setup.arrived(0) is (number == batches)
+    assert setup.refreshed == [2] + [0] * batches
 
 
 def test_bytes_and_staging_of_all_commits_add_up() -> None:
-    scene = Scene("sync")
-    scene.begin()
-    scene.migration.advance(idle=False)
+    setup = MigrationSetup("sync")
+    setup.begin()
+    setup.migration.advance(idle=False)
     expected = np.zeros((2, 4), dtype=np.int64)  # each rank is a node: all that is sent crosses
-    for layer in scene.plan.layers:
+    for layer in setup.plan.layers:
         for transfer in layer.batches[0].transfers:
             expected[TOPOLOGY.rank_of_slot(transfer.source_slot), [0, 2]] += 10 + layer.layer_id
             expected[TOPOLOGY.rank_of_slot(transfer.destination_slot), [1, 3]] += 10 + layer.layer_id
     assert expected.sum() > 0
-    assert scene.migration.bytes_over_ranks().tolist() == expected.tolist()
-    assert scene.migration.peak_staging_bytes == 103
-    profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in scene.migration.profiles]
+    assert setup.migration.bytes_over_ranks().tolist() == expected.tolist()
+    assert setup.migration.peak_staging_bytes == 103
+    profiles = [(p.layer_id, p.transfer_seconds, p.verify_seconds, p.commit_seconds) for p in setup.migration.profiles]
     assert profiles == [(layer, 0.5, 0.25, 0.125) for layer in (0, 1, 3)]
-    assert [p.bytes_received for p in scene.migration.profiles] == [7, 7, 7], "by rank 0"
-    scene.migration.begin(scene.live, None)  # the next one begins at nothing
-    assert scene.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]] * 2
-    assert (scene.migration.peak_staging_bytes, scene.migration.profiles) == (0, [])
+    assert [p.bytes_received for p in setup.migration.profiles] == [7, 7, 7], "by rank 0"
+    setup.migration.begin(setup.live, None)  # the next one begins at nothing
+    assert setup.migration.bytes_over_ranks().tolist() == [[0, 0, 0, 0]] * 2
+    assert (setup.migration.peak_staging_bytes, setup.migration.profiles) == (0, [])
 
 
 def test_a_step_that_is_voted_down_leaves_the_rest_as_it_was() -> None:
-    scene = Scene("sync")
-    scene.runner.fails_at = 1
-    scene.begin()
+    setup = MigrationSetup("sync")
+    setup.runner.fails_at = 1
+    setup.begin()
     with pytest.raises(TransferError, match="voted down") as caught:
-        scene.migration.advance(idle=False)
+        setup.migration.advance(idle=False)
     assert not isinstance(caught.value, MigrationBroken)
-    assert [scene.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
-    assert scene.migration.layers_pending == 0, "nothing is under way any more"
+    assert [setup.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
+    assert setup.migration.layers_pending == 0, "nothing is under way any more"
 
 
 def test_a_broken_runner_is_said_with_its_reason() -> None:
-    scene = Scene()
-    scene.begin()
-    scene.runner.error = "the transfer thread has died"
+    setup = MigrationSetup()
+    setup.begin()
+    setup.runner.error = "the transfer thread has died"
     with pytest.raises(MigrationBroken, match="the transfer thread has died"):
-        scene.migration.advance(idle=False)
-    assert scene.migration.layers_pending == 0
+        setup.migration.advance(idle=False)
+    assert setup.migration.layers_pending == 0
 
 
 def test_a_vote_that_leaves_the_runner_broken_says_both() -> None:
-    scene = Scene()
-    scene.runner.fails_at = 0
-    scene.begin()
+    setup = MigrationSetup()
+    setup.runner.fails_at = 0
+    setup.begin()
 
     def broken_by_then(on_commit: object) -> CommittedBatch:
         del on_commit
-        scene.runner.error = "no group of ranks is left"
+        setup.runner.error = "no group of ranks is left"
         raise TransferError("voted down")
 
-    scene.runner.commit = broken_by_then  # type: ignore[method-assign]
+    setup.runner.commit = broken_by_then  # type: ignore[method-assign]
     with pytest.raises(MigrationBroken, match=r"no group of ranks is left \(after: voted down\)"):
-        scene.migration.advance(idle=False)
+        setup.migration.advance(idle=False)
 
 
 def test_ranks_that_cannot_agree_any_more_end_it_for_good() -> None:
-    scene = Scene()
-    scene.begin()
+    setup = MigrationSetup()
+    setup.begin()
 
     def lost(_communicator: object) -> TransferState:
         raise TransferError("rank 3 has failed or left")
 
-    scene.runner.poll = lost  # type: ignore[method-assign]
+    setup.runner.poll = lost  # type: ignore[method-assign]
     with pytest.raises(MigrationBroken, match="cannot agree any more: rank 3 has failed or left"):
-        scene.migration.advance(idle=False)
-    assert scene.migration.layers_pending == 0
+        setup.migration.advance(idle=False)
+    assert setup.migration.layers_pending == 0
 
 
 def test_nothing_commits_any_more_once_it_is_cancelled() -> None:
-    scene = Scene()
-    scene.begin()
-    scene.migration.advance(idle=False)
-    scene.migration.cancel("the host says so")
+    setup = MigrationSetup()
+    setup.begin()
+    setup.migration.advance(idle=False)
+    setup.migration.cancel("the host says so")
     with pytest.raises(TransferCancelled, match="the host says so"):
-        scene.migration.advance(idle=False)
-    assert [scene.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
-    assert scene.migration.layers_pending == 0
+        setup.migration.advance(idle=False)
+    assert [setup.arrived(layer) for layer in range(LAYERS)] == [True, False, True, False]
+    assert setup.migration.layers_pending == 0
 
 
 def test_weights_loaded_anew_drop_what_is_staged_and_then_the_canaries() -> None:
-    scene = Scene()
-    scene.migration.weights_changed()
-    assert scene.updater.forgotten == [list(range(LAYERS))], "nothing is under way: at once"
-    scene.begin()
-    scene.migration.weights_changed()
-    assert len(scene.updater.forgotten) == 1, "a thread may be reading them"
+    setup = MigrationSetup()
+    setup.migration.weights_changed()
+    assert setup.updater.forgotten == [list(range(LAYERS))], "nothing is under way: at once"
+    setup.begin()
+    setup.migration.weights_changed()
+    assert len(setup.updater.forgotten) == 1, "a thread may be reading them"
     with pytest.raises(TransferCancelled, match="loaded weights anew"):
-        scene.migration.advance(idle=False)
-    assert scene.runner.committed == 0
-    assert len(scene.updater.forgotten) == 2
+        setup.migration.advance(idle=False)
+    assert setup.runner.committed == 0
+    assert len(setup.updater.forgotten) == 2

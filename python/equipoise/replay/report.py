@@ -138,7 +138,8 @@ def write_json(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise ConfigError(f"json {path}: cannot be written: {error.strerror}", field="json") from error
 
 
-def human_bytes(count: int) -> str:
+def human_bytes(count: float) -> str:
+    """Formats a number of bytes in binary units, e.g. ``1.5 MiB``."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

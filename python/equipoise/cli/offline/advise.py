@@ -12,8 +12,8 @@ from equipoise.cli.offline.recordings import opened
 from equipoise.load.merge import merge_traces
 from equipoise.replay.grid import default_intervals, default_redundancies, make_grid, without_slow_rows
 from equipoise.replay.live import LiveSettings
+from equipoise.replay.report import human_bytes
 from equipoise.replay.views.advice import Advice, advise, flag_notes, launch_flags
-from equipoise.replay.views.table import human_bytes
 
 if TYPE_CHECKING:
     from equipoise.cli.offline.balance_arguments import Advise

@@ -7,10 +7,11 @@ from typing import Any
 
 import equipoise
 from equipoise.replay.grid import BASELINES, TIMER
+from equipoise.replay.report import human_bytes
 from equipoise.replay.views.advice import flag_notes, launch_flags
 from equipoise.replay.views.report_data import ReportData
 from equipoise.replay.views.svg import curves, heat_map, points
-from equipoise.replay.views.table import human_bytes, label_of
+from equipoise.replay.views.table import label_of
 
 MAX_ROWS = 60
 

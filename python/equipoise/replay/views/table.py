@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from equipoise.replay.grid import BASELINES, TIMER, Played
+from equipoise.replay.report import human_bytes
 
 FORMAT = "equipoise.compare"
 VERSION = 1
@@ -71,15 +72,6 @@ def _cells(row: dict[str, Any], base: float) -> list[str]:
         human_bytes(row["bytes_moved"]) if row["kind"] in ("live", TIMER) else "-",
         f"{gain:+.1%}" if gain else f"{row['tokens_per_second']:,.0f}",
     ]
-
-
-def human_bytes(count: float) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def legend_text(played: Sequence[Played]) -> str:
