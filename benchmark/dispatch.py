@@ -1,8 +1,9 @@
 """What dispatch costs a step: `make bench-dispatch`.
 
-DeepSeek-V3's shape: 256 experts in 288 slots on 32 ranks, top-8. On the CPU, the time of one layer's dispatch, median
-of several, by kind and tokens a rank. The GPU part (CUDA events, against a plain copy of the ids) runs where a GPU is.
-The number of steps of the solve that follow one another is printed either way.
+One layer of DeepSeek-V3's shape: 256 experts in 288 slots on 32 ranks, top-8. On the CPU, the time of its dispatch,
+median of several, by kind and tokens a rank; where a GPU is, CUDA events there, against a plain copy of the ids. The
+number of steps of the solve that follow one another is printed either way. Then the embedded engine on the CPU: what
+dispatch and recording add to its steps (dispatch_engine.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpu import cpu_name
+from dispatch_engine import engine_overhead, overhead_bars
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
@@ -66,8 +68,22 @@ def main() -> int:
         report[str(tokens)] = times
         table.add_row(str(tokens), *(f"{value:.1f}" for value in times.values()))
     console.print(table)
+    engine = engine_overhead(arguments.quick)
+    steps_table = Table(
+        "step", "off, ms", "dispatch", "and recording", "inside", title="embedded engine, added to a step"
+    )
+    for kind, values in engine.items():
+        parts = (values[n] for n in ("dispatch adds", "dispatch and recording add", "inside dispatch and recording"))
+        steps_table.add_row(kind, f"{values['off']:.2f}", *(f"{100 * part:.1f}%" for part in parts))
+    console.print(steps_table)
+
+    def bar(name: str, measured: float, limit: float) -> None:
+        word = "met" if measured <= limit else "MISSED"
+        console.print(f"{word:7} {name}: {100 * measured:.1f}% (at most {100 * limit:g}%)")
+
+    overhead_bars(engine, bar)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found = {"device": where, "sequential_steps": steps, "microseconds": report}
+    found = {"device": where, "sequential_steps": steps, "microseconds": report, "engine": engine}
     (arguments.out / "dispatch.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -8,7 +8,9 @@ from equipoise import EpTopology, ExpertLocationMetadata
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import nearest_replicas, weyl_uniform
+from equipoise.dispatch.turns import CpuTurns, TorchTurns, TurnsTables
 from equipoise.errors import PlacementError
+from equipoise.load.recorder import count_slots
 
 TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
 
@@ -162,3 +164,38 @@ def test_a_profiler_sees_dispatch() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         dispatcher.dispatch(0, torch.zeros(1, 1, dtype=torch.int64))
     assert "equipoise.dispatch" in {event.key for event in profile.key_averages()}
+
+
+@given(st.integers(0, 10**6), st.integers(0, 7), st.booleans(), st.sampled_from([torch.int32, torch.int64]))
+@settings(deadline=None, max_examples=60)
+def test_the_compiled_turns_are_those_of_torch(seed: int, rank: int, nearest: bool, dtype: torch.dtype) -> None:
+    metadata = random_placement(seed)
+    tables = TurnsTables(metadata, rank, nearest=nearest, live_ranks=None)
+    torch_turns, cpu_turns = TorchTurns(tables), CpuTurns(tables)
+    rng = np.random.default_rng(seed)
+    for step in range(3):
+        bounds = np.concatenate([[0], rng.integers(0, 20, 8).cumsum()]).tolist() if step else None
+        ids = torch.from_numpy(rng.integers(-1, 6, (bounds[-1] if bounds else 11) * 3)).to(dtype)
+        counts = [torch.zeros(2, 17, dtype=torch.int32) for _ in range(2)]
+        slots = [
+            turns.dispatch(1, ids, 3, bounds, counted)
+            for turns, counted in zip((torch_turns, cpu_turns), counts, strict=True)
+        ]
+        assert torch.equal(*slots)
+        assert torch.equal(*counts)
+        torch_turns.advance(2**31 + seed)
+        cpu_turns.advance(2**31 + seed)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_dispatcher_counts_the_slots_of_its_own_tokens(algorithm: str) -> None:
+    metadata = random_placement(6)
+    dispatcher = ExpertDispatcher(metadata, rank=1, policy=DispatchPolicy(algorithm))
+    ids = torch.randint(-1, 6, (20, 3), generator=torch.Generator().manual_seed(0))
+    counts = torch.full((2, 17), 5, dtype=torch.int32)
+    slots = dispatcher.dispatch(1, ids, rank_bounds=[0, 4, *[20] * 7], counts=counts)
+    assert slots.shape == (16, 3)
+    expected = torch.full((2, 17), 5, dtype=torch.int32)
+    count_slots(expected[1], slots)
+    assert torch.equal(counts, expected)
+    assert expected[1, -1] > 5  # some were none

@@ -18,6 +18,7 @@ from equipoise.dispatch.solver.controls import ROTATION
 from equipoise.dispatch.solver.quotas import solve_quotas
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import ConfigError, PlacementError
+from equipoise.load.recorder import count_slots
 from helpers.dispatch_cases import DispatchCase, dispatch_cases, placement
 
 
@@ -97,8 +98,12 @@ def test_numba_computes_the_bits_of_the_reference(case: DispatchCase) -> None:
         (mine.flatten().numpy(), 0, mine.numel(), gathered, 1),
     ):
         slots = np.full(mine.numel(), -7, dtype=flat.dtype)
-        dispatch_batch(0, ids, first, last, counts, row, tables.host, controls, slots)
+        recorded = np.ones((1, case.metadata.num_physical_experts + 1), dtype=np.int32)
+        dispatch_batch(0, ids, first, last, counts, row, tables.host, controls, recorded, slots)
         assert np.array_equal(slots, expected.numpy())
+        counted = torch.ones(recorded.shape[1], dtype=torch.int32)
+        count_slots(counted, expected)
+        assert np.array_equal(recorded[0], counted.numpy())
 
 
 @pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (16, 5, 64), (32, 9, 256), (144, 3, 256)])

@@ -24,7 +24,7 @@ TILES = {
     "288/32": ({"E": 256, "EP": 512, "M": 32, "C": 8, "D": 16, "G": 32}, 1),
     "432/144": ({"E": 256, "EP": 512, "M": 256, "C": 16, "D": 4, "G": 256}, 8),
 }
-SCALARS = {"num_ids", "top_k", "num_ranks", "own_row"}
+SCALARS = {"num_ids", "top_k", "num_ranks", "own_row", "none", "first_own", "last_own"}
 
 
 def compiled(kernel: triton.JITFunction, constants: dict[str, object], id_type: str, warps: int, capability: int):
@@ -65,7 +65,7 @@ def main() -> None:
             ("count", count_and_solve, {"BLOCK": 256, "SOLVE": False}, warps),
             ("count_and_solve", count_and_solve, {"BLOCK": 256, "SOLVE": True}, warps),
             ("solve_gathered", solve_gathered, {}, warps),
-            ("assign", assign, {"BLOCK": 256, "ROWS": 16, "GATHERED": True}, 4),
+            ("assign", assign, {"BLOCK": 256, "ROWS": 16, "GATHERED": True, "RECORD": True}, 4),
         ):
             for id_type in ("i32", "i64") if "ids" in kernel.arg_names else ("i32",):
                 binary = compiled(kernel, sizes | constants, id_type, num_warps, capability)

@@ -17,6 +17,7 @@ from equipoise.dispatch.solver.assign import assign_slots
 from equipoise.dispatch.solver.controls import ROTATION
 from equipoise.dispatch.solver.quotas import solve_quotas
 from equipoise.dispatch.tables import DispatchTables
+from equipoise.load.recorder import count_slots
 from helpers.dispatch_cases import DispatchCase, dispatch_cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,13 +49,16 @@ def check(case: DispatchCase, first_part: int) -> None:
         rows = gather(case.count(seen)).cpu()
         quotas = solve_quotas(rows.sum(0), host, controls)
         expected = assign_slots(seen, quotas, host, int(controls[ROTATION]), rows[:own].sum(0))
-        slots = kernels.dispatch(
-            0, ids.flatten(), None, torch.tensor(unpadded, dtype=torch.int32, device=DEVICE), ids.shape[1]
-        )
+        recorded = torch.ones(1, metadata.num_physical_experts + 1, dtype=torch.int32, device=DEVICE)
+        padding_from = torch.tensor(unpadded, dtype=torch.int32, device=DEVICE)
+        slots = kernels.dispatch(0, ids.flatten(), ids.shape[1], None, recorded, padding_from)
         assert torch.equal(kernels.quotas.cpu(), quotas)
         assert slots.dtype == case.ids.dtype
         assert torch.equal(slots.cpu(), expected.flatten())
-        kernels.advance()
+        counted = torch.ones_like(recorded, device="cpu")
+        count_slots(counted[0], expected)
+        assert torch.equal(recorded.cpu(), counted)
+        kernels.advance(len(ids))
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -10,6 +12,7 @@ from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
 from equipoise.dispatch.tables import DispatchTables
+from equipoise.dispatch.turns import NOBODY_COUNTS
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
 
@@ -43,31 +46,30 @@ class CpuBatchDispatch:
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
 
-    def dispatch(self, layer_id: int, ids: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
-        """Slots of this rank's part of ``ids``.
-
-        Args:
-            ids: (N,) logical experts: this rank's own; with ``bounds`` those of all ranks.
-            bounds: (G + 1) where each rank's ids begin and end.
-        """
+    def dispatch(
+        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ``dispatcher.Choice``."""
         if bounds is None:
             gathered, row, first, last = self._counts_of_scope(ids), self._rank - self._ranks.start, 0, ids.numel()
         else:
-            begin, end = bounds[self._ranks.start], bounds[self._ranks.stop]
             gathered, row = self._alone, 0
-            first, last = bounds[self._rank] - begin, bounds[self._rank + 1] - begin
-            ids = ids[begin:end]
-        if ids.numel() > self._most_ids:
+            begin = bounds[self._ranks.start]
+            first, last = (bounds[self._rank] - begin) * width, (bounds[self._rank + 1] - begin) * width
+            ids = ids[begin * width : bounds[self._ranks.stop] * width]
+        array = ids.numpy()
+        if array.size > self._most_ids:
             raise ConfigError(
-                f"a batch of {ids.numel()} choices is more than dispatch by the batch can count "
+                f"a batch of {array.size} choices is more than dispatch by the batch can count "
                 f"({self._most_ids} a rank of its scope)",
                 field="ep_dispatch_algorithm",
             )
-        slots = np.empty(last - first, dtype=ids.numpy().dtype)
-        dispatch_batch(layer_id, ids.numpy(), first, last, gathered, row, self._tables.host, self._controls, slots)
+        slots = np.empty(last - first, dtype=array.dtype)
+        recorded = NOBODY_COUNTS if counts is None else counts.numpy()
+        dispatch_batch(layer_id, array, first, last, gathered, row, self._tables.host, self._controls, recorded, slots)
         return torch.from_numpy(slots)
 
-    def advance(self) -> None:
+    def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas."""
         step = self._policy.num_scopes(self._topology)
         self._controls[ROTATION] = (int(self._controls[ROTATION]) + step) & ROTATION_MASK

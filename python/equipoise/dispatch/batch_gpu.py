@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
@@ -68,22 +70,17 @@ class TritonBatchDispatch:
         self,
         layer_id: int,
         ids: torch.Tensor,
-        bounds: list[int] | None,
+        width: int,
+        bounds: Sequence[int] | None,
+        counts: torch.Tensor | None,
         num_unpadded: torch.Tensor | None = None,
-        top_k: int = 1,
     ) -> torch.Tensor:
-        """Slots of this rank's part of ``ids``.
-
-        Args:
-            ids: (N,) int32 or int64 logical experts: this rank's own; with ``bounds`` those of all ranks.
-            bounds: (G + 1) where each rank's ids begin and end.
-            num_unpadded: device scalar; tokens (``top_k`` ids each) from this number on are padding.
-        """
-        part = slice(None)
+        """See ``dispatcher.Choice``. ``num_unpadded``: device scalar; tokens from this number on are padding."""
+        first, last = 0, ids.numel()
         if bounds is not None:
-            begin, end = bounds[self._ranks.start], bounds[self._ranks.stop]
-            part = slice(bounds[self._rank] - begin, bounds[self._rank + 1] - begin)
-            ids = ids[begin:end]
+            begin = bounds[self._ranks.start]
+            first, last = (bounds[self._rank] - begin) * width, (bounds[self._rank + 1] - begin) * width
+            ids = ids[begin * width : bounds[self._ranks.stop] * width]
         ids = ids.contiguous()
         num_blocks = max(triton.cdiv(ids.numel(), BLOCK), 1)
         if num_blocks > len(self._block_counts):
@@ -95,7 +92,7 @@ class TritonBatchDispatch:
                   self.quotas, self._inverses, self._starts)  # fmt: skip
         alone = bounds is not None or len(self._ranks) == 1
         count_and_solve[(num_blocks,)](
-            ids, ids.numel(), top_k, unpadded, self._block_counts, self._totals, self._finished, *solved,
+            ids, ids.numel(), width, unpadded, self._block_counts, self._totals, self._finished, *solved,
             **self._sizes, **self._solve_sizes, BLOCK=BLOCK, SOLVE=alone, num_warps=self._warps,
         )  # fmt: skip
         if not alone:
@@ -107,13 +104,15 @@ class TritonBatchDispatch:
             )  # fmt: skip
         slots = torch.empty_like(ids)
         assign[(num_blocks,)](
-            ids, slots, ids.numel(), top_k, unpadded, self._block_counts, self._before, layer.row_of_expert,
+            ids, slots, ids.numel(), width, unpadded, self._block_counts, self._before, layer.row_of_expert,
             layer.slot_of_expert, layer.slot, self._inverses, self._starts,
-            **self._sizes, BLOCK=BLOCK, ROWS=_BLOCKS_AT_ONCE, GATHERED=not alone,
+            self._finished if counts is None else counts[layer_id], 0 if counts is None else counts.shape[1] - 1,
+            first, last, **self._sizes, BLOCK=BLOCK, ROWS=_BLOCKS_AT_ONCE, GATHERED=not alone,
+            RECORD=counts is not None,
         )  # fmt: skip
-        return slots[part]
+        return slots[first:last]
 
-    def advance(self) -> None:
+    def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas; on the device, so that a graph does not freeze it."""
         rotation = self._controls[ROTATION]
         rotation.add_(self._policy.num_scopes(self._topology)).bitwise_and_(ROTATION_MASK)

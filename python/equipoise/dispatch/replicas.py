@@ -11,12 +11,12 @@ import torch
 
 from equipoise.topology import EpTopology
 
-_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: consecutive multiples modulo 2**32 spread evenly
+GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: consecutive multiples modulo 2**32 spread evenly
 # Odd constants that set ranks, layers and the k choices of a token apart, so that they do not pick in step.
-_RANK_STRIDE = 0x85EBCA6B
-_LAYER_STRIDE = 0xC2B2AE35
-_CHOICE_STRIDE = 0x27D4EB2F
-_MASK32 = 0xFFFFFFFF
+RANK_STRIDE = 0x85EBCA6B
+LAYER_STRIDE = 0xC2B2AE35
+CHOICE_STRIDE = 0x27D4EB2F
+MASK32 = 0xFFFFFFFF
 
 
 def usable_weights(
@@ -72,10 +72,10 @@ def nearest_replicas(
 
 def weyl_uniform(token_number: torch.Tensor, num_choices: int, *, layer_id: int, rank: int) -> torch.Tensor:
     """(T,) int64 token numbers to (T, num_choices) float32 in [0, 1), exact in 24 bits so never 1."""
-    offset = (layer_id * _LAYER_STRIDE + rank * _RANK_STRIDE) & _MASK32
-    choice = torch.arange(num_choices, device=token_number.device) * _CHOICE_STRIDE
-    mixed = (token_number[:, None] & _MASK32) * _GOLDEN + choice + offset
-    return ((mixed & _MASK32) >> 8).to(torch.float32) * 2.0**-24
+    offset = (layer_id * LAYER_STRIDE + rank * RANK_STRIDE) & MASK32
+    choice = torch.arange(num_choices, device=token_number.device) * CHOICE_STRIDE
+    mixed = (token_number[:, None] & MASK32) * GOLDEN + choice + offset
+    return ((mixed & MASK32) >> 8).to(torch.float32) * 2.0**-24
 
 
 def sample_replicas(

@@ -65,9 +65,7 @@ class ExpertDistributionRecorder:
             layer_id: MoE layer, 0-based.
             physical_ids: any shape, int64 slots; -1 for "none".
         """
-        flat = physical_ids.reshape(-1)
-        column = torch.where(flat < 0, self._num_slots, flat)
-        self.counts[layer_id].scatter_add_(0, column, torch.ones_like(column, dtype=torch.int32))
+        count_slots(self.counts[layer_id], physical_ids)
 
     def record_counts(self, physical_counts: torch.Tensor) -> None:
         """Adds (L, P) counts of the step under way, of any integer dtype, on the device of the maps.
@@ -148,3 +146,10 @@ class ExpertDistributionRecorder:
         if self._recording.num_steps == 0:
             raise PhaseError("nothing was recorded: start a recording and send requests first")
         return self._recording.snapshot(self.sum_over_ranks(self._recording.counts()))
+
+
+def count_slots(counts: torch.Tensor, physical_ids: torch.Tensor) -> None:
+    """Adds slots of any shape and integer dtype to ``counts``, (P + 1,) int32; -1 to the last column."""
+    flat = physical_ids.reshape(-1).long()
+    column = torch.where(flat < 0, len(counts) - 1, flat)
+    counts.scatter_add_(0, column, torch.ones_like(column, dtype=torch.int32))

@@ -157,9 +157,7 @@ class EplbManager:
         """
         assert self._dispatcher is not None, "this host dispatches itself"
         row = self._row_of[layer_id]
-        physical_ids = self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds)
-        self.recorder.record(row, physical_ids)
-        return physical_ids
+        return self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds, counts=self.recorder.counts)
 
     def record_counts(self, physical_counts: torch.Tensor) -> None:
         """Adds what the host has counted in the forward pass under way, once or in parts.

@@ -22,6 +22,7 @@ def dispatch_batch(
     own_row: int,
     tables: NumpyTables,
     controls: np.ndarray,
+    recorded: np.ndarray,
     slots: np.ndarray,
 ) -> None:
     """Slots for ``ids[first:last]``.
@@ -31,6 +32,7 @@ def dispatch_batch(
         first, last: this rank's part of ``ids``.
         gathered: (ranks of the scope, E) int32 counts by rank; without rows, ``ids`` are the scope's.
         own_row: this rank's row of ``gathered``.
+        recorded: (L, P + 1) int32, to which the slots are added, "none" in the last column; (0, 0): nobody counts.
         slots: (last - first,) of the dtype of ``ids``, filled; -1 for none.
     """
     num_experts = tables.row_of_expert.shape[1]
@@ -47,6 +49,10 @@ def dispatch_batch(
     quotas = int32_table(tables.slot.shape[1], tables.slot.shape[2], 0)
     solve_layer(layer, counts, tables, controls, quotas)
     _assign(layer, ids, first, last, counts, before, tables, controls[ROTATION], quotas, slots)
+    none = recorded.shape[1] - 1
+    if none >= 0:
+        for i in range(slots.shape[0]):
+            recorded[layer, slots[i] if slots[i] >= 0 else none] += 1
 
 
 @kernel

@@ -78,11 +78,14 @@ def solve_gathered(
 @triton.jit
 def assign(
     ids, slots, num_ids, top_k, num_unpadded, block_counts, before,
-    row_of_expert, slot_of_expert, slot, inverses, starts,
+    row_of_expert, slot_of_expert, slot, inverses, starts, recorded, none, first_own, last_own,
     E: tl.constexpr, EP: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, GATHERED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, GATHERED: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Slots of the ids: the n-th token of an expert goes where the running quotas say (``assign.py``)."""
+    """Slots of the ids: the n-th token of an expert goes where the running quotas say (``assign.py``).
+
+    With RECORD, those of ids [first_own, last_own) are added to ``recorded`` (none + 1), -1 in its last column.
+    """
     block = tl.program_id(0)
     nth_id = tl.arange(0, BLOCK)
     index = block * BLOCK + nth_id
@@ -112,6 +115,9 @@ def assign(
         done = done | hit
         n = tl.where(done, n, n - taken.to(tl.int32))
     tl.store(slots + index, tl.where(e >= 0, result, -1).to(slots.dtype.element_ty), mask=index < num_ids)
+    if RECORD:
+        mine = (index >= first_own) & (index < last_own)
+        tl.atomic_add(recorded + tl.where(e >= 0, result, none), 1, mask=mine, sem="relaxed")
 
 
 @triton.jit

@@ -1,0 +1,188 @@
+"""What dispatch and recording add to the embedded engine's steps: on and off in one run, step by step in turns.
+
+The demo model on several ranks of this machine. Off: the slots are those that the same batch got before, looked up from
+memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
+whatever they gain. Off and on change places from pair to pair, and their medians are compared.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import equipoise.engine.demo_model
+from equipoise.config import EngineConfig, EplbConfig, ServeConfig
+from equipoise.dispatch.dispatcher import ExpertDispatcher
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.engine.groups import make_groups
+from equipoise.engine.model.blueprint import ModelBlueprint
+from equipoise.engine.model.experts import EpContext, token_bounds
+from equipoise.engine.model.runner import ModelRunner
+from equipoise.engine.model.step_batch import Segment, StepBatch
+from equipoise.load.recorder import ExpertDistributionRecorder
+
+NUM_RANKS = 2  # as many as a small machine has cores: more would wait for each other
+DECODING, PROMPT = (1, 8, 32), 256
+POLICIES = {
+    "dynamic": DispatchPolicy("dynamic"),
+    "batch": DispatchPolicy("batch"),
+    "batch, scope all": DispatchPolicy("batch", "all"),
+}
+
+
+@dataclass
+class Routing:
+    """What a rank's experts call: dispatch with or without counting, or the slots remembered from the last dispatch."""
+
+    dispatchers: dict[str, ExpertDispatcher]
+    recorder: ExpertDistributionRecorder
+    metadata_map: torch.Tensor
+    policy: str = "batch"
+    mode: str = "dispatch"  # dispatch | record | remember
+
+    def __post_init__(self) -> None:
+        self._remembered: dict[tuple[str, int], torch.Tensor] = {}
+        self._number = 0
+        self.inside = 0.0  # seconds in here since it was last set to 0
+
+    def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None) -> torch.Tensor:
+        key = (self.policy, layer_id)
+        if self.mode == "remember":
+            return self._remembered[key]
+        began = time.perf_counter()
+        counts = self.recorder.counts if self.mode == "record" else None
+        slots = self.dispatchers[self.policy].dispatch(layer_id, topk_ids, rank_bounds=rank_bounds, counts=counts)
+        self.inside += time.perf_counter() - began
+        self._remembered[key] = slots
+        return slots
+
+    def end_step(self, num_tokens: int) -> None:
+        if self.mode == "remember":
+            return
+        began = time.perf_counter()
+        self.dispatchers[self.policy].advance(num_tokens)
+        if self.mode == "record":
+            self.recorder.end_step(self.metadata_map, forward_pass_id=self._number, counted=True)
+            self._number += 1
+        self.inside += time.perf_counter() - began
+
+
+def engine_overhead(quick: bool) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step, by kind of step and policy: off, what dispatch adds, what recording adds to that."""
+    engine = EngineConfig("demo", ep_size=NUM_RANKS, nnodes=1, device="cpu", max_running_requests=max(DECODING))
+    config = ServeConfig(engine, EplbConfig(ep_num_redundant_experts=8))
+    blueprint = ModelBlueprint.prepare(config)
+    context = multiprocessing.get_context("fork")  # ranks share what was prepared, as the engine's own do
+    mine, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(
+                target=_run_rank, args=(config, blueprint, r, Path(folder), theirs if r == 0 else None, quick)
+            )
+            for r in range(NUM_RANKS)
+        ]
+        for process in ranks:
+            process.start()
+        theirs.close()
+        try:
+            found: dict[str, dict[str, float]] = mine.recv()
+        finally:
+            for process in ranks:
+                process.join(10)
+                process.kill()
+    return found
+
+
+def _run_rank(
+    config: ServeConfig, blueprint: ModelBlueprint, rank: int, rendezvous: Path, pipe: Connection | None, quick: bool
+) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    groups = make_groups(rank, NUM_RANKS, rendezvous, device, "host", os.environ)
+    runner = ModelRunner(blueprint, rank, device, config)
+    metadata = blueprint.metadata.clone()
+    dispatchers = {name: ExpertDispatcher(metadata, rank=rank, policy=policy) for name, policy in POLICIES.items()}
+    recorder = ExpertDistributionRecorder(metadata, groups.serving, period=80, num_windows=8, buffer_size=1)
+    routing = Routing(dispatchers, recorder, metadata.physical_to_logical_map)
+    runner.connect(EpContext(blueprint.topology, rank, groups.experts, routing.route))
+    found = {
+        f"{kind}, {policy}": _measure(runner, routing, policy, batch, rank, pairs)
+        for kind, batch, pairs in _batches(quick)
+        for policy in POLICIES
+    }
+    if pipe is not None:
+        pipe.send(found)
+
+
+def _batches(quick: bool) -> list[tuple[str, StepBatch, int]]:
+    """Name, batch, how many rounds of it."""
+    text = "".join(equipoise.engine.demo_model.prompts()["prose"]).encode()
+    rows = range(max(DECODING))
+    found = []
+    for count in DECODING[1:2] if quick else DECODING:
+        tokens = tuple(text[(37 * row) % len(text)] for row in rows[:count])
+        segments = tuple(Segment(row, 64, 1) for row in rows[:count])
+        found.append(
+            (f"decode, {count} requests", StepBatch(segments, tokens, tuple(range(count))), 10 if quick else 600)
+        )
+    prompt = tuple(text[i % len(text)] for i in range(PROMPT))
+    found.append((f"prefill, {PROMPT} tokens", StepBatch((Segment(0, 0, PROMPT),), prompt, (0,)), 10 if quick else 200))
+    return found
+
+
+def _measure(
+    runner: ModelRunner, routing: Routing, policy: str, batch: StepBatch, rank: int, rounds: int
+) -> dict[str, float]:
+    bounds = token_bounds(batch.num_tokens, NUM_RANKS)
+    num_tokens = bounds[rank + 1] - bounds[rank]
+    routing.policy = policy
+    modes = ("dispatch", "remember", "record", "remember")  # what was dispatched last is what is remembered
+    seconds: dict[str, list[float]] = {"dispatch": [], "record": [], "off": [], "inside": []}
+    for turn in range(rounds + 3):
+        order: Sequence[int] = (0, 1, 2, 3) if turn % 2 else (2, 3, 0, 1)
+        for index in order:
+            routing.mode, routing.inside = modes[index], 0.0
+            began = time.perf_counter()
+            runner.forward(batch)
+            routing.end_step(num_tokens)
+            if turn >= 3:
+                seconds["off" if routing.mode == "remember" else routing.mode].append(time.perf_counter() - began)
+                if routing.mode == "record":
+                    seconds["inside"].append(routing.inside)
+    return _summary(seconds)
+
+
+def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds, and parts of the step without dispatch and recording."""
+    off, dispatch, record, inside = (1e3 * median(seconds[name]) for name in ("off", "dispatch", "record", "inside"))
+    return {
+        "off": off,
+        "dispatch": dispatch,
+        "dispatch and record": record,
+        "dispatch adds": dispatch / off - 1,
+        "dispatch and recording add": record / off - 1,
+        "recording adds": (record - dispatch) / off,
+        "inside dispatch and recording": inside
+        / off,  # by a clock inside them: less noise, without what they cool down
+    }
+
+
+Bar = Callable[[str, float, float], None]
+
+
+def overhead_bars(found: dict[str, dict[str, float]], bar: Bar) -> None:
+    """What `batch` and recording may add, as parts of a step."""
+    for kind, values in found.items():
+        if kind.endswith(", batch"):
+            limit = 0.02 if kind.startswith("prefill") else 0.03
+            bar(f"{kind}: dispatch and recording add", values["dispatch and recording add"], limit)
+            bar(f"{kind}: recording adds", values["recording adds"], 0.01)

@@ -1,0 +1,139 @@
+"""Dispatch that does not look at the batch, ``static`` and ``dynamic``: in torch, and in one compiled call on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+
+from equipoise.dispatch.replicas import (
+    cumulative_weights,
+    nearest_replicas,
+    sample_replicas,
+    usable_weights,
+    weyl_uniform,
+)
+from equipoise.dispatch.turns_numba import take_nearest, take_turns
+from equipoise.errors import PlacementError
+from equipoise.load.recorder import count_slots
+from equipoise.placement.metadata import ExpertLocationMetadata
+
+NOBODY_COUNTS = np.zeros((0, 0), dtype=np.int32)
+
+
+class TurnsTables:
+    """What ``static`` or ``dynamic`` looks up, in buffers that keep their address.
+
+    Args:
+        metadata: the live placement.
+        rank: this rank.
+        nearest: the nearest replica, else turns by planned weight.
+        live_ranks: ranks that take tokens; all if None.
+
+    Raises:
+        PlacementError: an expert has no replica on a live rank.
+    """
+
+    def __init__(
+        self, metadata: ExpertLocationMetadata, rank: int, *, nearest: bool, live_ranks: Collection[int] | None
+    ) -> None:
+        topology = metadata.topology
+        self.metadata = metadata
+        self.rank = rank
+        live = torch.from_numpy(topology.live_mask(live_ranks))
+        self._some_are_lost = not bool(live.all())
+        self._live_slots = live.repeat_interleave(topology.slots_per_rank).to(metadata.physical_to_logical_map.device)
+        self.nearest = torch.empty_like(metadata.num_replicas) if nearest else None
+        self.cdf = torch.empty_like(metadata.dispatch_cdf)
+        self.refresh(range(metadata.num_layers))
+
+    def refresh(self, layer_ids: Sequence[int]) -> None:
+        """Takes over the live maps of these layers, in place.
+
+        Raises:
+            PlacementError: an expert has no replica on a live rank.
+        """
+        index = torch.tensor(list(layer_ids), device=self._live_slots.device)
+        maps = self.metadata.logical_to_physical_map[index]
+        weights = usable_weights(maps, self.metadata.dispatch_weights[index], self._live_slots)
+        if self._some_are_lost:  # else no expert can be: every placement has a replica of each; looking would wait
+            _require_live_replicas(weights, layer_ids)
+        if self.nearest is not None:
+            self.nearest[index] = nearest_replicas(maps, self.metadata.topology, self.rank, weights)
+        else:
+            self.cdf[index] = cumulative_weights(weights)
+
+
+class TorchTurns:
+    """Chooses with torch; nothing waits for the device."""
+
+    def __init__(self, tables: TurnsTables) -> None:
+        self._tables = tables
+        # Advances on the device, so that a captured CUDA graph does not freeze it.
+        self._next_token = torch.zeros((), dtype=torch.int64, device=tables.cdf.device)
+
+    def dispatch(
+        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ``dispatcher.Choice``."""
+        tables = self._tables
+        mine = _own_part(ids, width, bounds, tables.rank).view(-1, width)
+        experts = mine.clamp(min=0).long()
+        if tables.nearest is not None:
+            slots = tables.nearest[layer_id][experts]
+        else:
+            number = self._next_token + torch.arange(len(mine), device=mine.device)
+            uniform = weyl_uniform(number, width, layer_id=layer_id, rank=tables.rank)
+            maps = tables.metadata.logical_to_physical_map[layer_id]
+            slots = sample_replicas(experts, uniform, maps, tables.cdf[layer_id])
+        slots = torch.where(mine < 0, -1, slots).to(ids.dtype)
+        if counts is not None:
+            count_slots(counts[layer_id], slots)
+        return slots.flatten()
+
+    def advance(self, num_tokens: int) -> None:
+        """Ends a step of so many tokens."""
+        self._next_token += num_tokens
+
+
+class CpuTurns:
+    """Chooses and counts with numba."""
+
+    def __init__(self, tables: TurnsTables) -> None:
+        self._tables = tables
+        self._slot_of_replica = tables.metadata.logical_to_physical_map.numpy()  # shares its memory: follows it
+        self._cdf = tables.cdf.numpy()
+        self._nearest = None if tables.nearest is None else tables.nearest.numpy()
+        self._next_token = 0
+
+    def dispatch(
+        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ``dispatcher.Choice``."""
+        mine = _own_part(ids, width, bounds, self._tables.rank).numpy()
+        slots = np.empty_like(mine)
+        recorded = NOBODY_COUNTS if counts is None else counts.numpy()
+        if self._nearest is not None:
+            take_nearest(layer_id, mine, self._nearest, recorded, slots)
+        else:
+            rank, maps = self._tables.rank, self._slot_of_replica
+            take_turns(layer_id, mine, width, self._next_token, rank, maps, self._cdf, recorded, slots)
+        return torch.from_numpy(slots)
+
+    def advance(self, num_tokens: int) -> None:
+        """Ends a step of so many tokens."""
+        self._next_token += num_tokens
+
+
+def _own_part(ids: torch.Tensor, width: int, bounds: Sequence[int] | None, rank: int) -> torch.Tensor:
+    return ids if bounds is None else ids[bounds[rank] * width : bounds[rank + 1] * width]
+
+
+def _require_live_replicas(weights: torch.Tensor, layer_ids: Sequence[int]) -> None:
+    lost = (weights.sum(-1) == 0).nonzero()
+    if len(lost):
+        layer, expert = lost[0].tolist()
+        raise PlacementError(
+            f"expert {expert} of layer {list(layer_ids)[layer]} has no replica on a live rank", field="live_ranks"
+        )
