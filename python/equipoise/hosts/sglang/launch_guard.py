@@ -20,7 +20,11 @@ log = logging.getLogger("equipoise.hosts.sglang")
 def launch_guard_hook(level: Level) -> Hook:
     def resolve_and_check(original: Callable[..., None], server_args: Any) -> None:
         resolved_before = getattr(server_args, "_resolution_finished", False)  # a copy in a child process
-        original(server_args)
+        try:
+            original(server_args)
+        except Exception:  # SGLang asserts some of what is refused here, without a word
+            refuse_or_warn(server_args, level)
+            raise
         if not resolved_before:
             refuse_or_warn(server_args, level)
 
