@@ -79,8 +79,8 @@ bench-gpu: $(READY)  ## what dispatch, commits, checksums and transfers cost on 
 bench-sglang: $(READY) $(SGLANG_READY)  ## what a rebalance costs a real SGLang server's answers: its own balancer and ours
 	PYTHONPATH=test $(BIN)/python benchmark/sglang_stall.py $(ARGS)
 
-soak: $(READY)  ## the long tests: randomised ones at length, every benchmark and document's command in a new clone
-	$(BIN)/pytest -m soak $(PYTEST_ARGS)
+soak: $(READY) $(SGLANG_READY)  ## the long tests: randomised ones at length, every document's command, SGLang's server
+	$(BIN)/pytest -m 'soak or sglang' $(PYTEST_ARGS)
 
 api: $(READY)  ## write docs/api.md again from the public names
 	$(BIN)/python scripts/make_api_page.py

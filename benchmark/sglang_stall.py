@@ -203,7 +203,7 @@ def _wait_for_rebalance(
         report = server.get("/eplb/status").json()["last_report"]
         found.moves.append(sum(report["moves"]))
         found.moved_bytes.append(report["bytes_moved"])
-        found.duration.append(report["planning_seconds"] + report["transfer_seconds"])
+        found.duration.append(report["profile"]["wait_seconds"] + report["profile"]["migrate_seconds"])
     return end
 
 

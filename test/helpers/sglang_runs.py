@@ -9,10 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from helpers.sglang_server import SglangServer
-
-Answers = list[list[int]]
-Expected = Callable[[Path], Answers]
+from helpers.sglang_server import Answers, SglangServer
 
 EPLB = ("--enable-eplb", "--ep-num-redundant-experts=4", "--eplb-algorithm=equipoise")
 TWO_RANKS = ("--tp=2", "--ep=2", *EPLB)

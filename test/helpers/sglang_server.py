@@ -33,6 +33,7 @@ CPU_FLAGS = (
     "--watchdog-timeout=900",
 )
 NUM_PROMPTS = 20
+Answers = list[list[int]]
 
 
 class SglangServer:
@@ -123,7 +124,7 @@ class SglangServer:
         reply.raise_for_status()
         return reply.json()["output_ids"]
 
-    def answers(self, *, concurrency: int = 1) -> list[list[int]]:
+    def answers(self, *, concurrency: int = 1) -> Answers:
         """The greedy continuations of the prompts of :func:`prompts`, in order."""
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(self.generate, prompts()))

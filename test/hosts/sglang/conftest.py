@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers.sglang_server import PYTHON, SglangServer
+from helpers.sglang_server import PYTHON, Answers, SglangServer
 from helpers.tiny_models import make_tiny_model
 
 # What SGLang asks of a DeepSeek-V2 config beyond what transformers does.
@@ -36,7 +35,6 @@ _DEEPSEEK = {
         "original_max_position_embeddings": 128,
     },
 }
-Answers = list[list[int]]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -63,15 +61,21 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Answers]:
-    """Answers of the stock server on one rank; one start for each model."""
-    known: dict[Path, Answers] = {}
+def qwen_answers(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return stock_answers(qwen, tmp_path_factory)
 
-    def answers_of(model: Path) -> Answers:
-        if model not in known:
-            log = tmp_path_factory.mktemp("stock") / "server.log"
-            with SglangServer(model, log=log) as server:
-                known[model] = server.answers(concurrency=2)
-        return known[model]
 
-    return answers_of
+@pytest.fixture(scope="session")
+def other_qwen_answers(other_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return stock_answers(other_qwen, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def deepseek_answers(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return stock_answers(deepseek, tmp_path_factory)
+
+
+def stock_answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Answers of the stock server on one rank. A fixture's, so that no other server takes its cores meanwhile."""
+    with SglangServer(model, log=tmp_path_factory.mktemp("stock") / "server.log") as server:
+        return server.answers(concurrency=2)

@@ -12,52 +12,51 @@ import pytest
 from helpers.sglang_runs import (
     PERIODIC,
     TWO_RANKS,
-    Expected,
     moved_while_answering,
     rebalance,
     start,
     wait_for_kernels,
     wait_until,
 )
-from helpers.sglang_server import SglangServer, scheduler_pids
+from helpers.sglang_server import Answers, SglangServer, scheduler_pids
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(3600)]
 
 
-def test_maps_without_weights_change_the_answers(qwen: Path, expected: Expected, tmp_path: Path) -> None:
+def test_maps_without_weights_change_the_answers(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     """Negative control: with the updater on copies of the weights, the comparison that all tests rest on fails."""
     with start(qwen, "full", TWO_RANKS, tmp_path, SGLANG_CPU_FAULT="copies") as server:
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         wait_for_kernels(server)
         assert rebalance(server)["outcome"] == "committed"
-        assert server.answers(concurrency=2) != expected(qwen)
+        assert server.answers(concurrency=2) != qwen_answers
 
 
-def test_error_in_a_tick_stops_balancing_and_not_the_server(qwen: Path, expected: Expected, tmp_path: Path) -> None:
+def test_error_in_a_tick_stops_balancing_and_not_the_server(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     with start(qwen, "full", (*TWO_RANKS, PERIODIC), tmp_path, SGLANG_CPU_FAULT="tick") as server:
-        wait_until(lambda: failed_after_more_requests(server, expected(qwen)), 900, "phase failed")
+        wait_until(lambda: failed_after_more_requests(server, qwen_answers), 900, "phase failed")
         status = server.get("/eplb/status").json()
         assert "injected by a test" in status["error"]
         refused = server.post("/eplb/rebalance")
         assert refused.status_code == 409
         assert "injected by a test" in refused.json()["error"]["message"]
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
 
 
-def failed_after_more_requests(server: SglangServer, expected: list[list[int]]) -> bool:
+def failed_after_more_requests(server: SglangServer, expected: Answers) -> bool:
     assert server.answers(concurrency=2) == expected
     return bool(server.get("/eplb/status").json()["phase"] == "failed")
 
 
 def test_weights_loaded_anew_during_a_transfer(
-    qwen: Path, other_qwen: Path, expected: Expected, tmp_path: Path
+    qwen: Path, other_qwen: Path, other_qwen_answers: Answers, qwen_answers: Answers, tmp_path: Path
 ) -> None:
     """What was staged before holds the old weights: after the reload every answer is the other model's.
 
     Then a scheduler is killed: SGLang ends the server, and nothing of ours keeps a process alive.
     """
     with start(qwen, "full", TWO_RANKS, tmp_path, SGLANG_CPU_FAULT="slow") as server:
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         wait_for_kernels(server)
         with ThreadPoolExecutor(1) as pool:
             report = pool.submit(server.post, "/eplb/rebalance")
@@ -66,10 +65,10 @@ def test_weights_loaded_anew_during_a_transfer(
             cancelled = report.result()
             assert cancelled.status_code == 409
             assert cancelled.json()["report"]["outcome"] == "cancelled"
-        assert server.answers(concurrency=2) == expected(other_qwen)
-        assert moved_while_answering(server, expected(other_qwen))["outcome"] in ("committed", "skipped")
+        assert server.answers(concurrency=2) == other_qwen_answers
+        assert moved_while_answering(server, other_qwen_answers)["outcome"] in ("committed", "skipped")
         reload_weights(server, qwen)  # by SGLang's loader, which goes by the maps that we wrote
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         os.kill(scheduler_pids(server)[1], signal.SIGKILL)
         wait_until(lambda: server.process.poll() is not None, 120, "the end of the server")
         wait_until(lambda: not scheduler_pids(server), 60, "the end of its processes")

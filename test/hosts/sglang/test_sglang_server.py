@@ -13,7 +13,6 @@ from helpers.sglang_runs import (
     PERIODIC,
     SERIAL,
     TWO_RANKS,
-    Expected,
     calls_of_ranks,
     moved_while_answering,
     rebalance,
@@ -21,7 +20,7 @@ from helpers.sglang_runs import (
     wait_for_kernels,
     wait_until,
 )
-from helpers.sglang_server import SglangServer
+from helpers.sglang_server import Answers, SglangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(3600)]
 
@@ -34,10 +33,10 @@ SCHEDULER_HOOKS = {
 }
 
 
-def test_algorithm_level_plans_sglangs_own_rebalances(qwen: Path, expected: Expected, tmp_path: Path) -> None:
+def test_algorithm_level_plans_sglangs_own_rebalances(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     with start(qwen, "algorithm", (*TWO_RANKS, PERIODIC, SERIAL), tmp_path) as server:
         for _ in range(2):
-            assert server.answers(concurrency=2) == expected(qwen)
+            assert server.answers(concurrency=2) == qwen_answers
     planned = [line for line in server.lines() if "planned by equipoise" in line]
     assert len(planned) >= 4  # on both ranks, in more than one rebalance
     assert len(planned) % 2 == 0
@@ -51,18 +50,18 @@ def test_algorithm_level_plans_sglangs_own_rebalances(qwen: Path, expected: Expe
 
 @pytest.mark.parametrize("level", ["manager", "full"])
 def test_own_manager_moves_experts_while_answering_and_while_idle(
-    level: str, qwen: Path, expected: Expected, tmp_path: Path
+    level: str, qwen: Path, qwen_answers: Answers, tmp_path: Path
 ) -> None:
     """With the overlap schedule, SGLang's default."""
     with start(qwen, level, (*TWO_RANKS, "--enable-metrics"), tmp_path) as server:
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         wait_for_kernels(server)
-        busy = moved_while_answering(server, expected(qwen))
+        busy = moved_while_answering(server, qwen_answers)
         assert busy["outcome"] == "committed"
         assert sum(busy["moves"]) > 0
         idle = rebalance(server, algorithm="deepseek")
         assert idle["outcome"] in ("committed", "skipped")
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         check_operators_routes(server)
         metrics = server.get("/metrics").text
         check_hooks(tmp_path, num_ranks=2)
@@ -94,33 +93,48 @@ def check_hooks(directory: Path, *, num_ranks: int) -> None:
         assert abs(passes - calls["eplb.eplb_manager.EPLBManager"]) <= 1  # a file may be half a second old
 
 
-def test_four_ranks(qwen: Path, expected: Expected, tmp_path: Path) -> None:
+def test_dispatch_by_the_batch(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
+    """Ours in place of SGLang's `dynamic`: all ranks see all tokens here, and must choose alike."""
+    settings = tmp_path / "equipoise.toml"
+    settings.write_text('[eplb]\nep_dispatch_algorithm = "batch"\n')
+    with start(qwen, "full", TWO_RANKS, tmp_path, EQUIPOISE_CONFIG=str(settings)) as server:
+        assert server.answers(concurrency=3) == qwen_answers
+        wait_for_kernels(server)
+        assert moved_while_answering(server, qwen_answers)["outcome"] in ("committed", "skipped")
+        assert rebalance(server, algorithm="deepseek", force=True)["outcome"] == "committed"
+        assert server.answers(concurrency=3) == qwen_answers
+        check_hooks(tmp_path, num_ranks=2)
+    chosen = calls_of_ranks(tmp_path, "eplb.expert_location_dispatch.topk_ids_logical_to_physical")
+    assert len(chosen) == 2
+
+
+def test_four_ranks(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     """With periodic rebalances, which come while requests run."""
     with start(qwen, "full", ("--tp=4", "--ep=4", PERIODIC, *EPLB), tmp_path) as server:
-        wait_until(lambda: committed_after_more_requests(server, expected(qwen)), 1200, "a rebalance")
-        assert server.answers(concurrency=2) == expected(qwen)
+        wait_until(lambda: committed_after_more_requests(server, qwen_answers), 1200, "a rebalance")
+        assert server.answers(concurrency=2) == qwen_answers
         check_hooks(tmp_path, num_ranks=4)
 
 
-def committed_after_more_requests(server: SglangServer, expected: list[list[int]]) -> bool:
+def committed_after_more_requests(server: SglangServer, expected: Answers) -> bool:
     assert server.answers(concurrency=3) == expected
     return bool(server.get("/eplb/status").json()["num_rebalances"])
 
 
-def test_data_parallel_attention(qwen: Path, expected: Expected, tmp_path: Path) -> None:
+def test_data_parallel_attention(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     flags = (*TWO_RANKS, "--dp-size=2", "--enable-dp-attention", SERIAL)
     with start(qwen, "full", flags, tmp_path) as server:
         wait_for_kernels(server)
-        assert moved_while_answering(server, expected(qwen))["outcome"] == "committed"
+        assert moved_while_answering(server, qwen_answers)["outcome"] == "committed"
         assert rebalance(server)["outcome"] in ("committed", "skipped")
-        assert server.answers(concurrency=2) == expected(qwen)
+        assert server.answers(concurrency=2) == qwen_answers
         check_hooks(tmp_path, num_ranks=2)
 
 
-def test_model_with_a_dense_layer(deepseek: Path, expected: Expected, tmp_path: Path) -> None:
+def test_model_with_a_dense_layer(deepseek: Path, deepseek_answers: Answers, tmp_path: Path) -> None:
     with start(deepseek, "full", TWO_RANKS, tmp_path) as server:
         wait_for_kernels(server)
-        report = moved_while_answering(server, expected(deepseek))
+        report = moved_while_answering(server, deepseek_answers)
         assert report["outcome"] == "committed"
         assert report["layer_ids"] == [1, 2, 3]  # SGLang's numbers
-        assert server.answers(concurrency=2) == expected(deepseek)
+        assert server.answers(concurrency=2) == deepseek_answers

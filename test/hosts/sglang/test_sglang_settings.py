@@ -31,6 +31,9 @@ def test_variable_wins_over_file(tmp_path: Path) -> None:
         ("eplb = 3", "eplb"),
         ("[eplb]\neplb_transfer_duty = 2.0", "eplb_transfer_duty must be in"),
         ("[eplb]\neplb_transfer_duty = 'x'", "wrong type"),
+        ("[eplb]\nep_dispatch_algorithm = 'static'", "may be 'batch' here, got 'static'"),
+        ("[eplb]\nep_dispatch_scope = 'node'", "ep_dispatch_scope"),
+        ("level = 'algorithm'\n[eplb]\nep_dispatch_algorithm = 'batch'", "needs level manager or full"),
         ("[", "cannot be read"),
     ],
 )

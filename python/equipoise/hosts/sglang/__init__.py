@@ -17,6 +17,7 @@ Private to this room::
     algorithm.py        Level `algorithm`: plans SGLang's own rebalances
     attach.py           Builds our manager from what SGLang's runtime holds
     balancer.py         Our manager in a scheduler, as the hooks call it
+    batch_dispatch.py   Dispatch `batch` in place of SGLang's choice of replicas
     command_channel.py  Commands through SGLang's request broadcast, and their replies
     hook_targets.py     The functions of SGLang that are hooked: checked at load, counted
     http_side.py        The operator's routes on SGLang's own server

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from equipoise.config import EplbConfig, TransferTransport
+from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.communicator import Communicator, TorchCommunicator
 from equipoise.distributed.groups import new_transfer_group
 from equipoise.distributed.pinned_host import PinnedHostCommunicator
 from equipoise.hosts.sglang.algorithm import kind_of_dispatch
 from equipoise.hosts.sglang.balancer import SglangBalancer
+from equipoise.hosts.sglang.batch_dispatch import BatchDispatch
 from equipoise.hosts.sglang.launch.settings import PluginSettings
 from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.hosts.sglang.metrics import RebalanceMetrics
@@ -88,16 +90,21 @@ def eplb_config(moe: Any, num_redundant: int, own_options: Mapping[str, Any]) ->
         eplb_rebalance_layers_per_chunk=moe.eplb_rebalance_layers_per_chunk or 1,
         eplb_min_rebalancing_utilization_threshold=moe.eplb_min_rebalancing_utilization_threshold,
         ep_num_redundant_experts=num_redundant,
-        ep_dispatch_algorithm="static" if moe.ep_dispatch_algorithm == "static" else "dynamic",
         expert_distribution_recorder_buffer_size=buffer_size if buffer_size and buffer_size > 0 else 1000,
-        **own_options,
+        **{
+            "ep_dispatch_algorithm": "static" if moe.ep_dispatch_algorithm == "static" else "dynamic",
+            "ep_dispatch_scope": "all" if moe.moe_a2a_backend == "none" else "rank",
+            **own_options,
+        },
     )
 
 
 def build_balancer(
     runtime: SglangRuntime, settings: PluginSettings, collaborators: Mapping[str, Any], metrics: RebalanceMetrics | None
-) -> SglangBalancer:
-    """Collective. The balancer of this rank, warmed up. Allocates staging: before SGLang measures memory for its cache.
+) -> tuple[SglangBalancer, BatchDispatch | None]:
+    """Collective. The balancer of this rank, warmed up, and what chooses replicas where it is not SGLang.
+
+    Allocates staging: before SGLang measures memory for its cache.
 
     Args:
         collaborators: the keyword arguments of SGLang's ``EPLBManager``, for level ``manager``.
@@ -122,17 +129,28 @@ def build_balancer(
     def follow(change: LayersCommitted) -> None:
         changed.extend(row for row in change.rows if row not in changed)
         maps.write(change.layer_ids, change.placement, change.rows)
+        if batch is not None:
+            batch.refresh(change.rows)
 
+    replicated = runtime.moe.moe_a2a_backend == "none"
+    by_batch = config.ep_dispatch_algorithm == "batch"
     traits = HostTraits(
         layer_ids=layer_ids,
-        dispatch=kind_of_dispatch(runtime.moe.ep_dispatch_algorithm),
-        replicated_counts=runtime.moe.moe_a2a_backend == "none",
+        dispatch="batch" if by_batch else kind_of_dispatch(runtime.moe.ep_dispatch_algorithm),
+        replicated_counts=replicated,
         num_groups=runtime.num_groups,
         on_layers_committed=follow,
         on_report=None if metrics is None else metrics.ended,
     )
     gloo = partial(dist.new_group, runtime.ranks, backend="gloo")
     serving = TorchCommunicator(gloo(), "cpu", new_group=gloo, new_control_group=gloo)
+    batch: BatchDispatch | None = None
+    if by_batch:
+        dispatcher = ExpertDispatcher.from_config(config, metadata, serving)
+        batch = BatchDispatch(
+            dispatcher, layer_ids, rank=runtime.rank, num_ranks=len(runtime.ranks), replicated=replicated
+        )
+        batch.warm_up(runtime.device)
     if settings.level == "manager":
         layers = runtime.moe.eplb_rebalance_layers_per_chunk
         mover = StockMover(collaborators, layer_ids)
@@ -153,7 +171,8 @@ def build_balancer(
     manager.warm_up()
     span = f"MoE layers {layer_ids[0]} to {layer_ids[-1]}"
     log.info("attached on rank %d, level %s, %s: %s", runtime.rank, settings.level, span, config)
-    return SglangBalancer(manager, maps, changed, on_phase=None if metrics is None else metrics.show_phase)
+    balancer = SglangBalancer(manager, maps, changed, on_phase=None if metrics is None else metrics.show_phase)
+    return balancer, batch
 
 
 def transfer_communicator(runtime: SglangRuntime, transport: TransferTransport) -> Communicator:

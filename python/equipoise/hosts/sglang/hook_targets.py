@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
+import torch
+
 HookKind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
 
 
@@ -79,6 +81,7 @@ def register_hooks(hooks: Sequence[Hook]) -> None:
 
 
 def _counted(hook: Hook) -> Callable[..., Any]:
+    @torch.compiler.disable  # SGLang compiles round some targets; the count is no constant
     @wraps(hook.function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[hook.target.path] += 1

@@ -13,6 +13,7 @@ from typing import Any
 from equipoise.errors import EquipoiseError, PhaseError
 from equipoise.hosts.sglang.attach import build_balancer, runtime_of
 from equipoise.hosts.sglang.balancer import SglangBalancer
+from equipoise.hosts.sglang.batch_dispatch import BatchDispatch, dispatch_hooks
 from equipoise.hosts.sglang.command_channel import add_command_handler
 from equipoise.hosts.sglang.hook_targets import Hook, HookTarget, calls
 from equipoise.hosts.sglang.launch.settings import PluginSettings
@@ -42,13 +43,15 @@ class SchedulerSide:
     """One for each scheduler process.
 
     Attributes:
-        balancer: None until the weights are loaded, and where attaching failed.
+        balancer: None until the weights are loaded, where attaching failed, and once balancing has stopped.
+        batch: chooses replicas; None: SGLang does. Outlives the balancer: ranks must go on to choose alike.
         error: why it could not be attached.
         rank: in the expert-parallel group, once attached.
     """
 
     def __init__(self, settings: PluginSettings) -> None:
         self.balancer: SglangBalancer | None = None
+        self.batch: BatchDispatch | None = None
         self.error: str | None = None
         self.rank = 0
         self._settings = settings
@@ -68,6 +71,7 @@ class SchedulerSide:
             Hook(HookTarget(scheduler + "maybe_sleep_on_idle"), "AROUND", self._sleep_unless_busy),
             Hook(HookTarget(scheduler + "init_request_dispatcher"), "AFTER", self._dispatcher_made),
             *self._weight_hooks(),
+            *(dispatch_hooks(lambda: self.batch) if self._settings.dispatches_by_batch else ()),
         ]
 
     def _weight_hooks(self) -> list[Hook]:
@@ -99,6 +103,8 @@ class SchedulerSide:
         with self._guarded("after a pass"):
             if self.balancer is not None and self._disabled is None:
                 self.balancer.end_pass()
+        if self.batch is not None:
+            self.batch.advance()
 
     def disable(self, reason: str | None) -> None:
         """SGLang's own switch, thrown while its ranks change; None switches on again."""
@@ -116,7 +122,7 @@ class SchedulerSide:
             runtime = runtime_of(runner)
             self.rank = runtime.rank
             self._metrics = RebalanceMetrics() if runtime.rank == 0 else None
-            self.balancer = build_balancer(runtime, self._settings, self._collaborators, self._metrics)
+            self.balancer, self.batch = build_balancer(runtime, self._settings, self._collaborators, self._metrics)
         except Exception as error:
             self._stop("attaching", error)
 

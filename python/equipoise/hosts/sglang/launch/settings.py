@@ -23,13 +23,16 @@ _FROM_SGLANGS_FLAGS = (
     "eplb_rebalance_layers_per_chunk",
     "eplb_min_rebalancing_utilization_threshold",
     "ep_num_redundant_experts",
-    "ep_dispatch_algorithm",
+    "ep_dispatch_scope",
     "init_expert_location",
     "expert_distribution_recorder_mode",
     "expert_distribution_recorder_buffer_size",
 )
 OWN_OPTIONS = tuple(option.name for option in fields(EplbConfig) if option.name not in _FROM_SGLANGS_FLAGS)
-"""Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags."""
+"""Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags.
+
+``ep_dispatch_algorithm`` may be ``batch``, which SGLang has no name for.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class PluginSettings:
     level: Level = "full"
     given: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dispatches_by_batch(self) -> bool:
+        """Our dispatch ``batch`` takes the place of SGLang's ``dynamic``."""
+        return self.options.get("ep_dispatch_algorithm") == "batch"
 
 
 def read_settings(environment: Mapping[str, str]) -> PluginSettings:
@@ -69,7 +77,10 @@ def read_settings(environment: Mapping[str, str]) -> PluginSettings:
     if level is not None and level not in get_args(Level):
         known = ", ".join(get_args(Level))
         raise ConfigError(f"{LEVEL_VARIABLE} must be one of {known}, got {level!r}", field=LEVEL_VARIABLE)
-    return PluginSettings(cast(Level, level or "full"), level is not None, options)
+    settings = PluginSettings(cast(Level, level or "full"), level is not None, options)
+    if settings.level == "algorithm" and settings.dispatches_by_batch:
+        raise ConfigError("ep_dispatch_algorithm 'batch' needs level manager or full", field="ep_dispatch_algorithm")
+    return settings
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -86,6 +97,12 @@ def _check_values(options: dict[str, Any], path: str) -> None:
         raise ConfigError(f"{path} [eplb]: {error}", field=error.field) from error
     except TypeError as error:  # compared with a number
         raise ConfigError(f"{path} [eplb]: a value of the wrong type: {error}", field="eplb") from error
+    if (dispatch := options.get("ep_dispatch_algorithm", "batch")) != "batch":
+        raise ConfigError(
+            f"{path} [eplb]: ep_dispatch_algorithm may be 'batch' here, got {dispatch!r}; "
+            "give SGLang's own by --ep-dispatch-algorithm",
+            field="ep_dispatch_algorithm",
+        )
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
