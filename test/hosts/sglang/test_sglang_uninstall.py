@@ -107,7 +107,8 @@ def test_install_doctor_and_uninstall_as_documented(tmp_path: Path) -> None:
         "python - <<'END'\n"
         "import base64, hashlib\n"
         "from importlib.metadata import files\n"
-        "changed = [str(file) for file in files('sglang') if file.hash and file.hash.value != base64.urlsafe_b64encode("
+        "inside = [file for file in files('sglang') if file.hash and '..' not in file.parts]\n"
+        "changed = [str(file) for file in inside if file.hash.value != base64.urlsafe_b64encode("
         "hashlib.sha256(file.locate().read_bytes()).digest()).rstrip(b'=').decode()]\n"
         "print(changed)\nEND"
     )

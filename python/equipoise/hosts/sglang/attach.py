@@ -23,11 +23,10 @@ from equipoise.hosts.sglang.batch_dispatch import BatchDispatch
 from equipoise.hosts.sglang.launch.settings import PluginSettings
 from equipoise.hosts.sglang.live_maps import SglangMaps
 from equipoise.hosts.sglang.metrics import RebalanceMetrics
-from equipoise.hosts.sglang.stock_mover import StockMover
+from equipoise.hosts.sglang.stock_mover import stock_migration
 from equipoise.manager.host import HostTraits
 from equipoise.manager.live_placement import LayersCommitted
 from equipoise.manager.manager import EplbManager
-from equipoise.manager.migration import HostMigration
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
@@ -54,6 +53,11 @@ class SglangRuntime:
     num_nodes: int
     num_groups: int | None
     device: torch.device
+
+    @property
+    def replicated(self) -> bool:
+        """Every rank routes, and counts, the tokens of all ranks."""
+        return bool(self.moe.moe_a2a_backend == "none")
 
 
 def runtime_of(runner: Any) -> SglangRuntime:
@@ -132,38 +136,22 @@ def build_balancer(
         if batch is not None:
             batch.refresh(change.rows)
 
-    replicated = runtime.moe.moe_a2a_backend == "none"
     by_batch = config.ep_dispatch_algorithm == "batch"
     traits = HostTraits(
         layer_ids=layer_ids,
         dispatch="batch" if by_batch else kind_of_dispatch(runtime.moe.ep_dispatch_algorithm),
-        replicated_counts=replicated,
+        replicated_counts=runtime.replicated,
         num_groups=runtime.num_groups,
         on_layers_committed=follow,
         on_report=None if metrics is None else metrics.ended,
     )
     gloo = partial(dist.new_group, runtime.ranks, backend="gloo")
     serving = TorchCommunicator(gloo(), "cpu", new_group=gloo, new_control_group=gloo)
-    batch: BatchDispatch | None = None
-    if by_batch:
-        dispatcher = ExpertDispatcher.from_config(config, metadata, serving)
-        batch = BatchDispatch(
-            dispatcher, layer_ids, rank=runtime.rank, num_ranks=len(runtime.ranks), replicated=replicated
-        )
-        batch.warm_up(runtime.device)
+    batch = _batch_dispatch(runtime, config, metadata, layer_ids, serving)
     if settings.level == "manager":
         layers = runtime.moe.eplb_rebalance_layers_per_chunk
-        mover = StockMover(collaborators, layer_ids)
-        manager = EplbManager(
-            config,
-            None,
-            metadata,
-            serving,
-            host=traits,
-            migration=lambda placement, failures: HostMigration(
-                placement, mover.move, failures, layers_per_tick=layers
-            ),
-        )
+        migration = stock_migration(collaborators, layer_ids, layers_per_tick=layers)
+        manager = EplbManager(config, None, metadata, serving, host=traits, migration=migration)
     else:
         transfer = transfer_communicator(runtime, config.eplb_transport)
         weights = [list(runtime.weights[layer_id]) for layer_id in layer_ids]
@@ -173,6 +161,27 @@ def build_balancer(
     log.info("attached on rank %d, level %s, %s: %s", runtime.rank, settings.level, span, config)
     balancer = SglangBalancer(manager, maps, changed, on_phase=None if metrics is None else metrics.show_phase)
     return balancer, batch
+
+
+def _batch_dispatch(
+    runtime: SglangRuntime,
+    config: EplbConfig,
+    metadata: ExpertLocationMetadata,
+    layer_ids: list[int],
+    serving: Communicator,
+) -> BatchDispatch | None:
+    """Collective. What chooses replicas in SGLang's place; None: SGLang does."""
+    if config.ep_dispatch_algorithm != "batch":
+        return None
+    batch = BatchDispatch(
+        ExpertDispatcher.from_config(config, metadata, serving),
+        layer_ids,
+        rank=runtime.rank,
+        num_ranks=len(runtime.ranks),
+        replicated=runtime.replicated,
+    )
+    batch.warm_up(runtime.device)
+    return batch
 
 
 def transfer_communicator(runtime: SglangRuntime, transport: TransferTransport) -> Communicator:

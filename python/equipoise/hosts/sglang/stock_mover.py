@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from equipoise.hosts.sglang.share_table import even_table
+from equipoise.manager.host import MakeMigration
+from equipoise.manager.migration import HostMigration
 from equipoise.placement.metadata import ExpertLocationMetadata
 
 
@@ -44,6 +46,17 @@ class StockMover:
             ep_dispatch_algorithm=get_exec().moe.ep_dispatch_algorithm,
             init_lplb_solvers_callable=lambda: None,
         )
+
+
+def stock_migration(
+    collaborators: Mapping[str, Any], layer_ids: Sequence[int], *, layers_per_tick: int | None
+) -> MakeMigration:
+    """What an :class:`~equipoise.manager.manager.EplbManager` moves by; arguments are those of :class:`StockMover`.
+
+    ``layers_per_tick``: layers between two passes; None: all.
+    """
+    mover = StockMover(collaborators, layer_ids)
+    return lambda placement, failures: HostMigration(placement, mover.move, failures, layers_per_tick=layers_per_tick)
 
 
 def _with_layers(live: Any, target: ExpertLocationMetadata, rows: list[int], layer_ids: list[int]) -> Any:
