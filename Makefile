@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 SGLANG_VENV  := .venv-sglang
 SGLANG_READY := $(SGLANG_VENV)/.ready
 
-.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-dispatch bench-transfer bench-stall bench-gpu bench-sglang
+.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-dispatch bench-transfer bench-stall bench-gpu bench-sglang bench-sglang-dispatch
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -78,6 +78,9 @@ bench-gpu: $(READY)  ## what dispatch, commits, checksums and transfers cost on 
 
 bench-sglang: $(READY) $(SGLANG_READY)  ## what a rebalance costs a real SGLang server's answers: its own balancer and ours
 	PYTHONPATH=test $(BIN)/python benchmark/sglang_stall.py $(ARGS)
+
+bench-sglang-dispatch: $(SGLANG_READY)  ## what a layer's choice of replicas costs inside SGLang, on this CPU
+	PYTHONPATH=test/hosts/sglang/shims SGLANG_USE_CPU_ENGINE=1 $(SGLANG_VENV)/bin/python benchmark/sglang_dispatch.py $(ARGS)
 
 soak: $(READY) $(SGLANG_READY)  ## the long tests: randomised ones at length, every document's command, SGLang's server
 	$(BIN)/pytest -m 'soak or sglang' $(PYTEST_ARGS)
