@@ -101,7 +101,7 @@ def test_dispatch_by_the_batch(qwen: Path, qwen_answers: Answers, tmp_path: Path
         assert server.answers(concurrency=3) == qwen_answers
         wait_for_kernels(server)
         assert moved_while_answering(server, qwen_answers)["outcome"] in ("committed", "skipped")
-        assert rebalance(server, algorithm="deepseek", force=True)["outcome"] == "committed"
+        assert rebalance(server, algorithm="deepseek", move_price=0)["outcome"] in ("committed", "skipped")
         assert server.answers(concurrency=3) == qwen_answers
         check_hooks(tmp_path, num_ranks=2)
     chosen = calls_of_ranks(tmp_path, "eplb.expert_location_dispatch.topk_ids_logical_to_physical")
