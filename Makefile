@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 SGLANG_VENV  := .venv-sglang
 SGLANG_READY := $(SGLANG_VENV)/.ready
 
-.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-dispatch bench-transfer bench-stall bench-gpu bench-sglang bench-sglang-dispatch
+.PHONY: help setup kernels demo test test-sglang check format soak clean api dist test-gpu bench-algorithms bench-replay bench-dispatch bench-transfer bench-stall bench-gpu bench-sglang bench-sglang-dispatch
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -66,6 +66,9 @@ bench-algorithms: $(READY)  ## placement algorithms against the neighbours' own 
 
 bench-dispatch: $(READY)  ## what dispatch costs a step, by kind and batch size
 	$(BIN)/python benchmark/dispatch.py $(ARGS)
+
+bench-replay: $(READY)  ## time and memory of a replay, up to 512 ranks, 1024 experts, 64 layers, 1000 steps
+	$(BIN)/python benchmark/replay_scale.py $(ARGS)
 
 bench-transfer: $(READY)  ## moving experts, against SGLang's and vLLM's own code (downloads their wheels)
 	$(BIN)/python benchmark/transfer.py $(ARGS)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from equipoise.config import EplbConfig
+from equipoise.dispatch.policy import DispatchPolicy
+from equipoise.dispatch.score import StepLoad
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.load.trace import LoadTrace
 from equipoise.manager.planning import Migrate, plan_rebalance
-from equipoise.placement.balancedness import balancedness
+from equipoise.placement.balancedness import balancedness, rank_load
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.baselines import forced_even, oracle
 from equipoise.replay.costs import GPUS, MODELS, CostModel, ModelShape, model_of
 from equipoise.replay.grid import default_intervals, default_redundancies, make_grid
 from equipoise.replay.live import LiveSettings, replay_live
 from equipoise.replay.pool import ResumeFile, play_all
-from equipoise.replay.scoring import SourceSplit, StepScorer, force_balanced, make_scorer
+from equipoise.replay.scoring import StepScorer, force_balanced, make_scorer
+from equipoise.replay.sources import SourceSplit
 from equipoise.topology import EpTopology
 
 TOPOLOGY = EpTopology(4, 2, 3)
@@ -78,18 +83,34 @@ def random_placement(seed: int) -> ExpertLocationMetadata:
     return ExpertLocationMetadata.from_physical_to_logical(rows, EXPERTS, TOPOLOGY)
 
 
-def test_fixed_shares_score_as_balancedness_does(trace: LoadTrace) -> None:
+def mean_load(scorer, counts: np.ndarray, steps: int) -> StepLoad:
+    loads = [scorer.step(counts, index) for index in range(steps)]
+    return StepLoad(np.mean([each.tokens for each in loads], 0), np.mean([each.activated for each in loads], 0))
+
+
+def test_without_replicas_nothing_is_drawn(trace: LoadTrace) -> None:
+    alone = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, EpTopology(4, 2, 2))
+    counts = trace.logical_count[0]
+    for dispatch in ("even", "weights"):
+        load = make_scorer(alone, dispatch, SourceSplit(trace, 4, 2), DispatchPolicy("batch")).step(counts, 0)
+        np.testing.assert_allclose(load.balancedness(), balancedness(counts, alone).numpy())
+
+
+@pytest.mark.parametrize("dispatch", ["even", "weights"])
+def test_drawn_tokens_are_as_the_shares_say_on_average(trace: LoadTrace, dispatch: str) -> None:
     placed = random_placement(1)
     counts = trace.logical_count[0]
-    load = StepScorer(placed, "weights").step(counts)
-    np.testing.assert_allclose(load.balancedness(), balancedness(counts, placed).numpy())
+    still = LoadTrace(np.tile(counts, (60, 1, 1)), metadata=trace.metadata)
+    scorer = make_scorer(placed, dispatch, SourceSplit(still, 4), DispatchPolicy("batch"))
+    load = mean_load(scorer, counts, 60)
+    np.testing.assert_allclose(load.tokens, rank_load(counts, placed), rtol=0.02)
     assert load.tokens.sum() == pytest.approx(counts.sum())
 
 
-def test_expected_activated_experts_are_what_random_dispatch_activates() -> None:
+def test_activated_experts_are_what_random_dispatch_activates() -> None:
     placed = random_placement(2)
     counts = np.random.default_rng(0).integers(0, 4, (LAYERS, EXPERTS))
-    expected = StepScorer(placed, "even").step(counts).activated
+    found = mean_load(StepScorer(placed, "even"), counts, 4000).activated
     rng, seen = np.random.default_rng(1), np.zeros((LAYERS, 4))
     for _ in range(4000):
         for layer in range(LAYERS):
@@ -97,12 +118,28 @@ def test_expected_activated_experts_are_what_random_dispatch_activates() -> None
             for expert in np.repeat(np.arange(EXPERTS), counts[layer]):
                 hit[rng.choice(np.flatnonzero(placed.physical_to_logical_map[layer].numpy() == expert))] = True
             seen[layer] += hit.reshape(4, 3).sum(1)
-    np.testing.assert_allclose(seen / 4000, expected, atol=0.05)
+    np.testing.assert_allclose(seen / 4000, found, atol=0.05)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 9))
+@settings(max_examples=50, deadline=None)
+def test_dealt_tokens_hold_the_counts_and_name_no_expert_twice(seed: int, top_k: int, num_tokens: int) -> None:
+    rng = np.random.default_rng(seed)
+    chosen = np.argsort(rng.random((num_tokens, LAYERS, EXPERTS)), axis=2)[:, :, :top_k]
+    counts = np.stack([np.bincount(chosen[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)])
+    sources = SourceSplit(LoadTrace(counts[None], metadata={"top_k": top_k}), 4)
+    tokens = sources.tokens(0)
+    assert tokens.shape == (LAYERS, num_tokens, top_k)
+    found = [np.bincount(layer.ravel(), minlength=EXPERTS) for layer in tokens]
+    np.testing.assert_array_equal(found, counts)
+    per_rank = sources.step(0)
+    np.testing.assert_array_equal(per_rank.sum(0), counts)
+    assert np.ptp(per_rank.sum((1, 2)) // (LAYERS * top_k)) <= 1, "ranks hold as many tokens"
 
 
 @pytest.mark.parametrize("dispatch", ["even", "static", "weights", "batch"])
 def test_no_kind_of_dispatch_loses_a_token(trace: LoadTrace, dispatch: str) -> None:
-    scorer = make_scorer(random_placement(3), dispatch, SourceSplit(trace, 4), 0.0)
+    scorer = make_scorer(random_placement(3), dispatch, SourceSplit(trace, 4), DispatchPolicy("batch"))
     assert scorer.step(trace.logical_count[5], 5).tokens.sum() == pytest.approx(trace.logical_count[5].sum())
 
 
@@ -124,7 +161,7 @@ def test_sources_are_recorded_ranks_then_tokens_then_a_fixed_split() -> None:
 def test_nothing_stays_where_it_is(trace: LoadTrace) -> None:
     result = replay_live(trace, TOPOLOGY, LiveSettings(None), COSTS)
     trivial = ExpertLocationMetadata.trivial(LAYERS, EXPERTS, TOPOLOGY)
-    np.testing.assert_allclose(result.balancedness, balancedness(trace.logical_count, trivial).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(result.balancedness, balancedness(trace.logical_count, trivial).numpy(), atol=0.03)
     assert (result.plans, result.bytes_moved) == ((), 0)
 
 

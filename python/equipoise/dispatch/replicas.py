@@ -70,8 +70,13 @@ def nearest_replicas(
     return logical_to_physical.gather(-1, choice).squeeze(-1)
 
 
-def weyl_uniform(token_number: torch.Tensor, num_choices: int, *, layer_id: int, rank: int) -> torch.Tensor:
-    """(T,) int64 token numbers to (T, num_choices) float32 in [0, 1), exact in 24 bits so never 1."""
+def weyl_uniform(
+    token_number: torch.Tensor, num_choices: int, *, layer_id: int | torch.Tensor, rank: int | torch.Tensor
+) -> torch.Tensor:
+    """(T,) int64 token numbers to (T, num_choices) float32 in [0, 1), exact in 24 bits so never 1.
+
+    ``layer_id`` and ``rank`` may be (T, 1) int64, of each token its own.
+    """
     offset = (layer_id * LAYER_STRIDE + rank * RANK_STRIDE) & MASK32
     choice = torch.arange(num_choices, device=token_number.device) * CHOICE_STRIDE
     mixed = (token_number[:, None] & MASK32) * GOLDEN + choice + offset

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.rebalance import rebalance_experts
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.errors import InvalidInputError
 from equipoise.load.trace import LoadTrace
 from equipoise.placement.balancedness import balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
 from equipoise.replay.live_result import LiveResult, StepRecorder
-from equipoise.replay.scoring import Dispatch, SourceSplit, force_balanced, make_scorer
+from equipoise.replay.scoring import Dispatch, force_balanced, make_scorer
+from equipoise.replay.sources import SourceSplit
 from equipoise.topology import EpTopology
 
 ORACLE_ALGORITHMS = ("equipoise", "deepseek")
@@ -24,6 +26,7 @@ def oracle(
     *,
     interval: int,
     dispatch: Dispatch,
+    policy: DispatchPolicy | None = None,
     num_groups: int | None = None,
 ) -> LiveResult:
     """For each stretch of ``interval`` steps and each layer, the better plan made from that very stretch.
@@ -31,13 +34,14 @@ def oracle(
     Moving is free. Not a proven optimum: the best that these algorithms find with the future in hand.
     """
     steps = StepRecorder(trace, topology, costs)
-    sources = SourceSplit(trace, topology.num_ranks)
+    sources = SourceSplit(trace, topology.num_ranks, costs.shape.top_k)
+    policy = policy or DispatchPolicy("batch", active_expert_cost=costs.active_expert_cost)
     for start in range(0, trace.num_steps, interval):
         load = trace.total(slice(start, start + interval))
         if not load.any():
             continue
         best = _best_of(load, topology, num_groups)
-        scorer = make_scorer(best, dispatch, sources, costs.active_expert_cost)
+        scorer = make_scorer(best, dispatch, sources, policy)
         for index in range(start, min(start + interval, trace.num_steps)):
             counts = trace.logical_count[index]
             if counts.any():

@@ -125,7 +125,8 @@ def play(candidate: Candidate, trace: LoadTrace, costs: CostModel) -> dict[str, 
     if candidate.kind == "oracle":
         result = oracle(
             trace, candidate.topology, costs,
-            interval=settings.interval, dispatch=settings.dispatch, num_groups=settings.num_groups,
+            interval=settings.interval, dispatch=settings.dispatch, policy=settings.policy(costs),
+            num_groups=settings.num_groups,
         )  # fmt: skip
     elif candidate.kind == "force-balanced":
         result = forced_even(trace, candidate.topology, costs)

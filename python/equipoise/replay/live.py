@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from equipoise.algorithms.registry import HISTORY
-from equipoise.config import EplbConfig
+from equipoise.config import DispatchScope, EplbConfig
+from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.load.trace import LoadTrace
 from equipoise.load.window_ring import WindowRing
 from equipoise.manager.commands import Rebalance
@@ -29,7 +30,8 @@ from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
 from equipoise.replay.live_result import LivePlan, LiveResult, StepRecorder
 from equipoise.replay.planner import Proposal, propose
-from equipoise.replay.scoring import Dispatch, SourceSplit, make_scorer
+from equipoise.replay.scoring import Dispatch, make_scorer
+from equipoise.replay.sources import SourceSplit
 from equipoise.topology import EpTopology
 from equipoise.transfer.execution.profile import experts_over_ranks
 from equipoise.transfer.planning.types import TransferBatch
@@ -45,6 +47,8 @@ class LiveSettings:
         forced: carry out every plan, as engines do that rebalance on a timer.
         planning_delay: steps that pass before a plan is there; live, its arrival takes two ticks at least.
         layers_per_chunk: batches committed between two steps.
+        dispatch_scope: whose tokens ``batch`` dispatch evens out together.
+        active_expert_cost: of ``batch`` dispatch, in tokens; the cost model's if None.
     """
 
     algorithm: str | None
@@ -57,6 +61,13 @@ class LiveSettings:
     max_moves_per_layer: int | None = None
     max_staged_experts: int = 4
     num_groups: int | None = None
+    dispatch_scope: DispatchScope = "rank"
+    active_expert_cost: float | None = None
+
+    def policy(self, costs: CostModel) -> DispatchPolicy:
+        """Of ``batch`` dispatch."""
+        active = costs.active_expert_cost if self.active_expert_cost is None else self.active_expert_cost
+        return DispatchPolicy("batch", scope=self.dispatch_scope, active_expert_cost=active)
 
     @property
     def name(self) -> str:
@@ -88,6 +99,7 @@ class _Loop:
         self._sources = sources
         self.plans: list[LivePlan] = []
         self._costs = costs
+        self._policy = settings.policy(costs)
         self.read_placement()
         self._config = EplbConfig(
             enable_eplb=True,
@@ -110,7 +122,7 @@ class _Loop:
 
     def read_placement(self) -> None:
         """Has the steps to come scored on the placement of now."""
-        self.scorer = make_scorer(self.metadata, self.settings.dispatch, self._sources, self._costs.active_expert_cost)
+        self.scorer = make_scorer(self.metadata, self.settings.dispatch, self._sources, self._policy)
 
     def count(self, counts: np.ndarray) -> None:
         """Adds a step to the load window."""
@@ -172,16 +184,10 @@ class _Loop:
         for layer in proposal.transfer.layers:
             for batch in layer.batches:
                 table = experts_over_ranks(batch, topology)
-                self._queue.append(
-                    _Transfer(
-                        layer.layer_id,
-                        batch,
-                        self._costs.transfer_seconds(table),
-                        self._costs.commit_seconds(int(table[:, 1].max(initial=0))),
-                        int(table[:, 1].sum()),
-                        int(table[:, 3].sum()),
-                    )
-                )
+                commit = self._costs.commit_seconds(int(table[:, 1].max(initial=0)))
+                moved, crossing = int(table[:, 1].sum()), int(table[:, 3].sum())
+                seconds = self._costs.transfer_seconds(table)
+                self._queue.append(_Transfer(layer.layer_id, batch, seconds, commit, moved, crossing))
         at = self.clock
         for entry in self._queue:
             at += entry.seconds
@@ -230,7 +236,7 @@ def replay_live(
         dispatch_weights=start.dispatch_weights,
         max_replicas=topology.num_slots - trace.num_logical_experts + 1,
     )
-    loop = _Loop(live, settings, costs, SourceSplit(trace, topology.num_ranks))
+    loop = _Loop(live, settings, costs, SourceSplit(trace, topology.num_ranks, costs.shape.top_k))
     steps = StepRecorder(trace, topology, costs)
     for index in range(trace.num_steps):
         counts = trace.logical_count[index]

@@ -13,6 +13,7 @@ from equipoise.load.trace import LoadTrace
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.costs import CostModel
 from equipoise.replay.scoring import force_balanced
+from equipoise.replay.sources import top_k_of
 from equipoise.topology import EpTopology
 
 
@@ -110,8 +111,7 @@ class StepRecorder:
     """Collects the steps of a replay."""
 
     def __init__(self, trace: LoadTrace, topology: EpTopology, costs: CostModel) -> None:
-        top_k = trace.metadata.get("top_k")
-        self._top_k = top_k if isinstance(top_k, int) and top_k > 0 else costs.shape.top_k
+        self._top_k = top_k_of(trace, costs.shape.top_k)
         self._topology = topology
         self._costs = costs
         self._balancedness: list[np.ndarray] = []

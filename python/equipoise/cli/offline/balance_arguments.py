@@ -76,6 +76,9 @@ class Compare:
     """How tokens are split over replicas, may be given several times; if never, even and weights, and batch
     for Equipoise's own algorithm."""
 
+    dispatch_scope: Literal["rank", "node", "all"] = "rank"
+    """Whose tokens dispatch `batch` evens out together: each rank its own, those of a node, or all."""
+
     planning_delay: int = 2
     """Steps that pass before a plan is there."""
 

@@ -72,6 +72,7 @@ def _grid(arguments: Compare, trace: LoadTrace) -> list[Candidate]:
         planning_delay=arguments.planning_delay,
         layers_per_chunk=arguments.layers_per_chunk,
         num_groups=arguments.cluster.num_groups,
+        dispatch_scope=arguments.dispatch_scope,
     )
     candidates = make_grid(
         trace.num_logical_experts,
