@@ -127,6 +127,7 @@ def test_options_are_frozen() -> None:
                 "--num-redundant-experts",
                 "--interval",
                 "--dispatch",
+                "--dispatch-scope",
                 "--planning-delay",
                 "--layers-per-chunk",
             },

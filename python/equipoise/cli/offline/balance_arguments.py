@@ -63,7 +63,8 @@ class Compare:
     cluster: Cluster
 
     algorithm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Algorithm to play, may be given several times; every one that can plan here if never."""
+    """Algorithm to play, may be given several times; if never, every one that can plan here, but on one node none
+    that plans by nodes."""
 
     num_redundant_experts: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
     """Redundant slots per layer, may be given several times; three that fit the ranks if never."""

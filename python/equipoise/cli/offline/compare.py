@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from equipoise.algorithms.registry import AUTO, available_algorithms, check_algorithm
+from equipoise.algorithms.registry import AUTO, available_algorithms, check_algorithm, find_algorithm
 from equipoise.cli.offline.cluster import costs_of, num_ranks_of
 from equipoise.cli.offline.options import Cluster
 from equipoise.cli.offline.recordings import opened
@@ -78,13 +78,18 @@ def _grid(arguments: Compare, trace: LoadTrace) -> list[Candidate]:
         trace.num_logical_experts,
         ranks,
         arguments.cluster.num_nodes,
-        algorithms=arguments.algorithm or available_algorithms(),
+        algorithms=arguments.algorithm or _different_algorithms(arguments.cluster.num_nodes),
         redundancies=arguments.num_redundant_experts or default_redundancies(trace.num_logical_experts, ranks),
         intervals=arguments.interval or default_intervals(trace.num_steps),
         dispatches=arguments.dispatch or ("even", "weights", "batch"),
         base=base,
     )
     return candidates if arguments.dispatch or arguments.algorithm else without_slow_rows(candidates, AUTO)
+
+
+def _different_algorithms(num_nodes: int) -> list[str]:
+    """All, without those that first choose a node where there is one: they plan as their plain form does."""
+    return [name for name in available_algorithms() if num_nodes > 1 or not find_algorithm(name).by_nodes]
 
 
 def _refuse_missing(asked: Sequence[str], played: Sequence[Played]) -> None:

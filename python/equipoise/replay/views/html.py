@@ -54,6 +54,8 @@ th:first-child, td:first-child { text-align: left; } tr.chosen-row td { backgrou
   600; }
 tr.base td { color: var(--soft); } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0;
   font-size: .85rem; }
+@media (max-width: 600px) { body { padding: 20px 12px 40px; } h1 { font-size: 1.35rem; } section { padding: 12px 10px; }
+  svg text { font-size: 17px; } table { font-size: .74rem; } th, td { padding-right: 6px; } }
 """
 
 
