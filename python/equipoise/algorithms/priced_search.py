@@ -17,12 +17,12 @@ from equipoise.algorithms import deepseek
 from equipoise.algorithms.batch_plan import plan_for_batches
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.guard import keep_what_is_better
+from equipoise.algorithms.packing import pack_from_scratch
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.reweight import solve_shares
 from equipoise.algorithms.search.even_split import split_evenly
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
-from equipoise.algorithms.search.lpt_packing import pack, pack_groups, risk_load
 from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins_of, spent
 from equipoise.algorithms.search.repair import restore_lost_experts, split_colocated, spread_shares
 from equipoise.algorithms.task import NODE_PRICE, Layers, Task
@@ -56,7 +56,7 @@ def solve(problem: PlacementProblem) -> Solution:
         retried = np.arange(problem.num_layers)
     if retried.size:
         part = task.take(retried)
-        fresh, enough = _pack_from_scratch(part)
+        fresh, enough = pack_from_scratch(part)
         if problem.current is not None:
             nodes, grouped = problem.topology.num_nodes, problem.grouped
             for layer in np.flatnonzero(enough):
@@ -107,7 +107,9 @@ def compile_search(problem: PlacementProblem) -> None:
     shape = (problem.num_layers, problem.num_logical_experts)
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
     even, none = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape)
-    flat = Scenarios(np.ones((*shape, NUM_SCENARIOS)), even, none, none, any_load, 1.0, mixture=False, steady=False)
+    flat = Scenarios(
+        np.ones((*shape, NUM_SCENARIOS)), even, none, none, any_load, 1.0, mixture=False, recurring=False, steady=False
+    )
     task = Task.of(problem, flat)
     _improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))
 
@@ -115,16 +117,9 @@ def compile_search(problem: PlacementProblem) -> None:
 def compile_packing(problem: PlacementProblem) -> None:
     """Compiles the packing from scratch, scenarios, plans for batches and the guard, without the search."""
     task = Task.of(problem)
-    _pack_from_scratch(task)
+    pack_from_scratch(task)
     plan_for_batches(task, task.old, _move_terms(task))
     keep_what_is_better(task, (task.old, task.old_share))
-
-
-def _pack_from_scratch(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """(L, P) experts, packed from scratch; (L,) bool, False where a node has too few live slots for its groups."""
-    fresh, enough = task.old.copy(), np.zeros(len(task.old), dtype=np.bool_)
-    task.run(_pack_layers, fresh, enough, task.layers)
-    return fresh, enough
 
 
 def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
@@ -217,33 +212,3 @@ def _home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_ex
         for e in range(num_experts):
             home[e] = -1
     return home, whole
-
-
-@kernel
-def _pack_layers(first: int, last: int, placed: np.ndarray, enough: np.ndarray, layers: Layers) -> None:
-    """Packs rows first..last-1 of ``placed`` from scratch; ``enough`` is False where a node has too few live slots."""
-    experts, inverse_speed, num_groups = layers.experts, layers.inverse_speed, layers.num_groups
-    num_experts, num_ranks = experts.shape[1], inverse_speed.shape[0]
-    domain = layers.ranks_per_node if num_groups > 0 else num_ranks
-    size, num_domains = placed.shape[1] // num_ranks, num_ranks // domain
-    ranks, mine = int_zeros(domain), int_zeros(num_experts)
-    for layer in range(first, last):
-        load = risk_load(experts[layer], layers.weight)
-        node_of = int_zeros(num_experts)
-        if num_groups > 0:
-            node_of = pack_groups(load, num_groups, num_domains)
-        enough[layer] = True
-        for block in range(num_domains):
-            num_live, num_mine = 0, 0
-            for rank in range(block * domain, (block + 1) * domain):
-                if inverse_speed[rank] > 0.0:
-                    ranks[num_live] = rank
-                    num_live += 1
-            for e in range(num_experts):
-                if node_of[e] == block:
-                    mine[num_mine] = e
-                    num_mine += 1
-            if num_live * size < num_mine:
-                enough[layer] = False
-            else:
-                pack(mine[:num_mine], load, ranks[:num_live], inverse_speed, size, placed[layer])

@@ -32,6 +32,7 @@ class Layers(NamedTuple):
     inverse_speed: np.ndarray  # (G,) mean speed of live ranks / speed of a rank; 0 for a rank that is gone
     ranks_per_node: int
     num_groups: int  # groups of experts to keep whole on nodes, 0 for none
+    peaks: bool  # scenarios are kinds of load that come back: experts that peak together are to come apart
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Task:
             inverse_speed,
             problem.topology.ranks_per_node,
             (problem.num_groups or 0) if problem.grouped else 0,
+            scenarios.recurring,
         )
         return cls(problem, old, old_share, layers, exponent, prices, scenarios)
 

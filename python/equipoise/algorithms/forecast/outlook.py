@@ -60,16 +60,18 @@ def judge(
     num_ranks = inverse_speed.shape[0]
     size = placed.shape[1] // num_ranks
     load, drawn = zeros(num_ranks), zeros(tokens.shape[1])
+    ninth, deviation = np.empty((tokens.shape[1], NUM_SCENARIOS)), np.empty((tokens.shape[1], NUM_SCENARIOS))
     for layer in range(first, last):
+        for e in range(drawn.shape[0]):
+            for s in range(NUM_SCENARIOS):
+                x, noisy = tokens[layer, e, s], noise[layer, e] > 0.0 and tokens[layer, e, s] > 0.0
+                ninth[e, s] = noise[layer, e] / (9.0 * x * x) if noisy else 0.0
+                deviation[e, s] = np.sqrt(ninth[e, s])
         for draw in range(normal.shape[0]):
-            total, top = 0.0, 0.0
+            total, top, s = 0.0, 0.0, lanes[draw]
             for e in range(drawn.shape[0]):
-                x = tokens[layer, e, lanes[draw]]
-                if noise[layer, e] > 0.0 and x > 0.0:
-                    ninth = noise[layer, e] / (9.0 * x * x)
-                    root = max(1.0 - ninth + normal[draw, e] * np.sqrt(ninth), 0.0)
-                    x *= root * root * root
-                drawn[e] = x
+                root = max(1.0 - ninth[e, s] + normal[draw, e] * deviation[e, s], 0.0)
+                drawn[e] = tokens[layer, e, s] * (root * root * root)
             for rank in range(num_ranks):
                 load[rank] = 0.0
                 for slot in range(rank * size, (rank + 1) * size):

@@ -22,10 +22,12 @@ import numpy as np
 from equipoise.algorithms.forecast.window_weights import (
     MIXTURE_DECAY,
     best_decay,
+    bursts_of,
     decayed,
     distances,
     is_mixture,
     last_shift,
+    recurring,
 )
 from equipoise.jit.compile import helper, kernel, number, zeros
 
@@ -47,6 +49,7 @@ class Scenarios(NamedTuple):
     any_load: np.ndarray  # (L,) bool; False for a layer that saw no token
     decay: float
     mixture: bool  # windows are draws from a mix of tasks
+    recurring: bool  # of few kinds, which come back
     steady: bool  # windows of counts that differ by counting noise alone
 
 
@@ -58,10 +61,18 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     any_load = np.empty(num_layers, dtype=np.bool_)
     _normalise(load, total, share, any_load)
     distance = distances(share)
+    bursts = bursts_of(distance)
+    if bursts:
+        kept = [window for window in range(num_windows) if window not in bursts]
+        load, share, num_windows = load[kept], share[kept], len(kept)
+        distance = [[distance[i][j] for j in kept] for i in kept]
     mixture = is_mixture(distance)
     first = 0 if mixture else last_shift(distance)
     # Nothing but one window after a shift: those before it still tell how load changes.
     told = share[first:] if first < num_windows - 1 else share[:first]
+    order = recurring(distance) if mixture else []
+    if order:  # how kinds of windows differ is in the scenarios already
+        told = share[order]
     poisson, relative = np.zeros(num_layers), np.zeros(num_layers)
     part = _fit_changes(told, poisson, relative) if len(told) > 1 else 0.0
     steady = False
@@ -89,7 +100,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     error = 0.5 * own * poisson[:, None] * mean
-    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, steady)
+    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady)
 
 
 def _is_steady(share: np.ndarray, known: np.ndarray) -> bool:

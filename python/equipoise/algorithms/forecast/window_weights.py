@@ -1,19 +1,22 @@
 """How much each past window says about the next one.
 
 All that is needed are the distances between windows, each a point with a coordinate per layer and expert. Load changes
-in three ways, and each wants other weights:
+in four ways, and each wants other weights:
 
 - **Drift**: popularity wanders. Windows are the less alike the longer apart, and each step goes a way of its own. The
   last windows tell most: weights ``decay ** age``, with the decay that would have predicted each window best from those
   before it (one-step backtest).
 - **Shift**: one change between neighbours stands out from all others. The windows before it are dropped; a backtest
   cannot see that in the newest window, since nothing after it is known.
+- **Burst**: one window stands out, and the one after it is as those before. It tells nothing about the next one.
 - **Mixture**: each window is a draw from a mix of tasks, and the next one will be another. Then windows are as alike
   when they are far apart as when they are neighbours; or they go back and forth along a few directions, which the drift
   of many experts does not. The last window is hardly better than the others, and what looks like a shift is none.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +28,7 @@ LEANING = 0.3  # part by which a backtest's error counts more for a decay that i
 MIXTURE_DECAY = 0.75  # at least; a mix changes as well, slowly
 MIXTURE_LIKENESS = 0.75  # of neighbours' distances to all others: drift has .43 over four windows, draws 1
 MIXTURE_SPREAD = 0.3  # see _spread: drift has .9 to 1, draws that differ in every expert about .6
+RECURRING = 0.5  # of neighbours' distances are those along a way from like to like, where kinds of load come back
 MIN_CHANGES = 1.5  # that matter, for their directions to tell anything
 _NEGLIGIBLE = 1e-3  # of all weight
 
@@ -46,6 +50,38 @@ def is_mixture(distance: list[list[float]]) -> bool:
     if sum(near) * len(far) >= MIXTURE_LIKENESS * sum(far) * len(near):
         return True
     return num_windows > 3 and _spread(distance) < MIXTURE_SPREAD
+
+
+def recurring(distance: list[list[float]]) -> list[int]:
+    """The windows in an order that has those of a kind side by side; empty where there are no kinds.
+
+    Starts with the newest and goes on to the nearest that is left.
+    """
+    left = list(range(len(distance) - 1))
+    chain, steps = [len(distance) - 1], 0.0
+    while left:
+        chain.append(min(left, key=lambda window: (distance[chain[-1]][window], -window)))
+        left.remove(chain[-1])
+        steps += distance[chain[-2]][chain[-1]]
+    near = sum(distance[i][i + 1] for i in range(len(distance) - 1))
+    return chain if steps < RECURRING * near else []
+
+
+def bursts_of(distance: list[list[float]]) -> list[int]:
+    """Windows between two that are alike, and far from every other: what made them different has passed.
+
+    Where there were some, a newest window that is far from every other is one more. Of three windows it cannot be told.
+    """
+    num_windows = len(distance)
+    nearest = [min((row[j] for j in range(num_windows) if j != i), default=0.0) for i, row in enumerate(distance)]
+    inner = range(1, num_windows - 1) if num_windows > 3 else range(0)
+    found = [i for i in inner if nearest[i] > SHIFT * distance[i - 1][i + 1]]
+    others = [i for i in range(num_windows) if i not in found]
+    steps = [distance[i][j] for i, j in pairwise(others)]
+    if found and len(steps) > 1 and steps[-1] > SHIFT * max(steps[:-1]):
+        found.append(num_windows - 1)
+        steps.pop()
+    return found if found and min(nearest[i] for i in found) > SHIFT * max(steps) else []
 
 
 def last_shift(distance: list[list[float]]) -> int:

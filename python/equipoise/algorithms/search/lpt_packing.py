@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.jit.compile import inlined, int_zeros, zeros
+from equipoise.algorithms.search.layer_state import power
+from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 from equipoise.jit.sort import descending
 
 RISK = 0.7  # standard deviations above the mean that an expert is sized for
+PEAKS = 3  # doublings of the exponent of the soft maximum over scenarios
 
 
 @inlined
@@ -68,20 +70,36 @@ def count_replicas(load: np.ndarray, num_slots: int, num_ranks: int) -> np.ndarr
     return count
 
 
-@inlined
+@helper
+def _growth(loads: np.ndarray, rank: int, tokens: np.ndarray, weight: np.ndarray, part: float, slow: float) -> float:
+    """What the soft maximum over the scenarios grows by when a rank takes ``part`` of an expert's ``tokens``."""
+    growth = 0.0
+    for s in range(weight.shape[0]):
+        before, after = loads[rank, s] * slow, (loads[rank, s] + part * tokens[s]) * slow
+        growth += weight[s] * (power(after, number(PEAKS)) - power(before, number(PEAKS)))
+    return growth
+
+
+@helper
 def pack(
     experts: np.ndarray,
     load: np.ndarray,
+    tokens: np.ndarray,
+    weight: np.ndarray,
     ranks: np.ndarray,
     inverse_speed: np.ndarray,
     slots_per_rank: int,
+    peaks: bool,
     out: np.ndarray,
 ) -> None:
     """Packs ``experts`` onto all slots of ``ranks``, no two replicas of one on a rank as long as that is possible.
 
     Args:
         load: (E,) load of each expert, indexed by its id.
+        tokens: (E, NUM_SCENARIOS + 1) its load in each scenario, of the weights ``weight``.
         inverse_speed: (G,) 1 / speed.
+        peaks: put each replica where the soft maximum over the scenarios grows least, so that experts which peak
+            together come apart; otherwise on the rank with the least load.
         out: (P,) expert of each slot; the slots of ``ranks`` are filled.
     """
     num_slots = ranks.shape[0] * slots_per_rank
@@ -92,21 +110,50 @@ def pack(
     for i in range(experts.shape[0]):
         unit[i] /= count[i]
     taken, rank_load = int_zeros(ranks.shape[0]), zeros(ranks.shape[0])
+    by_scenario = np.empty((ranks.shape[0], weight.shape[0]))
+    for r in range(ranks.shape[0]):
+        for s in range(weight.shape[0]):
+            by_scenario[r, s] = 0.0
     for i in descending(unit):
+        e, part = experts[i], 1.0 / count[i]
         for _ in range(count[i]):
-            best, least = -1, np.inf
+            best, least = number(-1), np.inf
             for r in range(ranks.shape[0]):
                 if taken[r] == slots_per_rank:
                     continue
-                after = (rank_load[r] + unit[i]) * inverse_speed[ranks[r]]
-                if after < least and not _holds(out, ranks[r] * slots_per_rank, taken[r], experts[i]):
+                slow = inverse_speed[ranks[r]]
+                after = (rank_load[r] + unit[i]) * slow
+                if peaks:
+                    after = _growth(by_scenario, r, tokens[e], weight, part, slow)
+                if after < least and not _holds(out, ranks[r] * slots_per_rank, taken[r], e):
                     best, least = r, after
             if best < 0:
                 _deal(experts, count, ranks, slots_per_rank, out)
                 return
-            out[ranks[best] * slots_per_rank + taken[best]] = experts[i]
+            out[ranks[best] * slots_per_rank + taken[best]] = e
             taken[best] += 1
             rank_load[best] += unit[i]
+            for s in range(weight.shape[0]):
+                by_scenario[best, s] += part * tokens[e, s]
+
+
+@inlined
+def worst_loads(placed: np.ndarray, experts: np.ndarray, weight: np.ndarray, inverse_speed: np.ndarray) -> float:
+    """Weighted mean over the scenarios of the largest rank load, replicas sharing alike."""
+    num_ranks = inverse_speed.shape[0]
+    size = placed.shape[0] // num_ranks
+    count, total = int_zeros(experts.shape[0]), 0.0
+    for slot in range(placed.shape[0]):
+        count[placed[slot]] += 1
+    for s in range(weight.shape[0]):
+        worst = 0.0
+        for rank in range(num_ranks):
+            tokens = 0.0
+            for slot in range(rank * size, (rank + 1) * size):
+                tokens += experts[placed[slot], s] / count[placed[slot]]
+            worst = max(worst, tokens * inverse_speed[rank])
+        total += weight[s] * worst
+    return total
 
 
 @inlined
