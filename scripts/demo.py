@@ -21,10 +21,13 @@ from rich.live import Live
 from rich.progress import track
 
 import equipoise.engine.demo_model
+from demo_dispatch import dispatch_gain
 from demo_server import Server, Traffic
 from demo_view import command_text, last_screen, layer_table, scene, step_table
+from equipoise.load.trace import LoadTrace
 
 WINDOW_STEPS = 80  # the load window of every picture and plan: a few seconds of traffic
+KEPT_STEPS = 5000  # of the recording: all acts, on any machine
 NUM_CLIENTS = 8
 MAX_NEW_TOKENS = 24
 
@@ -36,6 +39,7 @@ class Story:
     fitted: dict[str, Any]  # after the rebalance for the first topic
     before: dict[str, Any]  # after the topic has shifted
     after: dict[str, Any]  # after the rebalance for the second topic
+    location: dict[str, Any]  # the placement and its weights before that rebalance: GET /eplb/expert_location
     report: dict[str, Any]  # that rebalance's
     dump: str  # path of the recorded load
     steps: dict[str, list[float]]  # seconds, by act
@@ -70,8 +74,10 @@ class Demo:
             self.traffic.start("code")
             before = await self._act(
                 "3  The topic shifts to code",
-                "Other experts are hot now, and the placement no longer fits: imbalance rises.",
+                "Other experts are hot now, and the placement no longer fits: imbalance rises. Dispatch by the batch "
+                "evens out what the replicas of this placement allow.",
             )
+            location = await self._get("/eplb/expert_location")
             preview = await self._post("/eplb/rebalance", dry_run=True)
             previewed = await self._act(
                 "4  Preview",
@@ -91,7 +97,7 @@ class Demo:
         dump = await self._post("/dump_expert_distribution_record")
         steps = (await self._http.get("/eplb/steps", params={"since": 0})).raise_for_status().json()
         begin, end = previewed["forward_pass_id"], report["forward_pass_id"]
-        return Story(fitted, before, after, report, dump["path"], steps_by_act(steps, begin, end))
+        return Story(fitted, before, after, location, report, dump["path"], steps_by_act(steps, begin, end))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -177,7 +183,10 @@ def main() -> int:
     console = Console()
     # On the CPU, as the reference it is compared with: on GPUs equal bits are not promised, see docs/gpu.md.
     options = ["--model-path", "demo", "--device", "cpu", "--ep-size", "4", "--nnodes", "2"]
-    options += ["--ep-num-redundant-experts", "8"]
+    options += ["--ep-num-redundant-experts", "8", "--ep-dispatch-algorithm", "batch"]
+    options += (
+        f"--expert-distribution-recorder-mode per_pass --expert-distribution-recorder-buffer-size {KEPT_STEPS}".split()
+    )
     options += f"--eplb-rebalance-num-iterations {WINDOW_STEPS} --log-level warning --dump-dir {arguments.out}".split()
     server = Server(options, on_line=lambda line: console.print(f"  {line}", style="dim", markup=False))
     console.print(command_text(server.command, console.width))
@@ -196,7 +205,9 @@ def main() -> int:
         num_right = check_answers(demo.traffic.answers, console)
         replay_dump(story.dump, arguments.out / "replay.json", console)
         num_answers = len(demo.traffic.answers)
-        console.print(last_screen(story, num_right, num_answers, time.monotonic() - started))
+        trace = LoadTrace.open(story.dump)
+        gain = dispatch_gain(trace, story.before, story.after, story.location, WINDOW_STEPS)
+        console.print(last_screen(story, gain, num_right, num_answers, time.monotonic() - started))
         if arguments.keep_running:
             console.print(f"The server stays up on {server.url} (try {server.url}/eplb/status); Ctrl-C ends it.")
             try:

@@ -10,6 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from demo_dispatch import DispatchGain
+
 
 def command_text(command: list[str], width: int) -> Text:
     """A command over as many lines as it takes, broken between arguments, to be copied as it stands."""
@@ -99,7 +101,7 @@ def step_table(steps: dict[str, list[float]]) -> Table:
     return table
 
 
-def last_screen(story: Any, num_right: int, num_answers: int, seconds: float) -> Panel:
+def last_screen(story: Any, gain: DispatchGain, num_right: int, num_answers: int, seconds: float) -> Panel:
     """The story in numbers, and where to look next."""
     report, steps = story.report, story.steps
     balance = [status["mean_balancedness"] for status in (story.fitted, story.before, story.after)]
@@ -107,6 +109,8 @@ def last_screen(story: Any, num_right: int, num_answers: int, seconds: float) ->
     table = Table.grid(padding=(0, 2))
     table.add_row("balancedness", f"{balance[0]:.3f} on prose -> {balance[1]:.3f} after the shift to code")
     table.add_row("", f"-> [bold]{balance[2]:.3f}[/] after one rebalance while requests streamed")
+    table.add_row("step by step", gain.text)
+    table.add_row("", gain.moving_text)
     moved = f"{sum(report['slots_changed'])} slots changed, {report['bytes_moved'] / 1e6:.2f} MB over a wire"
     table.add_row("price", f"{moved}, {1e3 * report['planning_seconds']:.1f} ms of planning beside the steps")
     times = ", ".join(f"{p50[act]:.0f} ({p99[act]:.0f}) {act}" for act in steps if act in p50)

@@ -49,7 +49,7 @@ class DispatchPolicy:
     cross_node_cost: float = 0.0
     """What sending a token to another node costs, in parts of computing it; ``batch`` in scope rank or node."""
 
-    iterations: int = 12
+    iterations: int = 16
     """Steps of the parallel solver; each is one sum over ranks."""
 
     sweeps: int = 1

@@ -15,7 +15,7 @@ from equipoise.jit.compile import helper, int_zeros, kernel
 from equipoise.jit.sort import descending
 
 WEIGHT_BITS = 16  # planned shares are kept in 65536ths
-MAX_COLOURS = 8  # colours of a layer that is swept; beyond, ranks hold too many replicated experts for it to pay
+MAX_COLOURS = 32  # colours of a layer that is swept; beyond, ranks hold too many replicated experts for it to pay
 # Columns of TableArrays.sizes
 NUM_ROWS, NUM_COLOURS, MAX_UNITS, NUM_RANKS, MAX_ACTIVE, NUM_SIZES = 0, 1, 2, 3, 4, 5
 _MAX_UNITS = 1 << 27  # fixed-point units in all loads of a layer together: products with momentum stay below 2**31
