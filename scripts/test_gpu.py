@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Most information a minute first. What needs several GPUs comes last, since it takes longest.
-FILES = ("test/gpu/test_one_gpu.py", "test/gpu/test_several_gpus.py")
+FILES = ("test/gpu/test_one_gpu.py", "test/gpu/test_engine_on_gpu.py", "test/gpu/test_several_gpus.py")
+PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers -q")  # a second -q would list no test
 GRACE_SECONDS = 30.0  # beyond a test's own limit, for a process that hangs in a driver call
 
 
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results", help="where the report goes")
     parser.add_argument("--quick", action="store_true", help="only the part that needs no GPU")
     arguments = parser.parse_args()
-    without = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", "test/gpu"], cwd=ROOT).returncode
+    without = subprocess.run([*PYTEST, "-m", "not gpu", "test/gpu"], cwd=ROOT).returncode
     card = card_name()
     if card is None or arguments.quick:
         print("No GPU: ran the part that needs none, and nothing of what only a GPU can settle.")
@@ -61,7 +62,7 @@ def card_name() -> str | None:
 def collect() -> list[tuple[str, float]]:
     """(test id, seconds) in the order of the files."""
     said = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", *FILES],
+        [*PYTEST, "--collect-only", "-m", "gpu", *FILES],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     limits: dict[str, float] = {}
@@ -70,6 +71,7 @@ def collect() -> list[tuple[str, float]]:
         for seconds, name in re.findall(pattern, (ROOT / file).read_text()):
             limits[name] = float(seconds)
     tests = [line for line in said.splitlines() if "::" in line]
+    assert tests, said
     return [(test, limits[re.sub(r"\[.*", "", test.split("::")[1])]) for test in tests]
 
 
@@ -80,8 +82,7 @@ def run(test: str, seconds: float) -> Outcome:
         xml = Path(directory) / "report.xml"
         try:
             subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", test], cwd=ROOT,
-                timeout=seconds + GRACE_SECONDS,
+                [*PYTEST, f"--junitxml={xml}", test], cwd=ROOT, timeout=seconds + GRACE_SECONDS
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return Outcome(test, "hung", time.monotonic() - start, f"no end after {seconds:g} s")

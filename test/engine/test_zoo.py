@@ -11,38 +11,14 @@ import pytest
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
 from equipoise.engine.engine import Engine
 from equipoise.engine.model.families import TESTED_FAMILIES
-from equipoise.engine.requests import GenerateRequest, SamplingParams
-from equipoise.manager.commands import GetExpertLocation, Rebalance
 from helpers.engine_loop import PROMPTS, plain_greedy
 from helpers.model_zoo import FURTHER, MOST_USED
+from helpers.served_answers import before_during_after
 from helpers.tiny_models import make_tiny_model
 
 NUM_TOKENS = 10
 IN_EVERY_RUN = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe:sliding")
 ZOO = (*MOST_USED, *FURTHER)
-
-
-async def answer(engine: Engine, rid: str, prompt: list[int]) -> list[int]:
-    params = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    tokens: list[int] = []
-    async for event in engine.generate(GenerateRequest(rid, tuple(prompt), params)):
-        tokens += event.token_ids
-    return tokens
-
-
-async def before_during_after(engine: Engine) -> tuple[list[list[list[int]]], int]:
-    """Answers to all prompts, three times, and the slots that moved."""
-
-    async def ask(when: str) -> list[list[int]]:
-        return list(await asyncio.gather(*[answer(engine, f"{when}{i}", prompt) for i, prompt in enumerate(PROMPTS)]))
-
-    old = await engine.control(GetExpertLocation())
-    before = await ask("before")
-    during, report = await asyncio.gather(ask("during"), engine.control(Rebalance("deepseek", force=True)))
-    assert report.outcome == "committed", report.reason
-    new = await engine.control(GetExpertLocation())
-    assert new.physical_to_logical_map != old.physical_to_logical_map
-    return [before, during, await ask("after")], sum(report.moves)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +33,7 @@ def test_a_served_family_answers_like_transformers_through_a_rebalance(family: s
     )
     engine = Engine.launch(config)
     try:
-        answers, moves = asyncio.run(asyncio.wait_for(before_during_after(engine), 120))
+        answers, moves = asyncio.run(asyncio.wait_for(before_during_after(engine, NUM_TOKENS), 120))
     finally:
         engine.close()
     assert answers == [expected] * 3

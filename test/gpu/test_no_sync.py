@@ -6,6 +6,10 @@ as ``item``, a shape that depends on data, or a copy to the host, raises. Copies
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from equipoise.topology import EpTopology
 from equipoise.transfer.memory.verification import checksum_on_device
 from helpers.run_threads import results_of
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("meta")
 TOPOLOGY = EpTopology(4, 2, 3)
 LAYERS, EXPERTS = 3, 8
@@ -131,3 +136,19 @@ def test_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
     with Watched() as seen:
         total = checksum_on_device([torch.zeros(size, dtype=torch.uint8, device=DEVICE) for size in (100, 8192, 3)])
     assert (total.shape, total.dtype, seen.copies) == ((), torch.int64, [])
+
+
+def test_every_test_for_a_gpu_is_found_with_its_limit() -> None:
+    """By the command that runs each of them in a process of its own."""
+    spec = importlib.util.spec_from_file_location("run_gpu_tests", ROOT / "scripts" / "test_gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    found = dict(module.collect())
+    for file in module.FILES:
+        for name in re.findall(r"mark\.gpu.*\n(?:@.*\n)*def (test_\w+)", (ROOT / file).read_text()):
+            assert any(test.split("::")[1].split("[")[0] == name for test in found), name
+    assert len(found) >= 20
+    assert all(0 < seconds <= 300 for seconds in found.values())

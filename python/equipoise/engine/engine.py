@@ -153,6 +153,8 @@ class Engine:
             self._processes.terminate()  # the ranks were still starting: nothing that must end in order
         elif self._reader is not threading.current_thread():
             self._reader.join(CLOSE_SECONDS)
+            if self._reader.is_alive():
+                _log.warning("ranks that have not left after %g s are killed: are they stopped?", CLOSE_SECONDS)
         self._processes.close()
 
     def _check(self, request: GenerateRequest) -> None:
@@ -207,7 +209,8 @@ class Engine:
                 if isinstance(message, Tokens | Reply):
                     self._pending.hand_out(message)
                 elif isinstance(message, Died):
-                    _log.error("the engine is dead: %s", message.obituary)
+                    if self._pending.error is None:  # or it was closed, and ranks that did not leave were ended
+                        _log.error("the engine is dead: %s", message.obituary)
                     return self._pending.fail(message.obituary)
                 elif isinstance(message, Ended):
                     return self._pending.fail("the engine was closed")

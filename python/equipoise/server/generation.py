@@ -19,6 +19,7 @@ from equipoise.server.fields import MAX_BATCH
 from equipoise.server.prometheus import ServerMetrics
 
 T = TypeVar("T")
+_Arrivals = asyncio.Queue[tuple[int, TokenEvent] | BaseException | None]
 
 MAX_RID_CHARACTERS = 256
 MAX_CHOICES = 128  # answers to one prompt
@@ -67,6 +68,7 @@ class RequestGenerator:
         self._timeout = timeout
         self._running: set[str] = set()
         self._aborts: set[asyncio.Task[None]] = set()
+        self._arrivals: set[_Arrivals] = set()  # of every run
 
     def make_requests(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], rids: Sequence[str] | None
@@ -102,7 +104,8 @@ class RequestGenerator:
         Raises:
             EquipoiseError: that of the first request to fail; the others are aborted.
         """
-        arrived: asyncio.Queue[tuple[int, TokenEvent] | BaseException | None] = asyncio.Queue()
+        arrived: _Arrivals = asyncio.Queue()
+        self._arrivals.add(arrived)
 
         async def pump(index: int, request: GenerateRequest) -> None:
             ending: BaseException | None = None
@@ -127,6 +130,7 @@ class RequestGenerator:
                 else:
                     yield arrival
         finally:
+            self._arrivals.discard(arrived)
             for task in pumps:
                 task.cancel()
 
@@ -191,6 +195,11 @@ class RequestGenerator:
         with contextlib.suppress(EngineDeadError):
             for rid in list(self._running):
                 await self.engine.abort(rid)
+
+    def give_up(self) -> None:
+        """Answers 503 for what still runs: an engine with a stopped rank does not end it."""
+        for arrived in self._arrivals:
+            arrived.put_nowait(HttpError(503, "the server shuts down, and its engine is silent", kind="ShuttingDown"))
 
 
 def batch_of(value: Any, is_batch: bool, size: int, name: str) -> list[Any]:

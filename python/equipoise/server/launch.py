@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _log = logging.getLogger("equipoise.server")
+_ABORT_SECONDS = 1.0  # that an engine may take to end what was aborted; uvicorn cuts it a second later
 
 EXIT_ENGINE_DEAD = 1
 
@@ -118,6 +119,8 @@ class _DrainingServer(uvicorn.Server):
         await asyncio.sleep(0 if self.engine_died else self._drain_timeout)
         self._state.control.close()
         await self._state.generator.abort_all()
+        await asyncio.sleep(_ABORT_SECONDS)
+        self._state.generator.give_up()
 
 
 @contextmanager
