@@ -208,15 +208,3 @@ def test_policies_that_cannot_work_are_refused(values: dict, field: str) -> None
     with pytest.raises(ConfigError) as caught:
         DispatchPolicy(**values)
     assert caught.value.field == field
-
-
-def test_a_replica_whose_reading_costs_the_busiest_rank_nothing_is_opened() -> None:
-    """Expert 0 lies on both ranks, which read two others each: read twice, it costs 3052 in place of 3102."""
-    metadata = ExpertLocationMetadata.from_physical_to_logical([[0, 1, 2, 0, 3, 4]], 5, EpTopology(2, 1, 3))
-    tables = DispatchTables(metadata)
-    for scope in ("rank", "all"):
-        controls = DispatchPolicy("batch", scope, active_expert_cost=1000.0).controls(metadata.topology, 0)
-        counts = torch.tensor([100, 1, 1, 1, 1], dtype=torch.int32)
-        assert solve_quotas(counts, tables.layer(0), torch.from_numpy(controls)).tolist()[0] == [50, 50]
-        few = torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32)  # one choice for two ranks: the primary alone
-        assert solve_quotas(few, tables.layer(0), torch.from_numpy(controls)).tolist()[0] == [1, 0]

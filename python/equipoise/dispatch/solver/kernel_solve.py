@@ -64,8 +64,8 @@ def solve(
     total = tl.sum(base) + tl.sum(tokens)
     cost, bits = _scale(total, sizes, controls)
     opened, active = _open_rows(
-        tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, total, cost, bits, colour,
-        sizes, controls, M, C, D, G,
+        tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, cost, bits, colour, sizes,
+        controls, M, C, D, G,
     )  # fmt: skip
     is_open = opened > 0
     base = (base << bits) + active * ((cost << bits) >> 4).to(tl.int32)
@@ -117,8 +117,8 @@ def _scale(total, sizes, controls):
 
 @triton.jit
 def _open_rows(
-    tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, total, cost, bits, colour,
-    sizes, controls,
+    tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, cost, bits, colour, sizes,
+    controls,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """(C, M) int32, 1 for each replica that opens; and ``active`` with those of rows that have tokens."""
@@ -130,8 +130,8 @@ def _open_rows(
         num_open = tl.minimum(tl.maximum(wanted, 1), size)
         opened = (column < num_open[None, :]).to(tl.int32)
         each = tl.where(tokens > 0, (tokens << bits) // tl.maximum(num_open, 1) + units, 0)
-        fixed, colours = (base << bits) + active * units, tl.load(colour + tl.arange(0, M))
         if tl.load(controls + RECHOOSE) > 0:
+            fixed, colours = (base << bits) + active * units, tl.load(colour + tl.arange(0, M))
             for _ in range(RECHOICES):
                 for c in range(tl.load(sizes + NUM_COLOURS)):
                     mine = (colours == c)[None, :]
@@ -139,11 +139,6 @@ def _open_rows(
                     loads = of_ranks(rank_loads(others, fixed, places, C, M, D, G), rank_of, C, M)
                     least = open_least(loads, is_choice, turns, divisor, rotation, num_open, C, M)
                     opened = tl.where(mine, least, opened)
-        share = tl.where(tokens > 0, (tokens << bits) // divisor + units, 0)
-        everything = tl.max(rank_loads(is_choice.to(tl.int32) * share[None, :], fixed, places, C, M, D, G))
-        chosen = tl.max(rank_loads(opened * each[None, :], fixed, places, C, M, D, G))
-        enough = total >= tl.load(sizes + NUM_RANKS)
-        opened = tl.where(enough & (everything < chosen), is_choice.to(tl.int32), opened)
         read = opened * (tokens > 0).to(tl.int32)[None, :]
         active = rank_loads(read, active, places, C, M, D, G)
     return opened, active

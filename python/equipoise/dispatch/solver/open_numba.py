@@ -19,20 +19,15 @@ def open_replicas(
     rotation: int,
     cost: int,
     bits: int,
-    total: int,
     base: np.ndarray,
     active: np.ndarray,
     is_open: np.ndarray,
 ) -> None:
     """Opens of each row as many replicas as pay, in ``is_open`` (M, C); adds them to ``active`` (G,).
 
-    Where all together would leave the busiest rank with less, tokens split alike, all are opened: another expert is
-    free on a rank that is not the busiest.
-
     Args:
         num_colours: 0 where rows must not choose again by load, but open the first.
         cost: of an activated expert, in sixteenths of a token; 0: all replicas open.
-        total: tokens of the scope.
     """
     num_open, each, load = int_zeros(tokens.shape[0]), int_zeros(tokens.shape[0]), int_zeros(base.shape[0])
     for m in range(tokens.shape[0]):
@@ -43,38 +38,21 @@ def open_replicas(
             each[m] = (tokens[m] << bits) // num_open[m] + ((cost << bits) >> 4)
     if cost == 0:
         return
-    units = (cost << bits) >> 4
-    for r in range(base.shape[0]):
-        load[r] = (base[r] << bits) + active[r] * units
-    everything = load.copy()
-    for m in range(tokens.shape[0]):
-        _add_row(m, rank, size, is_open, each[m], load)
-        share = (tokens[m] << bits) // size[m] + units if tokens[m] > 0 else 0
-        for j in range(size[m]):
-            everything[rank[m, j]] += share
-    for _ in range(RECHOICES if num_colours > 0 else 0):
-        for c in range(num_colours):
-            for m in range(tokens.shape[0]):
-                if colour[m] == c:
-                    _add_row(m, rank, size, is_open, -each[m], load)
-                    _open_least(m, rank, size[m], rotation, num_open[m], load, is_open)
-                    _add_row(m, rank, size, is_open, each[m], load)
-    # A scope of fewer choices than ranks does not know which rank will be the busiest.
-    if total >= base.shape[0] and _largest(everything) < _largest(load):
+    if num_colours > 0:
+        for r in range(base.shape[0]):
+            load[r] = (base[r] << bits) + active[r] * ((cost << bits) >> 4)
         for m in range(tokens.shape[0]):
-            for j in range(size[m]):
-                is_open[m, j] = 1
+            _add_row(m, rank, size, is_open, each[m], load)
+        for _ in range(RECHOICES):
+            for c in range(num_colours):
+                for m in range(tokens.shape[0]):
+                    if colour[m] == c:
+                        _add_row(m, rank, size, is_open, -each[m], load)
+                        _open_least(m, rank, size[m], rotation, num_open[m], load, is_open)
+                        _add_row(m, rank, size, is_open, each[m], load)
     for m in range(tokens.shape[0]):
         if tokens[m] > 0:
             _add_row(m, rank, size, is_open, 1, active)
-
-
-@helper
-def _largest(load: np.ndarray) -> int:
-    largest = load[0]
-    for r in range(1, load.shape[0]):
-        largest = max(largest, load[r])
-    return largest
 
 
 @helper

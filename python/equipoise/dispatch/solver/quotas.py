@@ -16,9 +16,7 @@ units that they lose come back before rounding. ``solve_numba.py`` and ``kernels
 
 An activated expert costs its rank ``active_cost`` tokens beside those it computes. So a row opens about
 ``tokens / active_cost`` replicas, the primary first; where all tokens are known it then chooses again, in turns,
-those whose ranks have the least load. Where all replicas together would leave the busiest rank with less, all are
-opened: on a rank that is not the busiest another expert costs nothing. (Not from fewer choices than ranks, which do not
-say what rank will be the busiest.) The rest is solved over what is open.
+those whose ranks have the least load. The rest is solved over what is open.
 """
 
 from __future__ import annotations
@@ -141,21 +139,17 @@ class _Layer:
         is_open = column < num_open
         each = (self.tokens << self.bits) // num_open.clamp(min=1) + self._cost_units
         each = torch.where(self.tokens > 0, each, 0).to(torch.int32)
-        base = (self.base << self.bits) + self.active * self._cost_units
-        for _ in range(RECHOICES if self.controls[control.RECHOOSE] else 0):
-            for colour in range(self.sizes[NUM_COLOURS]):
-                mine = (self.tables.colour == colour)[:, None]
-                load = self._load(torch.where(is_open & ~mine, each, 0), base)[self.rank]
-                smaller = load[:, None, :] < load[:, :, None]
-                ties = load[:, None, :] == load[:, :, None]
-                ties &= self.rotated[:, None, :] < self.rotated[:, :, None]
-                before = ((smaller | ties) & self.is_choice[:, None, :]).sum(2)
-                is_open = torch.where(mine, (before < num_open) & self.is_choice, is_open)
-        share = (self.tokens << self.bits) // size.clamp(min=1) + self._cost_units
-        share = torch.where(self.is_choice & (self.tokens > 0), share, 0).to(torch.int32)
-        everything, chosen = self._load(share, base).max(), self._load(torch.where(is_open, each, 0), base).max()
-        if self.total >= len(base) and int(everything) < int(chosen):
-            is_open = self.is_choice
+        if self.controls[control.RECHOOSE]:
+            base = (self.base << self.bits) + self.active * self._cost_units
+            for _ in range(RECHOICES):
+                for colour in range(self.sizes[NUM_COLOURS]):
+                    mine = (self.tables.colour == colour)[:, None]
+                    load = self._load(torch.where(is_open & ~mine, each, 0), base)[self.rank]
+                    smaller = load[:, None, :] < load[:, :, None]
+                    ties = load[:, None, :] == load[:, :, None]
+                    ties &= self.rotated[:, None, :] < self.rotated[:, :, None]
+                    before = ((smaller | ties) & self.is_choice[:, None, :]).sum(2)
+                    is_open = torch.where(mine, (before < num_open) & self.is_choice, is_open)
         self.active = self._load((is_open & (self.tokens > 0)).to(torch.int32), self.active)
         return is_open
 

@@ -69,7 +69,7 @@ def solve_layer(layer: int, counts: np.ndarray, tables: NumpyTables, controls: n
         bits += 1
     is_open = int32_table(tokens.shape[0], quotas.shape[1], 0)
     rechoose = controls[RECHOOSE] * num_colours
-    open_replicas(tokens, rank, size, colour, rechoose, rotation, cost, bits, total, base, active, is_open)
+    open_replicas(tokens, rank, size, colour, rechoose, rotation, cost, bits, base, active, is_open)
     far = int_zeros(num_ranks)  # what a rank costs more because it is on another node
     for r in range(num_ranks):
         base[r] = (base[r] << bits) + active[r] * ((cost << bits) >> 4)
