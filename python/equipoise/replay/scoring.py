@@ -55,7 +55,9 @@ class TurnScorer:
 
     def __init__(self, metadata: ExpertLocationMetadata, sources: SourceSplit) -> None:
         topology = metadata.topology
-        maps, live = metadata.logical_to_physical_map, torch.ones(topology.num_slots, dtype=torch.bool)
+        # The map has room for every slot of an expert; of that, what is in use.
+        maps = metadata.logical_to_physical_map[:, :, : int(metadata.num_replicas.max())]
+        live = torch.ones(topology.num_slots, dtype=torch.bool)
         self._topology = topology
         self._shape = metadata.physical_to_logical_map.shape
         self._maps = maps.flatten(0, 1)  # (L * E, X)
