@@ -79,3 +79,17 @@ def test_what_is_sent_is_what_is_documented() -> None:
             assert ErrorAnswer.model_validate(response.json(), extra="forbid").error.code == status
         assert client.get("/metrics").headers["content-type"].startswith("text/plain")
         assert client.get("/openapi.json").json()["info"]["title"] == "Equipoise"
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "bound"),
+    [
+        ("CompletionBody", "suffix", {"enum": ["", None]}),
+        ("GenerateBody", "text", {"items": {"type": "string"}, "minItems": 1, "type": "array"}),
+        ("GenerateBody", "input_ids", {"items": {"type": "integer"}, "minItems": 1, "type": "array"}),
+        ("RebalanceBody", "max_moves_per_layer", {"minimum": 0, "type": "integer"}),
+    ],
+)
+def test_the_schema_says_what_is_refused(body: str, field: str, bound: dict[str, Any]) -> None:
+    rule = document()["components"]["schemas"][body]["properties"][field]
+    assert bound.items() <= rule.items() or bound in rule["anyOf"]

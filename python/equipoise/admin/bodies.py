@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+# The bound is for clients to read; the route refuses what is below it, in one sentence.
+_Moves = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
 class StrictBody(BaseModel):
@@ -27,7 +32,7 @@ class RebalanceBody(StrictBody):
     dry_run: bool = False
     """Plan and report; change nothing."""
 
-    max_moves_per_layer: int | None = None
+    max_moves_per_layer: _Moves | None = None
     """Hard limit on the slots of a layer that may receive another expert."""
 
     move_price: float | None = None

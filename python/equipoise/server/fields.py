@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator
+from pydantic_core import core_schema
 
 MAX_BATCH = 1024  # prompts in one request
 MAX_STOPS = 64
@@ -41,21 +43,40 @@ def _one_of(checks: list[Callable[[object], bool]], must: str) -> Callable[[Any]
     return validate
 
 
-def only(*neutral: object) -> AfterValidator:
-    """A validator for an option that this engine lacks: it takes the values that ask for nothing."""
+@dataclass(frozen=True)
+class _Only:
+    """Takes ``neutral`` values and null, in validation and in the schema that clients read."""
 
-    def validate(value: Any) -> Any:
-        if value is not None and not any(value == one and type(value) in _kin(one) for one in neutral):
-            raise ValueError(f"only {' or '.join(map(repr, neutral))} is supported")
+    neutral: tuple[object, ...]
+
+    def check(self, value: Any) -> Any:
+        if value is not None and not any(value == one and type(value) in _kin(one) for one in self.neutral):
+            raise ValueError(f"only {' or '.join(map(repr, self.neutral))} is supported")
         return value
 
-    return AfterValidator(validate)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [*self.neutral, None]}
+
+
+def only(*neutral: object) -> _Only:
+    """A validator for an option that this engine lacks: it takes the values that ask for nothing."""
+    return _Only(neutral)
 
 
 def _kin(value: object) -> tuple[type, ...]:
     """JSON does not tell 1 from 1.0, but true from 1."""
     return (int, float) if isinstance(value, int | float) and not isinstance(value, bool) else (type(value),)
 
+
+# What an empty list would ask for is nothing: it is refused, and the schema says so.
+_TextList = Annotated[list[str], Field(min_length=1)]
+_IdList = Annotated[list[int], Field(min_length=1)]
+_IdLists = Annotated[list[_IdList], Field(min_length=1)]
 
 Text = Annotated[str, PlainValidator(_one_of([_is_text], "a string of valid Unicode"), json_schema_input_type=str)]
 Texts = Annotated[
@@ -65,11 +86,18 @@ Texts = Annotated[
         json_schema_input_type=str | list[str],
     ),
 ]
+Prompts = Annotated[
+    str | list[str],
+    PlainValidator(
+        _one_of([_is_text, _is_list_of(_is_text)], "a string or a list of strings"),
+        json_schema_input_type=str | _TextList,
+    ),
+]
 Ids = Annotated[
     list[int] | list[list[int]],
     PlainValidator(
         _one_of([_is_ids, _is_list_of(_is_ids)], "a list of token ids or a list of such lists"),
-        json_schema_input_type=list[int] | list[list[int]],
+        json_schema_input_type=_IdList | _IdLists,
     ),
 ]
 TextsOrIds = Annotated[
@@ -79,6 +107,6 @@ TextsOrIds = Annotated[
             [_is_text, _is_list_of(_is_text), _is_ids, _is_list_of(_is_ids)],
             "a string, a list of strings, a list of token ids or a list of such lists",
         ),
-        json_schema_input_type=str | list[str] | list[int] | list[list[int]],
+        json_schema_input_type=str | _TextList | _IdList | _IdLists,
     ),
 ]

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Tag
 from equipoise.admin.bodies import StrictBody
 from equipoise.engine.requests import SamplingParams
 from equipoise.errors import ConfigError
-from equipoise.server.fields import MAX_STOPS, Ids, Texts, only
+from equipoise.server.fields import MAX_STOPS, Ids, Prompts, Texts, only
 
 
 class SamplingBody(StrictBody):
@@ -66,7 +66,7 @@ Sampling = Annotated[
 class GenerateBody(StrictBody):
     """POST /generate, in SGLang's shape: exactly one of ``text`` and ``input_ids``; lists make a batch."""
 
-    text: Texts | None = None
+    text: Prompts | None = None
     input_ids: Ids | None = None
     sampling_params: Sampling | None = None
     stream: bool | None = None
