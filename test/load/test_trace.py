@@ -341,6 +341,13 @@ def test_a_truncated_file_is_a_trace_error(which, share, tmp_path):
     refusal(path)
 
 
+def test_a_damaged_name_of_a_member_is_a_trace_error(tmp_path):
+    """Without the name of its header, the array in it would pass for one that is not ours."""
+    damaged = WHOLE_FILES[0].replace(b"header.npyPK", b"\0eader.npyPK")
+    (tmp_path / "damaged").write_bytes(damaged)
+    assert "damaged" in refusal(tmp_path / "damaged")
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=st.integers(0, 2))
 def test_damaged_bytes_are_a_trace_error_or_do_not_matter(data, which, tmp_path):
