@@ -143,6 +143,17 @@ def test_no_kind_of_dispatch_loses_a_token(trace: LoadTrace, dispatch: str) -> N
     assert scorer.step(trace.logical_count[5], 5).tokens.sum() == pytest.approx(trace.logical_count[5].sum())
 
 
+@pytest.mark.parametrize("dispatch", ["even", "static", "weights", "batch"])
+def test_no_kind_of_dispatch_loses_a_token_of_a_token_trace(dispatch: str) -> None:
+    """A trace holds ids tokens first, scorers look at them layer by layer."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permuted(np.arange(EXPERTS))[:2] for _ in range(40 * LAYERS)]).reshape(40, LAYERS, 2)
+    counts = np.stack([np.bincount(ids[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)])
+    trace = LoadTrace(counts[None], topk_ids=ids, token_offsets=np.array([0, 40]))
+    scorer = make_scorer(random_placement(3), dispatch, SourceSplit(trace, 4), DispatchPolicy("batch"))
+    assert scorer.step(counts, 0).tokens.sum(1).tolist() == [80.0] * LAYERS
+
+
 def test_sources_are_recorded_ranks_then_tokens_then_a_fixed_split() -> None:
     apart = np.random.default_rng(0).integers(0, 9, (2, 4, LAYERS, EXPERTS))
     recorded = LoadTrace(apart.sum(1), rank_count=apart)
