@@ -10,6 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from equipoise.errors import ConfigError, EquipoiseError, InvalidInputError
 from equipoise.load.trace import LoadTrace
 from equipoise.replay.costs import CostModel
@@ -116,6 +118,7 @@ _received: list[Any] = []
 
 
 def _receive(trace: LoadTrace, costs: CostModel) -> None:
+    torch.set_num_threads(1)  # the workers share the cores; more threads would wait for each other
     _received[:] = [trace, costs]
 
 
