@@ -88,6 +88,7 @@ def test_what_is_sent_is_what_is_documented() -> None:
         ("GenerateBody", "text", {"items": {"type": "string"}, "minItems": 1, "type": "array"}),
         ("GenerateBody", "input_ids", {"items": {"type": "integer"}, "minItems": 1, "type": "array"}),
         ("RebalanceBody", "max_moves_per_layer", {"minimum": 0, "type": "integer"}),
+        ("RebalanceBody", "move_price", {"minimum": 0, "type": "number"}),
     ],
 )
 def test_the_schema_says_what_is_refused(body: str, field: str, bound: dict[str, Any]) -> None:

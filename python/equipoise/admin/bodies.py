@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
-# The bound is for clients to read; the route refuses what is below it, in one sentence.
+# The bounds are for clients to read; the route refuses what is below them, in one sentence.
 _Moves = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+_Price = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 
 
 class StrictBody(BaseModel):
@@ -35,5 +36,5 @@ class RebalanceBody(StrictBody):
     max_moves_per_layer: _Moves | None = None
     """Hard limit on the slots of a layer that may receive another expert."""
 
-    move_price: float | None = None
+    move_price: _Price | None = None
     """Balancedness that moving every slot of a layer within its node must gain; None: the one of --eplb-move-price."""

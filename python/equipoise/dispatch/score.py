@@ -126,18 +126,21 @@ def split_over_sources(counts: np.ndarray, num_ranks: int, rng: np.random.Genera
     return np.moveaxis(parts, -1, 0)
 
 
-def counts_by_source(topk: np.ndarray, num_ranks: int, num_experts: int) -> np.ndarray:
-    """Counts of recorded tokens, dealt to source ranks in turns.
+def counts_by_source(
+    topk: np.ndarray, num_ranks: int, num_experts: int, *, source: np.ndarray | None = None
+) -> np.ndarray:
+    """Counts of tokens by the rank that routes them.
 
     Args:
         topk: (T, L, K) logical experts; -1 for "none".
+        source: (T,) rank of each token; None: they are dealt to the ranks in turns.
 
     Returns:
         (num_ranks, L, E) int64.
     """
     num_tokens, num_layers, _ = topk.shape
-    rank = np.arange(num_tokens)[:, None, None] % num_ranks
-    key = (rank * num_layers + np.arange(num_layers)[:, None]) * num_experts + topk
+    rank = np.arange(num_tokens) % num_ranks if source is None else source
+    key = (rank[:, None, None] * num_layers + np.arange(num_layers)[:, None]) * num_experts + topk
     counts = np.bincount(key[topk >= 0], minlength=num_ranks * num_layers * num_experts)
     return counts.reshape(num_ranks, num_layers, num_experts)
 

@@ -58,10 +58,14 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         raise TraceError("neither an .npz file nor a torch.save file of today's zip format")
     try:
         archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise TraceError(f"the archive is truncated or damaged ({error})") from None
+    try:
         for member in archive.infolist():
             # A damaged name would pass for a file of another kind: opening compares it with the member's own header.
             archive.open(member).close()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        archive.close()
         raise TraceError(f"the archive is truncated or damaged ({error})") from None
     unpacked = sum(info.file_size for info in archive.infolist())
     if unpacked > max(MAX_BYTES, path.stat().st_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -170,7 +170,7 @@ class WeightMigration:
             raise TransferCancelled(self._cancelled)
 
     def _commit_ready(self, idle: bool) -> None:
-        for _ in islice(iter(int, 1), self._max_commits):
+        for _ in islice(count(), self._max_commits):
             if not self._runner.active:
                 return
             try:

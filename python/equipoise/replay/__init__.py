@@ -16,6 +16,6 @@ Private to this room::
     planner.py      The manager's decision and plan, as a replay uses them
     policy.py       What decides on a new placement during a window replay
     result.py       What a window replay found
-    sources.py      The tokens of a step by the rank that routes them
     scoring.py      What one step costs the ranks of a placement, by kind of dispatch
+    sources.py      The tokens of a step by the rank that routes them
 """

@@ -81,7 +81,7 @@ class TurnScorer:
         uniform = weyl_uniform(
             number.repeat(num_layers), top_k, layer_id=layer, rank=rank.repeat(num_layers)[:, None]
         )  # fmt: skip
-        ids = torch.from_numpy(tokens).reshape(-1, top_k)  # a trace holds them tokens first
+        ids = torch.from_numpy(tokens).view(-1, top_k)
         slots = sample_replicas(ids.clamp(min=0) + layer * num_experts, uniform, self._maps, self._cdf)
         cells = (slots + layer * num_slots)[ids >= 0]
         per_slot = np.bincount(cells.numpy(), minlength=num_layers * num_slots).astype(np.float64)

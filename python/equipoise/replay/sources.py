@@ -38,29 +38,30 @@ class SourceSplit:
         trace, ranks = self._trace, self._num_ranks
         if trace.rank_count is not None and trace.rank_count.shape[1] == ranks:
             return np.asarray(trace.rank_count[index], dtype=np.int64)
-        if trace.topk_ids is not None and trace.token_offsets is not None:
-            part = trace.topk_ids[trace.token_offsets[index] : trace.token_offsets[index + 1]]
-            return counts_by_source(part.astype(np.int64), ranks, trace.num_logical_experts)
+        recorded = self._recorded(index)
+        if recorded is not None:
+            return counts_by_source(recorded, ranks, trace.num_logical_experts)
         tokens = self.tokens(index)
         if tokens is None:
             counts = np.rint(trace.logical_count[index]).astype(np.int64)
             return split_over_sources(counts, ranks, np.random.default_rng(index))
-        num_layers, num_experts = trace.num_layers, trace.num_logical_experts
-        rank = ranks_of_tokens(tokens.shape[1], ranks)[:, None]
-        cells = (rank * num_layers + np.arange(num_layers)[:, None, None]) * num_experts + tokens
-        found = np.bincount(cells[tokens >= 0], minlength=ranks * num_layers * num_experts)
-        return found.reshape(ranks, num_layers, num_experts)
+        source = ranks_of_tokens(tokens.shape[1], ranks)
+        return counts_by_source(tokens.transpose(1, 0, 2), ranks, trace.num_logical_experts, source=source)
 
     def tokens(self, index: int) -> np.ndarray | None:
         """(L, T, K) int64 experts of each token, -1 for none; None for more tokens than are worth looking at singly."""
-        trace = self._trace
-        if trace.topk_ids is not None and trace.token_offsets is not None:
-            part = trace.topk_ids[trace.token_offsets[index] : trace.token_offsets[index + 1]]
-            return part.transpose(1, 0, 2).astype(np.int64) if part.size <= _MOST_DEALT else None
-        counts = np.rint(trace.logical_count[index]).astype(np.int64)
+        recorded = self._recorded(index)
+        if recorded is not None:
+            return np.ascontiguousarray(recorded.transpose(1, 0, 2)) if recorded.size <= _MOST_DEALT else None
+        counts = np.rint(self._trace.logical_count[index]).astype(np.int64)
         if counts.sum() > _MOST_DEALT:
             return None
         return _deal(counts, self._top_k, np.random.default_rng(index))
+
+    def _recorded(self, index: int) -> np.ndarray | None:
+        """(T, L, K) int64 experts of a step's recorded tokens; None where the trace holds sums alone."""
+        ids, offsets = self._trace.topk_ids, self._trace.token_offsets
+        return None if ids is None or offsets is None else ids[offsets[index] : offsets[index + 1]].astype(np.int64)
 
 
 def _deal(counts: np.ndarray, top_k: int, rng: np.random.Generator) -> np.ndarray:

@@ -79,20 +79,9 @@ _IdList = Annotated[list[int], Field(min_length=1)]
 _IdLists = Annotated[list[_IdList], Field(min_length=1)]
 
 Text = Annotated[str, PlainValidator(_one_of([_is_text], "a string of valid Unicode"), json_schema_input_type=str)]
-Texts = Annotated[
-    str | list[str],
-    PlainValidator(
-        _one_of([_is_text, _is_list_of(_is_text)], "a string or a list of strings"),
-        json_schema_input_type=str | list[str],
-    ),
-]
-Prompts = Annotated[
-    str | list[str],
-    PlainValidator(
-        _one_of([_is_text, _is_list_of(_is_text)], "a string or a list of strings"),
-        json_schema_input_type=str | _TextList,
-    ),
-]
+_is_texts = _one_of([_is_text, _is_list_of(_is_text)], "a string or a list of strings")
+Texts = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=str | list[str])]
+Prompts = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=str | _TextList)]
 Ids = Annotated[
     list[int] | list[list[int]],
     PlainValidator(

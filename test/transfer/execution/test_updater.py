@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import pytest
 import torch
@@ -11,11 +9,11 @@ import torch
 from equipoise.distributed.in_memory import InMemoryHub
 from equipoise.errors import ConfigError, PlanMismatchError, TransferError, TransferTimeout, VerificationError
 from equipoise.topology import EpTopology
-from equipoise.transfer.execution.stream import CommitTimer
 from equipoise.transfer.execution.updater import ExpertLocationUpdater
 from equipoise.transfer.planning.plan import plan_transfer
 from equipoise.transfer.planning.rank_program import rank_program
-from helpers.migrate import bytes_over_ranks, migrate_layer
+from helpers.migrate import migrate_layer
+from helpers.moved_weights import assert_weights, migrate, migrate_layers
 from helpers.placements import (
     WEIGHT_SPECS,
     expert_row,
@@ -28,33 +26,6 @@ from helpers.placements import (
     same_bytes,
 )
 from helpers.run_threads import results_of, run_threads
-
-
-def migrate(communicator, topology, old, new, weights, **options):
-    return list(migrate_layers(communicator, topology, old, new, weights, **options))
-
-
-def migrate_layers(communicator, topology, old, new, weights, **options):
-    updater = ExpertLocationUpdater(communicator, topology, weights, **options)
-    plan = plan_transfer(old, new, topology, max_staged_experts=updater.max_staged_experts)
-    updater.agree_on(plan)
-    for layer in plan.layers:
-        yield Moved(layer, migrate_layer(updater, layer), topology)
-
-
-class Moved:
-    """What one layer's migration reports."""
-
-    def __init__(self, layer, profiles, topology):
-        self.bytes_received = sum(profile.bytes_received for profile in profiles)
-        self.bytes_over_ranks = bytes_over_ranks(layer, profiles, topology)
-
-
-def assert_weights(weights, p2l, rank, topology):
-    expected = rank_weights(p2l, rank, topology)
-    for layer, tensors in enumerate(live_weights(weights)):
-        for index, tensor in enumerate(tensors):
-            assert same_bytes(tensor, expected[layer][index]), f"{layer=} {rank=} {index=} {p2l[layer].tolist()=}"
 
 
 class Counting:
@@ -287,136 +258,3 @@ def test_unusable_weights_are_refused(weights, options, words):
 def test_the_oracle_tells_experts_apart():
     rows = [expert_row(layer, expert, *WEIGHT_SPECS[0]) for layer in range(2) for expert in range(4)]
     assert len({row.numpy().tobytes() for row in rows}) == 8
-
-
-@pytest.mark.parametrize("rounds_in_flight", [1, 3])
-def test_staging_never_exceeds_its_bytes_and_large_layers_move_in_batches(rounds_in_flight):
-    topology = EpTopology(4, 2, 6)
-    rng = np.random.default_rng(11)
-    old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
-    specs = ((torch.float32, (80, 80)), (torch.bfloat16, (4,)))
-    row = 80 * 80 * 4
-    budget = 2 * row + 2048
-
-    def body(communicator):
-        weights = rank_weights(old, communicator.rank, topology, specs)
-        updater = ExpertLocationUpdater(
-            communicator, topology, weights, staging_bytes=budget, rounds_in_flight=rounds_in_flight
-        )
-        assert updater.max_staged_experts == 2
-        plan = plan_transfer(old, new, topology, max_staged_experts=updater.max_staged_experts)
-        maps = []
-        reports = [
-            migrate_layer(updater, layer, on_commit=lambda batch: maps.append(batch.new_map))[0]
-            for layer in plan.layers
-        ]
-        expected = rank_weights(new, communicator.rank, topology, specs)
-        for tensors, right in zip(weights, expected, strict=True):
-            assert all(same_bytes(a, b) for a, b in zip(tensors, right, strict=True))
-        assert row < max(report.peak_staging_bytes for report in reports) <= budget
-        assert len(maps) == sum(len(layer.batches) for layer in plan.layers) > len(reports)
-        updater.release_staging()
-        return updater.staging_bytes
-
-    assert results_of(body, 4) == [0] * 4
-
-
-def test_a_duty_below_one_rests_between_rounds():
-    topology = EpTopology(2, 1, 3)
-    old, new = np.array([[0, 1, 2, 3, 4, 5]]), np.array([[3, 4, 5, 0, 1, 2]])
-
-    def body(communicator):
-        ticks, rests = iter(range(1000)), []
-        weights = rank_weights(old, communicator.rank, topology)
-        updater = ExpertLocationUpdater(
-            communicator, topology, weights, duty=0.25, clock=lambda: float(next(ticks)), sleep=rests.append
-        )
-        migrate_layer(updater, plan_transfer(old, new, topology).layers[0])
-        return rests
-
-    for rests in results_of(body, 2):
-        assert rests
-        assert all(rest >= 3.0 for rest in rests), "three times as long as the round took"
-
-
-class Watching:
-    """A communicator that checks, when messages are waited for, that nobody has changed what was being sent."""
-
-    def __init__(self, communicator):
-        self._inner = communicator
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
-
-    def post(self, sends, recvs):
-        inner, posted = self._inner.post(sends, recvs), [(tensor, tensor.clone()) for _, tensor in sends]
-
-        class Pending:
-            def wait(self, timeout):
-                inner.wait(timeout)
-                assert all(torch.equal(now, then) for now, then in posted)
-
-        return Pending()
-
-
-@pytest.mark.parametrize("in_a_pool", [False, True])
-@pytest.mark.parametrize("rounds_in_flight", [1, 2, 5])
-def test_what_is_under_way_is_not_overwritten(rounds_in_flight, in_a_pool):
-    topology = EpTopology(4, 2, 6)
-    rng = np.random.default_rng(4)
-    old, new = random_map(rng, 20, topology, 2), random_map(rng, 20, topology, 2)
-
-    def body(communicator):
-        weights = rank_weights(old, communicator.rank, topology)
-        weights = pooled(weights, rounds_in_flight) if in_a_pool else weights
-        migrate(Watching(communicator), topology, old, new, weights, rounds_in_flight=rounds_in_flight)
-        assert_weights(weights, new, communicator.rank, topology)
-
-    results_of(body, 4)
-
-
-def test_a_plan_that_stages_more_than_there_is_room_for_says_how_to_plan():
-    topology = EpTopology(2, 1, 4)
-    old, new = np.arange(8)[None], np.roll(np.arange(8), 4)[None]
-
-    def body(communicator):
-        weights = rank_weights(old, communicator.rank, topology)
-        updater = ExpertLocationUpdater(communicator, topology, weights, rounds_in_flight=2)
-        with pytest.raises(TransferError, match=r"stages 4 experts .* holds 2: plan with max_staged_experts=2"):
-            migrate_layer(updater, plan_transfer(old, new, topology).layers[0])
-        assert_weights(weights, old, communicator.rank, topology)
-
-    results_of(body, 2)
-
-
-def test_a_commit_is_timed_where_it_happens(monkeypatch):
-    """On a GPU the host only queues it: events tell, and nobody waits for them."""
-
-    class Event:
-        reached = False
-        made: ClassVar[list[Event]] = []
-
-        def __init__(self, enable_timing):
-            assert enable_timing
-            self.made.append(self)
-
-        def record(self):
-            self.recorded = True
-
-        def query(self):
-            return Event.reached
-
-        def elapsed_time(self, end):
-            assert (self, end) == tuple(Event.made)
-            return 250.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    timer = CommitTimer()
-    assert timer.stop() is Event.made[1], "what staging waits for"
-    assert all(event.recorded for event in Event.made)
-    assert timer.seconds() is None
-    Event.reached = True
-    assert timer.seconds() == 0.25
-    on_host = CommitTimer(iter([3.0, 3.5]).__next__)
-    assert on_host.stop() is None
-    assert on_host.seconds() == 0.5

@@ -63,8 +63,9 @@ def render_html(data: ReportData) -> str:
     """The page."""
     title = f"Expert balancing: {data.traces} on {data.cluster}"
     chosen, layers = data.advice.row, data.layer_ids.tolist()
-    name = None
+    name, ring = None, ""
     if chosen is not None:
+        ring = "; the ring is the recommended one"
         name = (
             f"{label_of(chosen)}, R {chosen['num_redundant_experts']}, every {chosen['interval']}, {chosen['dispatch']}"
         )
@@ -85,7 +86,7 @@ def render_html(data: ReportData) -> str:
         _section("Balancedness over the trace", curves(data.curves, "balancedness over steps", "steps of the trace"),
                  "Mean over largest rank load, mean over layers; 1 is even.", f"<ul class=key>{key}</ul>"),
         _section("Balance against bytes", points(data.points, "balancedness against bytes moved", name),
-                 "A point is a combination of options; the ring is the recommended one, orange DeepSeek's algorithm."),
+                 f"A point is a combination of options{ring}, orange DeepSeek's algorithm."),
         "</div>",
         _section("Every combination", _table(data.rows, chosen, data.advice.nothing["tokens_per_second"]),
                  "tokens/s against nothing moved, by a roofline model of the expert layers."),
