@@ -1,8 +1,8 @@
-"""Damages one file of every format at random and expects a trace, or a refusal in one line; nothing else.
+"""Damages one file of every format (hypothesis) and expects a trace, or a refusal in one line; nothing else.
 
     python scripts/fuzz_formats.py [--examples 10000] [--seed 0] [--only NAME]
 
-A found fault prints the format, the seed of the example and the exception, and ends with exit code 1.
+A found fault prints the format and the smallest damage that shows it, and ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import random
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from equipoise.errors import InvalidInputError
@@ -102,24 +104,25 @@ _TOKENS = (
 )
 
 
-def damage(data: bytes, rng: random.Random) -> bytes:
-    """Cuts, flips, repeats, and puts in what parsers stumble over."""
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """``data`` cut, flipped, repeated, or with something in it that parsers stumble over; one to four times."""
     out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(out)) if out else 0
-        match rng.randrange(6):
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(out) - 1, 0)))
+        match draw(st.integers(0, 5)):
             case 0:
                 del out[at:]
             case 1 if out:
-                out[at] ^= 1 << rng.randrange(8)
+                out[at] ^= 1 << draw(st.integers(0, 7))
             case 2 if out:
-                out[at] = rng.randrange(256)
+                out[at] = draw(st.integers(0, 255))
             case 3:
-                del out[at : at + rng.randint(1, 16)]
+                del out[at : at + draw(st.integers(1, 16))]
             case 4:
-                out[at : at + rng.randint(0, 3)] = rng.choice(_TOKENS)
+                out[at : at + draw(st.integers(0, 3))] = draw(st.sampled_from(_TOKENS))
             case 5:
-                out[at:at] = out[at : at + rng.randint(1, 64)]
+                out[at:at] = out[at : at + draw(st.integers(1, 64))]
     return bytes(out)
 
 
@@ -136,6 +139,24 @@ def attempt(path: Path) -> str:
     return outcome
 
 
+def fuzz(path: Path, good: bytes, examples: int, seed_of_run: int) -> Counter[str]:
+    """Counts how the damaged files were taken. Raises what :func:`attempt` raised for the smallest damage."""
+    outcomes = Counter[str]()
+
+    @seed(seed_of_run)
+    @settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )  # fmt: skip
+    @given(damaged(good))
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        outcomes[attempt(path)] += 1
+
+    read()
+    return outcomes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=10_000)
@@ -145,21 +166,16 @@ def main() -> int:
     logging.disable()  # notes on what is read
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name, (file_name, make) in MAKERS.items():
-            if arguments.only not in (None, name):
-                continue
-            path = Path(folder) / file_name
+        for name in MAKERS if arguments.only is None else [arguments.only]:
+            file_name, make = MAKERS[name]
+            path, began = Path(folder) / file_name, time.monotonic()
             make(path)
-            good, outcomes, began = path.read_bytes(), Counter[str](), time.monotonic()
-            for example in range(arguments.examples):
-                path.write_bytes(damage(good, random.Random(f"{arguments.seed}-{name}-{example}")))
-                try:
-                    outcomes[attempt(path)] += 1
-                except BaseException as error:
-                    failed += 1
-                    print(f"{name}, example {example}: {type(error).__name__}: {error}")
-                    if failed > 20:
-                        return 1
+            try:
+                outcomes = fuzz(path, path.read_bytes(), arguments.examples, arguments.seed)
+            except Exception:
+                failed += 1
+                print(f"{name}:\n{traceback.format_exc()}", flush=True)
+                continue
             print(f"{name:12s} {dict(outcomes)} in {time.monotonic() - began:.0f} s", flush=True)
     return int(failed > 0)
 
