@@ -5,7 +5,9 @@ What a command needs is imported in ``run``, so that ``--help`` does not wait fo
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +29,13 @@ class Serve:
     def run(self) -> int:
         from equipoise.server.launch import serve
 
-        return serve(ServeConfig(self.engine, self.eplb, self.http))
+        code = serve(ServeConfig(self.engine, self.eplb, self.http))
+        # The engine is closed and nothing is left to do. Taking torch down in order takes seconds, and whoever sent
+        # SIGTERM waits for them.
+        with contextlib.suppress(OSError):  # the reader of a pipe has left
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from equipoise.engine.messages import (
     Tokens,
 )
 from equipoise.engine.pending import PendingCalls
-from equipoise.engine.processes import CLOSE_SECONDS, PING_SECONDS, EngineProcesses, Pulse
+from equipoise.engine.processes import LEAVE_SECONDS, PING_SECONDS, EngineProcesses, Pulse
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, RequestFailedError
 from equipoise.manager.commands import Command
@@ -145,16 +145,25 @@ class Engine:
         return reply
 
     def close(self) -> None:
-        """Ends all processes and waits until they are gone. May be called more than once."""
+        """End all processes and wait until they are gone. May be called more than once.
+
+        Ranks are asked to leave and have ``LEAVE_SECONDS`` for it. Then the supervisor is told to kill them, which
+        reaches stopped ones too. After ``KILL_SECONDS`` more the launcher kills whatever is left, so that a rank or a
+        supervisor that is stopped or hangs delays the end by no more than the sum.
+        """
         with contextlib.suppress(EngineDeadError):
             self._send(Stop())
         self._pending.fail("the engine was closed")
         if self._reader is None:
             self._processes.terminate()  # the ranks were still starting: nothing that must end in order
-        elif self._reader is not threading.current_thread():
-            self._reader.join(CLOSE_SECONDS)
+        else:
+            self._reader.join(LEAVE_SECONDS)
             if self._reader.is_alive():
-                _log.warning("ranks that have not left after %g s are killed: are they stopped?", CLOSE_SECONDS)
+                _log.warning("ranks that have not left after %g s are killed: are they stopped?", LEAVE_SECONDS)
+                self._processes.terminate()
+        self._processes.await_end(self.worker_pids)
+        if self._reader is not None:
+            self._reader.join()  # its pipes have broken
         self._processes.close()
 
     def _check(self, request: GenerateRequest) -> None:

@@ -6,13 +6,15 @@ the supervisor, which reports why a rank is gone, and breaks when the supervisor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
@@ -21,8 +23,11 @@ from equipoise.config import ServeConfig
 from equipoise.engine.messages import Died, Ended, FromEngine, ToEngine
 from equipoise.errors import EngineDeadError
 
-CLOSE_SECONDS = 10.0
-"""How long the ranks may take to leave on their own before they are ended."""
+LEAVE_SECONDS = 5.0
+"""How long the ranks may take to leave on their own before the supervisor is told to kill them."""
+
+KILL_SECONDS = 3.0
+"""How long the supervisor may take to kill its ranks and end, before the launcher kills all of them itself."""
 
 PING_SECONDS = 1.0
 """Between a sign of life and the next question for one."""
@@ -120,17 +125,28 @@ class EngineProcesses:
         return messages
 
     def terminate(self) -> None:
-        """Has the supervisor end its ranks at once, with nothing in order: for ranks that are still starting."""
+        """Have the supervisor kill its ranks and end: for ranks that are starting, or do not leave."""
         self.supervisor.terminate()
 
-    def close(self) -> None:
-        """Waits until all are gone, and ends them if that takes too long. May be called more than once."""
-        self._control.close()  # a supervisor that is still there ends its ranks when this breaks
+    def await_end(self, ranks: Sequence[int]) -> None:
+        """Wait until the supervisor has ended, at most ``KILL_SECONDS``; then kill the ranks and it.
+
+        Args:
+            ranks: their process ids.
+        """
         try:
-            self.supervisor.wait(CLOSE_SECONDS)
+            self.supervisor.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
+            # It is stopped or hangs, so it has reaped none of its ranks: these ids are still theirs.
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.supervisor.kill()
             self.supervisor.wait()
+
+    def close(self) -> None:
+        """Close the pipes, once nobody receives. May be called more than once."""
+        self._control.close()
         self._outbox.put(None)
         self._requests.close()
 

@@ -35,7 +35,7 @@ _GATHER_SECONDS = 0.5
 
 
 def main() -> None:
-    # A launcher that does not want to wait for the ranks to start says so: clean up and go.
+    # A launcher that will not wait for ranks that start, or do not leave, says so: kill them, clean up and go.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(1))
     requests, control = (Connection(int(fd)) for fd in sys.argv[1:3])
     try:
@@ -45,10 +45,14 @@ def main() -> None:
     configure_logging(config.engine.log_level, "supervisor")
     # Asked for GPUs without this, torch starts CUDA, which no forked rank can use then.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    with tempfile.TemporaryDirectory(prefix="equipoise-") as rendezvous:
-        supervise(config, requests, control, Path(rendezvous))
+    code = 0
+    try:
+        with tempfile.TemporaryDirectory(prefix="equipoise-") as rendezvous:
+            supervise(config, requests, control, Path(rendezvous))
+    except SystemExit:
+        code = 1
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to do; taking torch down in order would take seconds
+    os._exit(code)  # nothing is left to do; taking torch down in order would take seconds
 
 
 def supervise(config: ServeConfig, requests: Connection, control: Connection, rendezvous: Path) -> None:
