@@ -42,8 +42,37 @@ def test_one_window_does_no_harm(algorithm: str, kind: str) -> None:
         plan = rebalance_experts(counted(rng, share, tokens, 1)[0], topology, algorithm=algorithm, current=current)
         later = counted(rng, share, tokens, 16)
         changes.append(expected_balance(plan, later) - expected_balance(current, later))
-    assert min(changes) > -0.015
+    assert min(changes) > -0.005
     assert np.mean(changes) > -0.001
+
+
+def test_replicas_that_share_a_rank_are_split_without_following_noise() -> None:
+    """The published planner puts two replicas on one rank; that one of them has to go is no reason for more."""
+    rng = np.random.default_rng(8)
+    topology = EpTopology(8, 1, 5)
+    share = popularity(rng, 40, 33, 0.6)
+    current = rebalance_experts(counted(rng, share, 33 * 24.0, 1)[0], topology, algorithm="deepseek")
+    plan = rebalance_experts(counted(rng, share, 33 * 24.0, 1)[0], topology, current=current)
+
+    def twins(placement: ExpertLocationMetadata) -> np.ndarray:
+        by_rank = np.sort(placement.physical_to_logical_map.numpy().reshape(40, 8, 5), axis=2)
+        return (np.diff(by_rank, axis=2) == 0).sum((1, 2))
+
+    assert twins(current).sum() > 5
+    assert twins(plan).sum() == 0
+    later = counted(rng, share, 33 * 24.0, 24)
+    gain = np.asarray(balancedness(later, plan) - balancedness(later, current)).mean(0)
+    assert gain.mean() > 0.0
+    assert gain[twins(current) > 0].mean() > -0.001
+
+
+def test_a_layer_beyond_the_limit_keeps_its_weights_too() -> None:
+    """All experts are on all ranks: a plan may change slots without a move, but the limit is on slots."""
+    topology = EpTopology(9, 3, 4)
+    current = ExpertLocationMetadata.trivial(2, 3, topology)
+    load = np.array([[[5.0, 332.0, 6.0], [247.0, 63.0, 74.0]]])
+    plan = rebalance_experts(load, topology, current=current, max_moves_per_layer=0)
+    assert (plan.physical_to_logical_map == current.physical_to_logical_map).all()
 
 
 @pytest.mark.parametrize("tokens", [64, 512, 4096])

@@ -20,4 +20,5 @@ Private to this room::
     priced_search.py  `equipoise`, the default: placement and dispatch weights by a local search with priced moves
     reweight.py       `reweight`: dispatch weights for the placement in force; no slot changes
     task.py           Task: a problem as the kernels take it, and what turns their answer into a placement
+    twins.py          Splits replicas of one expert that share a rank, with no change to any rank's load
 """

@@ -2,7 +2,8 @@
 
 A search always finds something that looks better on the windows that it was made from. Three candidates, the placement
 in force, the same with new shares, and the plan, are judged on draws of the next window (forecast/outlook.py), and a
-layer takes the best one. So no plan is expected to end below leaving things alone.
+layer takes the best one. So no plan is expected to end below leaving things alone. Of a single window, how much
+popularities differ at all is a guess as well: there the gain must be larger than its own standard deviation.
 
 Where windows differ by counting noise alone, there is another reason to stay: a placement that was fitted to as many
 windows as there are would itself be off by the forecast's error, so one that is off by about twice that is as good as
@@ -18,10 +19,11 @@ import numpy as np
 from equipoise.algorithms.forecast.outlook import NUM_DRAWS, judge, lanes_of_draws, level_prior, normal_numbers
 from equipoise.algorithms.forecast.scenarios import mean_load
 from equipoise.algorithms.task import Task
+from equipoise.algorithms.twins import split_twins
 
-MIN_EXCESS_ONE = 3.0  # of rank loads' variance over the forecast's error, for moves: where there is one window
-MIN_EXCESS = 7.0  # the same where steady load has a history that is longer than MANY_WINDOWS
+MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: steady load of MANY_WINDOWS and more
 MANY_WINDOWS = 4
+SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
 MIN_HEIGHT = 3.0  # standard deviations above sqrt(2 ln G), the expected largest of G: such a rank is hot all the same
 
 
@@ -31,27 +33,30 @@ Plan = tuple[np.ndarray, np.ndarray]  # (L, P) experts, (L, P) shares
 def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
     """The placement in force or one of ``plans``, layer by layer: what is better on draws of what comes.
 
-    Layers whose placement in force is not valid (an expert without a live replica, two replicas on one rank, a group
-    on two nodes) take the last plan.
+    Two replicas on one rank are split first, with no change to any rank's load. Layers whose placement in force cannot
+    stay all the same (an expert without a live replica, a group on two nodes) take the last plan.
     """
     if not task.noise_is_known:
         return plans[-1]
-    stay = (task.old, task.old_share)
-    excess, highest, (value, *others) = _judged(task, stay, *plans)
+    one_window = task.problem.load.shape[0] == 1
+    stay = split_twins(task)
+    excess, highest, (drawn, *others) = _judged(task, stay, *plans)
     allowed = _moves_allowed(task, excess, highest)
-    placed, share = (array.copy() for array in stay)
-    for (new, new_share), new_value in zip(plans, others, strict=True):
-        # Of one window's noise, shares that were fitted to it are as much a part as moves.
-        free = (new == task.old).all(1) & (task.problem.load.shape[0] > 1)
-        better = (new_value > value) & (allowed | free)
+    mended = (stay[0] != task.old).any(1)
+    (placed, share), value = (array.copy() for array in stay), drawn.mean(1)
+    for (new, new_share), new_drawn in zip(plans, others, strict=True):
+        kept = (new == task.old).all(1)
+        gain = new_drawn - drawn
+        new_value = drawn.mean(1) + gain.mean(1) - (SURE_ONE * gain.std(1) if one_window else 0.0)
+        better = (new_value > value) & (allowed | kept) & ~(kept & mended)
         placed[better], share[better], value[better] = new[better], new_share[better], new_value[better]
-    invalid = ~_valid(task)
-    placed[invalid], share[invalid] = plans[-1][0][invalid], plans[-1][1][invalid]
+    lost = ~_may_stay(task)
+    placed[lost], share[lost] = plans[-1][0][lost], plans[-1][1][lost]
     return placed, share
 
 
 def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Excess and height of the placement in force (see ``level_prior``), and (L,) expected balance of each plan."""
+    """Excess and height of the placement in force (see ``level_prior``), and (L, NUM_DRAWS) balance of each plan."""
     known, layers = task.scenarios, task.layers
     mean = mean_load(known.tokens, known.weight)
     factor, (excess, highest) = np.empty_like(mean), np.empty((2, len(mean)))
@@ -65,26 +70,23 @@ def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.n
     for placed, share in plans:
         balance = np.empty((len(mean), NUM_DRAWS))
         task.run(judge, placed, share, tokens, noise, layers.inverse_speed, normal, lanes, balance)
-        values.append(balance.mean(1))
+        values.append(balance)
     return excess, highest, values
 
 
 def _moves_allowed(task: Task, excess: np.ndarray, highest: np.ndarray) -> np.ndarray:
     """(L,) whether what is uneven is more than noise."""
-    num_windows = task.problem.load.shape[0]
-    if num_windows > 1 and not (task.scenarios.steady and num_windows > MANY_WINDOWS):
+    if not (task.scenarios.steady and task.problem.load.shape[0] > MANY_WINDOWS):
         return np.ones(len(excess), dtype=np.bool_)
-    least = MIN_EXCESS_ONE if num_windows == 1 else MIN_EXCESS
     height = math.sqrt(2.0 * math.log(max(len(task.layers.inverse_speed), 2))) + MIN_HEIGHT
-    return (excess > least) | (highest > height)
+    return (excess > MIN_EXCESS) | (highest > height)
 
 
-def _valid(task: Task) -> np.ndarray:
-    """(L,) whether the placement in force may stay as it is."""
+def _may_stay(task: Task) -> np.ndarray:
+    """(L,) whether the placement in force keeps every expert alive, and every group on one node."""
     inverse_speed, num_groups = task.layers.inverse_speed, task.num_groups
     num_layers, num_slots = task.old.shape
-    by_rank = np.sort(task.old.reshape(num_layers, len(inverse_speed), -1), axis=2)
-    valid = ~(np.diff(by_rank, axis=2) == 0).any((1, 2)) & bool((inverse_speed > 0).all())
+    valid = np.full(num_layers, bool((inverse_speed > 0).all()))
     if num_groups:
         group = task.old * num_groups // task.problem.num_logical_experts
         node = np.arange(num_slots) // (num_slots // task.problem.topology.num_nodes)

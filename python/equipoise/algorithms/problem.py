@@ -150,11 +150,6 @@ class PlacementProblem:
         num_nodes = self.topology.num_nodes
         return self.num_groups is not None and num_nodes > 1 and self.num_groups % num_nodes == 0
 
-    @property
-    def current_map(self) -> np.ndarray | None:
-        """(L, P) int64 map in force."""
-        return None if self.current is None else self.current.physical_to_logical_map.cpu().numpy()
-
 
 def _checked_capacity(
     rank_capacity: npt.ArrayLike | None,

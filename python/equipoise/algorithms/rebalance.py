@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, DispatchKind, PlacementProblem
+from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, DispatchKind, PlacementProblem, Solution
 from equipoise.algorithms.registry import Algorithm, check_algorithm, find_algorithm
 from equipoise.errors import ConfigError
 from equipoise.jit.threads import available_cpus
@@ -75,9 +75,9 @@ def rebalance_experts(
     )
     chosen = find_algorithm(algorithm)
     _check_support(chosen, problem)
-    placed, weights = chosen.solve(problem)
+    placed, weights = _within_limit(chosen.solve(problem), problem)
     return ExpertLocationMetadata.from_physical_to_logical(
-        _within_limit(placed, problem), problem.num_logical_experts, topology, dispatch_weights=weights
+        placed, problem.num_logical_experts, topology, dispatch_weights=weights
     )
 
 
@@ -105,9 +105,14 @@ def _check_support(algorithm: Algorithm, problem: PlacementProblem) -> None:
             )
 
 
-def _within_limit(placed: np.ndarray, problem: PlacementProblem) -> np.ndarray:
-    """``placed`` (L, P), where a layer with more changes than are allowed keeps the placement in force."""
-    current, limit = problem.current_map, problem.max_moves_per_layer
+def _within_limit(solution: Solution, problem: PlacementProblem) -> Solution:
+    """``solution``, where a layer with more changes than are allowed keeps the placement in force and its weights."""
+    current, limit = problem.current, problem.max_moves_per_layer
     if current is None or limit is None:
-        return placed
-    return np.where(((placed != current).sum(1) > limit)[:, None], current, placed)
+        return solution
+    placed, weights = solution
+    before = current.physical_to_logical_map.cpu().numpy()
+    over = ((placed != before).sum(1) > limit)[:, None]
+    if weights is not None:
+        weights = np.where(over, current.dispatch_weights.cpu().numpy(), weights)
+    return Solution(np.where(over, before, placed), weights)

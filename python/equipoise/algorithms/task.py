@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equipoise.algorithms.forecast.risk import exponents
-from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load
+from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load, shrink_to_mean
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.ejection_chain import eject
 from equipoise.algorithms.search.layer_state import new_state
@@ -67,6 +67,8 @@ class Task:
                 old_share = 1.0 / counts
         if problem.current is None and len(problem.load) == 1:  # nothing else to please than that window
             scenarios = scenarios._replace(noise=np.zeros_like(scenarios.noise))
+        elif len(problem.load) == 1 and scenarios.error.any():
+            scenarios = shrink_to_mean(scenarios)
         mean = mean_load(scenarios.tokens, scenarios.weight)
         exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
         noise = scenarios.noise * (RISK_PRICE * 0.5 * (exponent[:, None] - 1.0))
