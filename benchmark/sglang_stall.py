@@ -3,10 +3,11 @@
     make bench-sglang ARGS='--json out/sglang_stall.json'
 
 One model with random weights and experts of about 1 MiB, the same clients, the same number of passes between two
-rebalances; the text changes its topic each time, so that there is something to move. Two CPU ranks. Measured at the
-clients: the longest gap between two tokens of a stream in a period with one rebalance. From the servers: experts and
-bytes that crossed between ranks, peak resident memory of the schedulers, balancedness of the passes that follow, time
-from the beginning of the rebalance to its last commit. Medians over the rebalances.
+rebalances; the text changes its topic after each, so that there is something to move. Two CPU ranks. Measured at the
+clients: the longest gap between two tokens of a stream while a rebalance is under way, and in the rest of the period,
+which shows what the machine does by itself. From the servers: experts and bytes that crossed between ranks, growth of
+the schedulers' peak resident memory over what they held before the first rebalance, balancedness of the passes before
+and after, on one topic, time from the beginning of the rebalance to its last commit. Medians over the rebalances.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SYSTEMS = ("stock", "full")
 NUM_RANKS, NUM_EXPERTS, NUM_REDUNDANT = 2, 16, 4
 _BALANCEDNESS = re.compile(r"forward_pass_id=(\d+) current_pass_balancedness=([\d.]+)")
 _SLACK = 0.3  # seconds until the first token after a rebalance has reached the client
-_PASSES_AFTER = 20  # a pass of a few tokens says little by itself
+_PASSES_SEEN = 20  # before and after a rebalance: a pass of a few tokens says little by itself
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Load:
     layers: int = 16
     hidden: int = 256
     intermediate: int = 352  # 3 * 256 * 352 float32: 1.03 MiB an expert
-    streams: int = 6
+    streams: int = 16
     passes: int = 120  # between two rebalances
     rebalances: int = 6
 
@@ -60,13 +61,15 @@ class Load:
 class Measured:
     """One system; a value for each rebalance."""
 
-    gap: list[float] = field(default_factory=list)  # seconds, longest in the period
+    gap: list[float] = field(default_factory=list)  # seconds, longest while the rebalance was under way
+    other_gap: list[float] = field(default_factory=list)  # seconds, longest in the rest of the period
     quiet_gap: list[float] = field(default_factory=list)  # seconds, median of the period
     moves: list[int] = field(default_factory=list)
     moved_bytes: list[int] = field(default_factory=list)
     duration: list[float] = field(default_factory=list)  # seconds, from its beginning to the last commit
-    balancedness: list[float] = field(default_factory=list)  # of the passes after it
-    memory: int = 0  # bytes, growth of the peak over all schedulers
+    balancedness_before: list[float] = field(default_factory=list)  # of the last passes before it
+    balancedness: list[float] = field(default_factory=list)  # of the passes after it, from the next but one on
+    memory: int = 0  # bytes, peak of all schedulers over what they held before the first rebalance
 
 
 class Streams:
@@ -162,19 +165,22 @@ def serving(system: str, model: Path, load: Load, log: Path) -> Iterator[SglangS
 
 
 def measure(system: str, model: Path, load: Load, log: Path) -> Measured:
-    """Periods of ``load.passes`` passes with one rebalance each; the first two are for warming up."""
+    """Periods of ``load.passes`` passes with one rebalance each; the first is for warming up."""
     with serving(system, model, load, log) as server:
         if system == "full":
             server.post("/eplb/rebalance", dry_run=True).raise_for_status()  # waits for the compiler
         watch, streams = LogWatch(log), Streams(server, load.streams)
         found = Measured()
         try:
-            ends = [_wait_for_rebalance(system, server, watch, time.monotonic(), None)]
+            _wait_for_passes(watch, time.monotonic(), load.passes // 2)
             pids = scheduler_pids(server)
             resident = sum(_reset_peak(pid) for pid in pids)
-            for streams.topic in range(1, load.rebalances + 1):
+            ends = [_wait_for_rebalance(system, server, watch, time.monotonic(), None)]
+            for topic in range(1, load.rebalances + 1):
+                _wait_for_passes(watch, ends[-1], _PASSES_SEEN + 1)
+                streams.topic = topic
                 ends.append(_wait_for_rebalance(system, server, watch, ends[-1], found))
-            _wait_for_passes(watch, ends[-1], _PASSES_AFTER)
+            _wait_for_passes(watch, ends[-1], _PASSES_SEEN + 1)
             found.memory = sum(_peak(pid) for pid in pids) - resident
         finally:
             streams.stop()
@@ -227,11 +233,16 @@ def _wait_for_passes(watch: LogWatch, since: float, count: int) -> None:
 
 def _add_client_figures(found: Measured, ends: list[float], streams: Streams, watch: LogWatch) -> None:
     passes = watch.passes()
-    for begin, end in pairwise(ends):
-        gaps = [gap for when, gap in streams.gaps if begin + _SLACK < when <= end + _SLACK]
-        found.gap.append(max(gaps))
-        found.quiet_gap.append(median(gaps))
-        following = [value for when, _, value in passes if when > end][1 : _PASSES_AFTER + 1]
+    for (before, end), duration in zip(pairwise(ends), found.duration, strict=True):
+        begin = end - duration
+        gaps = [(when, gap) for when, gap in streams.gaps if before + _SLACK < when <= end + _SLACK]
+        during = [gap for when, gap in gaps if when > begin and when - gap < end]
+        found.gap.append(max(during))
+        found.other_gap.append(max(gap for when, gap in gaps if when <= begin))
+        found.quiet_gap.append(median(gap for _, gap in gaps))
+        earlier = [value for when, _, value in passes if when < begin][-_PASSES_SEEN:]
+        following = [value for when, _, value in passes if when > end][1 : _PASSES_SEEN + 1]
+        found.balancedness_before.append(sum(earlier) / len(earlier))
         found.balancedness.append(sum(following) / len(following))
 
 
@@ -257,12 +268,14 @@ def table_of(results: dict[str, Measured], load: Load) -> Table:
     for name in (
         "",
         "longest gap",
+        "at other times",
         "usual gap",
         "experts moved",
         "MB moved",
         "begin to last commit",
         "peak memory",
-        "balancedness after",
+        "balancedness before",
+        "after",
     ):
         table.add_column(name, justify="right" if name else "left")
     for system, found in results.items():
@@ -270,11 +283,13 @@ def table_of(results: dict[str, Measured], load: Load) -> Table:
         table.add_row(
             system,
             f"{1e3 * median(found.gap):.0f} ms",
+            f"{1e3 * median(found.other_gap):.0f} ms",
             f"{1e3 * median(found.quiet_gap):.0f} ms",
             f"{median(found.moves):.0f}",
             f"{median(moved) / 1e6:.1f}",
             f"{median(found.duration):.2f} s",
             f"+{found.memory / 2**20:.1f} MiB",
+            f"{median(found.balancedness_before):.3f}",
             f"{median(found.balancedness):.3f}",
         )
     return table

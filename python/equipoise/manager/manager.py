@@ -66,6 +66,8 @@ class EplbManager:
     Attributes:
         placement: the live placement, with a copy on the CPU.
         recorder: what is counted.
+        failures: takes what the host's own code round this manager raises on one rank, where that rank must go on with
+            the messages that the others wait for; all stop balancing with the next rebalance at the latest.
 
     Raises:
         ConfigError: an unknown algorithm, weights or budgets that cannot be used, no communicator for mode ``async``.
@@ -100,7 +102,8 @@ class EplbManager:
         )
         self._row_of = {layer_id: row for row, layer_id in enumerate(self.placement.layer_ids)}
         self.recorder = _new_recorder(config, metadata, communicator, host)
-        failures, timer = FailureWatch(communicator), RebalanceTimer(clock)
+        self.failures = failures = FailureWatch(communicator)
+        timer = RebalanceTimer(clock)
         if migration is not None:
             self._migration = migration(self.placement, failures)
         else:
@@ -178,10 +181,11 @@ class EplbManager:
             counted: False for warm-up and idle steps: they are not load. The same on all ranks.
             num_tokens: tokens of this rank, for the turns of replicas; of no meaning where the host dispatches.
         """
-        if self._dispatcher is not None:
-            self._dispatcher.advance(num_tokens)
-        live_map = self.placement.metadata.physical_to_logical_map
-        self.recorder.end_step(live_map, forward_pass_id=self.forward_pass_id, counted=counted)
+        with self.failures.guard("closing a step"):
+            if self._dispatcher is not None:
+                self._dispatcher.advance(num_tokens)
+            live_map = self.placement.metadata.physical_to_logical_map
+            self.recorder.end_step(live_map, forward_pass_id=self.forward_pass_id, counted=counted)
         self._rebalancing.end_step(counted=counted)
         self.forward_pass_id += 1
         self._stepped = True

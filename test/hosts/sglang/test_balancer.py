@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import pytest
 import torch
 
 from equipoise.errors import PhaseError
@@ -127,3 +129,39 @@ def test_rank_that_fails_leaves_all_ranks_with_the_same_dispatch() -> None:
     (phase, tables), (other_phase, other_tables) = on_ranks(body)
     assert (phase, other_phase) == ("failed", "failed")
     assert torch.equal(tables, other_tables)
+
+
+@pytest.mark.parametrize("where", ["record_counts", "recorder.end_step", "weights_changed", "on_phase", "on_reply"])
+def test_error_between_ticks_on_one_rank_stops_all_in_the_same_pass(where: str) -> None:
+    """None waits for a message of the rank that failed, and none commits a pass apart."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("injected by a test")
+
+    def body(scheduler: Scheduler) -> tuple[str, int, str]:
+        balancer, manager = scheduler.balancer, scheduler.balancer.manager
+        for _ in range(3):
+            scheduler.forward()
+        if scheduler.rank == 1:
+            match where:
+                case "on_phase":
+                    balancer._on_phase = fail
+                case "on_reply":
+                    balancer.submit(GetStatus(), fail)
+                case _:
+                    owner, _, name = where.rpartition(".")
+                    setattr(getattr(manager, owner) if owner else manager, name, fail)
+        elif where == "on_reply":
+            balancer.submit(GetStatus(), lambda _reply: None)
+        balancer.hold("weights")
+        balancer.release("weights")
+        passes, began = 0, time.monotonic()
+        while manager.phase != "failed":
+            scheduler.forward()
+            passes += 1
+            assert time.monotonic() - began < 20, "a rank was waited for"
+        return manager.phase, passes, str(scheduler.ask(GetStatus()).error)
+
+    results = on_ranks(body, enable_eplb=True, eplb_rebalance_num_iterations=10)
+    assert {(phase, passes) for phase, passes, _ in results} == {("failed", results[0][1])}
+    assert all("rank 1: " in error and "injected by a test" in error for *_, error in results)

@@ -32,6 +32,19 @@ def test_maps_without_weights_change_the_answers(qwen: Path, qwen_answers: Answe
         assert server.answers(concurrency=2) != qwen_answers
 
 
+def test_rank_that_cannot_attach_leaves_all_ranks_to_sglang(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
+    """With dispatch by the batch on some ranks alone, tokens would be computed twice or not at all."""
+    settings = tmp_path / "equipoise.toml"
+    settings.write_text('[eplb]\nep_dispatch_algorithm = "batch"\n')
+    faulty = {"SGLANG_CPU_FAULT": "attach", "EQUIPOISE_CONFIG": str(settings)}
+    with start(qwen, "full", (*TWO_RANKS, PERIODIC), tmp_path, **faulty) as server:
+        assert server.answers(concurrency=3) == qwen_answers
+        assert server.answers(concurrency=3) == qwen_answers
+        refused = server.post("/eplb/rebalance")
+        assert refused.status_code == 409
+        assert "attaching failed" in refused.json()["error"]["message"]
+
+
 def test_error_in_a_tick_stops_balancing_and_not_the_server(qwen: Path, qwen_answers: Answers, tmp_path: Path) -> None:
     with start(qwen, "full", (*TWO_RANKS, PERIODIC), tmp_path, SGLANG_CPU_FAULT="tick") as server:
         wait_until(lambda: failed_after_more_requests(server, qwen_answers), 900, "phase failed")

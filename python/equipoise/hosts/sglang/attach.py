@@ -163,6 +163,15 @@ def build_balancer(
     return balancer, batch
 
 
+def attached_on_all_ranks(attached: bool) -> bool:
+    """Collective, whatever became of :func:`build_balancer` on this rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    flag = torch.tensor([int(attached)])
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=get_parallel().moe_ep_group.cpu_group)
+    return bool(flag)
+
+
 def _batch_dispatch(
     runtime: SglangRuntime,
     config: EplbConfig,

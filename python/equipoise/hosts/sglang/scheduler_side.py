@@ -1,6 +1,6 @@
 """The plugin in a scheduler process, levels ``manager`` and ``full``: SGLang's hooks, and the balancer behind them.
 
-Every hook is guarded: an exception of ours is logged, balancing stops on all ranks, and SGLang goes on.
+Every hook is guarded: an exception of ours is logged, balancing stops on all ranks together, and SGLang goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from equipoise.errors import EquipoiseError, PhaseError
-from equipoise.hosts.sglang.attach import build_balancer, runtime_of
+from equipoise.hosts.sglang.attach import attached_on_all_ranks, build_balancer, runtime_of
 from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.batch_dispatch import BatchDispatch, dispatch_hooks
 from equipoise.hosts.sglang.command_channel import add_command_handler
@@ -43,8 +43,8 @@ class SchedulerSide:
     """One for each scheduler process.
 
     Attributes:
-        balancer: None until the weights are loaded, where attaching failed, and once balancing has stopped.
-        batch: chooses replicas; None: SGLang does. Outlives the balancer: ranks must go on to choose alike.
+        balancer: None until the weights are loaded, and where attaching failed on any rank.
+        batch: chooses replicas; None: SGLang does. Goes on when balancing has stopped: ranks must choose alike.
         error: why it could not be attached.
         rank: in the expert-parallel group, once attached.
     """
@@ -124,7 +124,10 @@ class SchedulerSide:
             self._metrics = RebalanceMetrics() if runtime.rank == 0 else None
             self.balancer, self.batch = build_balancer(runtime, self._settings, self._collaborators, self._metrics)
         except Exception as error:
-            self._stop("attaching", error)
+            self._not_attached(error)
+        if not attached_on_all_ranks(self.balancer is not None) and self.balancer is not None:
+            self.balancer.manager.close()
+            self._not_attached(RuntimeError("another rank could not"))
 
     def _counted(self, _result: Any, _accumulator: Any, *args: Any, **kwargs: Any) -> None:
         with self._guarded("counting a pass"):
@@ -189,20 +192,23 @@ class SchedulerSide:
         try:
             self.balancer.submit(command, on_reply)
         except Exception as error:
-            self._stop("a command", error)
+            self.balancer.manager.failures.note("a command", error)
             on_reply(error if isinstance(error, EquipoiseError) else PhaseError(str(error)))
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
+        """A rank whose own code fails goes on with the messages that the others wait for, until all stop together."""
         try:
             yield
         except Exception as error:
-            self._stop(what, error)
+            if self.balancer is not None:
+                self.balancer.manager.failures.note(what, error)
 
-    def _stop(self, what: str, error: Exception) -> None:
-        log.error("%s failed: balancing stops, the placement in force serves on", what, exc_info=error)
-        self.error = f"{what} failed: {type(error).__name__}: {error}"
-        self.balancer = None
+    def _not_attached(self, error: Exception) -> None:
+        """Nothing is balanced, and SGLang dispatches: a rank that chose replicas by itself would choose otherwise."""
+        log.error("attaching failed: nothing is balanced, the placement in force serves on", exc_info=error)
+        self.error = f"attaching failed: {type(error).__name__}: {error}"
+        self.balancer = self.batch = None
         if self._metrics is not None:
             self._metrics.show_phase("failed")
 

@@ -2,6 +2,7 @@
 
 ``copies``: the updater is given copies of the weights, so maps change and weights do not (negative control).
 ``slow``: each message of a background transfer waits for two seconds.
+``attach``: on rank 1 the last step of attaching raises.
 ``tick``: on rank 1 the second migration raises in the tick that begins it.
 """
 
@@ -21,6 +22,8 @@ def inject(kind: str) -> None:
         _give_copies()
     elif kind == "slow":
         _slow_transfers_down()
+    elif kind == "attach":
+        _raise_while_attaching()
     elif kind == "tick":
         _raise_in_a_tick()
     else:
@@ -53,6 +56,20 @@ def _slow_transfers_down() -> None:
         return post(self, *args, **kwargs)
 
     TorchCommunicator.post = slow  # type: ignore[method-assign]
+
+
+def _raise_while_attaching() -> None:
+    from equipoise.hosts.sglang import scheduler_side
+
+    build = scheduler_side.build_balancer
+
+    def broken(runtime: Any, *args: Any) -> Any:
+        built = build(runtime, *args)
+        if runtime.rank == 1:
+            raise RuntimeError("injected by a test")
+        return built
+
+    scheduler_side.build_balancer = broken
 
 
 def _raise_in_a_tick() -> None:
