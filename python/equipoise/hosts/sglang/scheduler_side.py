@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from equipoise.errors import EquipoiseError, PhaseError
+from equipoise.errors import PhaseError
 from equipoise.hosts.sglang.attach import attached_on_all_ranks, build_balancer, runtime_of
 from equipoise.hosts.sglang.balancer import SglangBalancer
 from equipoise.hosts.sglang.batch_dispatch import BatchDispatch, dispatch_hooks
@@ -186,14 +186,10 @@ class SchedulerSide:
     def submit(self, command: Any, on_reply: Callable[[object], None]) -> None:
         """Takes a command, in the same turn on all ranks; ``on_reply`` is called now or in a later turn."""
         if self.balancer is None:
-            reason = self.error or "SGLang runs without --enable-eplb"
-            on_reply(PhaseError(f"nothing is balanced here: {reason}"))
+            on_reply(PhaseError(f"nothing is balanced here: {self.error or 'SGLang runs without --enable-eplb'}"))
             return
-        try:
+        with self._guarded("a command"):
             self.balancer.submit(command, on_reply)
-        except Exception as error:
-            self.balancer.manager.failures.note("a command", error)
-            on_reply(error if isinstance(error, EquipoiseError) else PhaseError(str(error)))
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -205,7 +201,7 @@ class SchedulerSide:
                 self.balancer.manager.failures.note(what, error)
 
     def _not_attached(self, error: Exception) -> None:
-        """Nothing is balanced, and SGLang dispatches: a rank that chose replicas by itself would choose otherwise."""
+        """Nothing is balanced, and SGLang dispatches on all ranks alike."""
         log.error("attaching failed: nothing is balanced, the placement in force serves on", exc_info=error)
         self.error = f"attaching failed: {type(error).__name__}: {error}"
         self.balancer = self.batch = None
