@@ -128,11 +128,15 @@ def test_ids_keep_their_dtype_and_shape(algorithm: str, dtype: torch.dtype, shap
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_tokens_beyond_the_unpadded_ones_get_no_slot_and_are_not_counted(algorithm: str) -> None:
+@pytest.mark.parametrize("num_unpadded", [4, torch.tensor(4), torch.tensor([4], dtype=torch.int32)])
+@pytest.mark.parametrize("shape", [(9,), (9, 2)])
+def test_tokens_beyond_the_unpadded_ones_get_no_slot_and_are_not_counted(
+    algorithm: str, num_unpadded: int | torch.Tensor, shape: tuple[int, ...]
+) -> None:
     metadata = random_placement(5)
     policy = DispatchPolicy(algorithm)
-    ids = torch.randint(0, 6, (9, 2), generator=torch.Generator().manual_seed(0))
-    padded = ExpertDispatcher(metadata, rank=0, policy=policy).dispatch(0, ids, num_unpadded=torch.tensor(4))
+    ids = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0))
+    padded = ExpertDispatcher(metadata, rank=0, policy=policy).dispatch(0, ids, num_unpadded=num_unpadded)
     alone = ExpertDispatcher(metadata, rank=0, policy=policy).dispatch(0, ids[:4])
     assert torch.equal(padded[:4], alone)
     assert (padded[4:] == -1).all()

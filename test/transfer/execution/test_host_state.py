@@ -71,8 +71,12 @@ def test_weights_and_state_made_in_inference_mode_or_not_are_moved_in_it_or_not(
                 weights = pooled(weights, 3)
             updater = ExpertLocationUpdater(communicator, TOPOLOGY, weights, verification="checksum")
             metadata = ExpertLocationMetadata.from_physical_to_logical(OLD, 6, TOPOLOGY, max_replicas=2).clone()
-            pool_made = torch.zeros(()).is_inference()
-        assert pool_made is made_inside
+            made = torch.zeros(()).is_inference()
+            kept = ExpertLocationMetadata.trivial(1, 6, TOPOLOGY), metadata
+        assert made is made_inside
+        # What we make lives on wherever the host writes it.
+        assert not any(tensor.is_inference() for placement in kept for tensor in placement._tensors())
+        assert not (in_a_pool and weights.row_of_slot.is_inference())
         with torch.inference_mode(mode=used_inside):
             layer = plan_transfer(OLD, NEW, TOPOLOGY).layers[0]
             migrate_layer(updater, layer, lambda batch: metadata.update_layer_(0, batch.new_map.copy()))
