@@ -82,7 +82,7 @@ class Migration:
         self.steps = 1
         self.error: TransferError | None = None
         self.begun: list[Any] = []
-        self.layers_pending = self.num_commits = 0
+        self.layers_pending = 0
         self.max_staged_experts = 1
         self.peak_staging_bytes = 77
         self.cancelled: str | None = None
@@ -91,7 +91,7 @@ class Migration:
 
     def begin(self, target: Any, plan: Any) -> None:
         self.begun.append((target, plan))
-        self.cancelled, self.num_commits = None, 0
+        self.cancelled = None
         self.layers_pending = self.steps
 
     def advance(self, *, idle: bool) -> bool:
@@ -102,8 +102,10 @@ class Migration:
         if self.cancelled is not None:
             raise TransferCancelled(self.cancelled)
         self.layers_pending -= 1
-        self.num_commits += 1
         return self.layers_pending <= 0
+
+    def end_tick(self) -> None:
+        pass
 
     def cancel(self, reason: str) -> None:
         self.cancelled = reason

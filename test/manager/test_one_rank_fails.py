@@ -17,6 +17,7 @@ from equipoise.config import EplbConfig
 from equipoise.distributed.in_memory import InMemoryCommunicator, InMemoryHub
 from equipoise.manager.commands import Rebalance
 from equipoise.manager.host import HostTraits
+from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.manager import EplbManager
 from helpers.run_threads import results_of
 
@@ -129,3 +130,30 @@ def test_nothing_broken_commits() -> None:
     for _, _, _, reports in rebalance_on_ranks(lambda _host: None):
         assert [report.outcome for report in reports] == ["committed"]
         assert sum(reports[0].moves) > 0
+
+
+@pytest.mark.parametrize("mode", ["async", "chunked", "sync"])
+def test_nothing_more_commits_once_a_commit_has_failed_on_one_rank(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transfer's own messages tell of it, so all ranks know before any may commit the next batch."""
+    committed: dict[int, int] = dict.fromkeys(range(TOPOLOGY.num_ranks), 0)
+    commit = LivePlacement.commit
+
+    def fails_on_one(placement: LivePlacement, target: ExpertLocationMetadata, rows: list[int]) -> None:
+        committed[WHERE.rank] += 1
+        if WHERE.rank == BAD_RANK:
+            mistake()
+        commit(placement, target, rows)
+
+    def both_layers_uneven(host: Host) -> None:
+        for layer in range(LAYERS):
+            host.manager.route(layer, torch.tensor([[4, 5]] * 12 + [[0, 6]]))
+        host.manager.end_forward_pass(counted=True, num_tokens=13)
+        host.manager.tick()
+
+    monkeypatch.setattr(Host, "step", both_layers_uneven)
+    assert rebalance_on_ranks(lambda _host: None, mode)[0][3][0].profile.layers[1:], "one batch: nothing follows it"
+    monkeypatch.setattr(LivePlacement, "commit", fails_on_one)
+    results = rebalance_on_ranks(lambda _host: None, mode)
+    assert {(phase, steps) for phase, steps, *_ in results} == {("failed", results[0][1])}
+    assert all(f"rank {BAD_RANK}: " in error for _, _, error, _ in results)
+    assert set(committed.values()) == {1}

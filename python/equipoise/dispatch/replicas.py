@@ -92,7 +92,7 @@ def sample_replicas(
         topk_ids: (T, K) int64 logical experts, none negative.
         uniform: (T, K) float32 in [0, 1).
         logical_to_physical: (E, X) int64 of one layer.
-        dispatch_cdf: (E, X) float32 of one layer; 1 from an expert's last replica on, so padding is never chosen.
+        dispatch_cdf: (E, X) float32 of one layer; 1 from an expert's last replica with a weight on.
 
     Returns:
         (T, K) int64 slots.

@@ -45,7 +45,8 @@ class TurnsTables:
         self._some_are_lost = not bool(live.all())
         self._live_slots = live.repeat_interleave(topology.slots_per_rank).to(metadata.physical_to_logical_map.device)
         self.nearest = torch.empty_like(metadata.num_replicas) if nearest else None
-        self.cdf = torch.empty_like(metadata.dispatch_cdf)
+        # With all ranks live the planned shares are what dispatch wants: read where a commit writes them.
+        self.cdf = torch.empty_like(metadata.dispatch_cdf) if self._some_are_lost else metadata.dispatch_cdf
         self.refresh(range(metadata.num_layers))
 
     def refresh(self, layer_ids: Sequence[int]) -> None:
@@ -54,6 +55,8 @@ class TurnsTables:
         Raises:
             PlacementError: an expert has no replica on a live rank.
         """
+        if self.nearest is None and not self._some_are_lost:
+            return
         index = torch.tensor(list(layer_ids), device=self._live_slots.device)
         maps = self.metadata.logical_to_physical_map[index]
         weights = usable_weights(maps, self.metadata.dispatch_weights[index], self._live_slots)

@@ -39,7 +39,7 @@ class FailureWatch:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._flags = SumBetweenPolls()
-        self._posted = False
+        self._posted = self._marked = False
         self._own: str | None = None
         self.rank = communicator.rank
         self.log = rank_logger(communicator.rank)
@@ -48,6 +48,11 @@ class FailureWatch:
     def under_way(self) -> bool:
         """A flag was posted and not read: another tick must follow. The same on all ranks."""
         return self._posted
+
+    @property
+    def failed(self) -> bool:
+        """This rank has noted an error."""
+        return self._own is not None
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
@@ -65,14 +70,18 @@ class FailureWatch:
         if self._own is None:
             self._own = f"{what}: {type(error).__name__}: {error}"
 
-    def post(self) -> None:
-        """Collective, at the end of a tick in which code of ours or of the host has run."""
-        if not self._posted:
-            self._flags.post(self._communicator, [int(self._own is not None)])
-            self._posted = True
+    def mark(self) -> None:
+        """Collective: code of ours or of the host has run in this tick, and no other message tells of it."""
+        self._marked = True
+
+    def end_tick(self, *, tell: bool) -> None:
+        """Collective: sends this rank's flag to the next tick if ``tell`` says so or the tick was marked."""
+        if tell or self._marked:
+            self._flags.post(self._communicator, [int(self.failed)])
+            self._marked, self._posted = False, True
 
     def take(self) -> str | None:
-        """Collective, at the beginning of a tick: what has failed, of all ranks; None if nothing has.
+        """Collective, at the beginning of a tick: what has failed, of all ranks; None if nothing was told to have.
 
         Raises:
             TransferError: the ranks cannot talk.
@@ -81,14 +90,15 @@ class FailureWatch:
             return None
         self._posted = False
         flags = self._flags.take()
-        return self._reasons() if flags != [0] else None
+        return self.reasons() if flags != [0] else None
 
     def agree(self) -> str | None:
         """Collective and waited for, before a rank sends what it has computed: as :meth:`take`."""
         flag = torch.tensor([int(self._own is not None)], dtype=torch.int64)
         self._communicator.all_reduce_sum_(flag)
-        return self._reasons() if flag else None
+        return self.reasons() if flag else None
 
-    def _reasons(self) -> str:
+    def reasons(self) -> str:
+        """Collective: what has failed, of all ranks."""
         reasons = self._communicator.all_gather_object(self._own)
         return "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)

@@ -32,7 +32,6 @@ class Migration(Protocol):
     """What the phase machine drives. Every rank has one and calls it alike."""
 
     layers_pending: int  # that have not committed yet
-    num_commits: int  # since begin; the same on all ranks between ticks
     max_staged_experts: int | None  # what a transfer plan must be made for; None: none is needed
 
     @property
@@ -62,6 +61,10 @@ class Migration(Protocol):
 
     def cancel(self, reason: str) -> None:
         """Collective. Nothing more commits: a later :meth:`advance` raises TransferCancelled."""
+        ...
+
+    def end_tick(self) -> None:
+        """All messages of a tick have been sent: what runs in the background may go on."""
         ...
 
     def weights_changed(self) -> None:
@@ -100,7 +103,7 @@ class HostMigration:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.max_staged_experts: int | None = None
-        self.layers_pending = self.num_commits = self.peak_staging_bytes = 0
+        self.layers_pending = self.peak_staging_bytes = 0
         self.profiles: list[LayerProfile] = []
         self._placement = placement
         self._move_layers = move_layers
@@ -117,7 +120,7 @@ class HostMigration:
         maps = (committed.physical_to_logical_map, target.physical_to_logical_map)
         weights = (committed.dispatch_weights, target.dispatch_weights)
         changed = (maps[0] != maps[1]).any(1) | (weights[0] != weights[1]).any(1)
-        self._target, self._cancelled, self.profiles, self.num_commits = target, None, [], 0
+        self._target, self._cancelled, self.profiles = target, None, []
         self._pending = changed.nonzero().flatten().tolist()
         self.layers_pending = len(self._pending)
 
@@ -138,13 +141,16 @@ class HostMigration:
                 self._failures.note(f"the host's mover, with layers {ids}", error)
             seconds = (self._clock() - start) / len(rows)
             self.profiles += [LayerProfile(layer_id, seconds, 0.0, 0.0, 0, 0, 0, 0) for layer_id in ids]
-            self.num_commits += len(rows)
+            self._failures.mark()
         self._pending = self._pending[len(rows) :]
         self.layers_pending = len(self._pending)
         return not self._pending
 
     def cancel(self, reason: str) -> None:
         self._cancelled = reason
+
+    def end_tick(self) -> None:
+        """Nothing runs in the background."""
 
     def weights_changed(self) -> None:
         """Nothing is staged between two ticks."""

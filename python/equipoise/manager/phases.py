@@ -164,10 +164,11 @@ class Rebalancing:
             self._fail(f"the ranks cannot talk any more: {error}")
         except Exception as error:  # the others learn of it when code next runs on all ranks
             self._failures.note("a tick", error)
+        self._migration.end_tick()
         self._timer.leave_tick()
 
     def _carry_on(self, idle: bool) -> None:
-        before = self._phase, self._migration.num_commits
+        before = self._phase
         if self._phase == "planning":
             self._poll_planning(idle)
         elif self._phase == "migrating":
@@ -176,8 +177,8 @@ class Rebalancing:
             due = self._config.enable_eplb and self._steps_since_last >= self._steps_to_wait
             if due or self._attempt is not None:
                 self._begin_planning()
-        if (self._phase, self._migration.num_commits) != before and self._phase != "failed":
-            self._failures.post()
+        if self._phase != "failed":
+            self._failures.end_tick(tell=self._phase != before)
 
     def _begin_planning(self) -> None:
         self._attempt = self._attempt or Attempt(self._config.eplb_algorithm)
@@ -234,8 +235,7 @@ class Rebalancing:
         period = self._config.eplb_rebalance_num_iterations
         failed = error is not None and not cancelled
         self._steps_to_wait = min(2 * self._steps_to_wait, _MAX_BACKOFF * period) if failed else period
-        self._steps_since_last = 0
-        self._phase, self._error = "collecting", error
+        self._phase, self._error, self._steps_since_last = "collecting", error, 0
         self._reporter.end(attempt, error, cancelled=cancelled)
         while self._on_paused:
             with self._failures.guard("a callback once nothing moves"):

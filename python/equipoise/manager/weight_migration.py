@@ -73,7 +73,7 @@ class WeightMigration:
         communicator: of the serving thread.
         updater: what the runner stages with.
         runner: brings the weights.
-        failures: told of what a callback of the host raises.
+        failures: told of what a callback of the host raises; the runner's polls tell the other ranks.
         max_commits: commits of one :meth:`advance`, transfers included where they are not overlapped; None: all.
     """
 
@@ -89,7 +89,7 @@ class WeightMigration:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.max_staged_experts: int | None = updater.max_staged_experts
-        self.layers_pending = self.num_commits = 0
+        self.layers_pending = 0
         self._committed: list[CommittedBatch] = []
         self._placement = placement
         self._communicator = communicator
@@ -111,7 +111,7 @@ class WeightMigration:
         self._target, self._bytes, self._committed = target, self._no_bytes(), []
         self._staying = [row for row in range(target.num_layers) if row not in moving]
         self._cancelled = None
-        self.layers_pending, self.num_commits = len(moving), 0
+        self.layers_pending = len(moving)
         if plan is not None and plan.layers:
             self._runner.start(plan)
 
@@ -131,6 +131,9 @@ class WeightMigration:
     def cancel(self, reason: str) -> None:
         self._cancelled = reason
         self._runner.cancel(reason)
+
+    def end_tick(self) -> None:
+        self._runner.proceed()
 
     def weights_changed(self) -> None:
         self._weights_changed = self._runner.active
@@ -163,7 +166,6 @@ class WeightMigration:
             return
         if self._cancelled is None:
             assert self._target is not None
-            self.num_commits += 1
             with self._failures.guard("committing dispatch weights"):
                 self._placement.commit(self._target, rows)
         elif not self._runner.active:  # else it says so itself, once its thread has stopped
@@ -174,9 +176,11 @@ class WeightMigration:
             if not self._runner.active:
                 return
             try:
-                state = self._runner.poll(self._communicator)
+                state = self._runner.poll(self._communicator, failed=self._failures.failed)
             except TransferError as error:
                 raise MigrationBroken(f"the ranks cannot agree any more: {error}") from error
+            if state == TransferState.FAILED:
+                raise MigrationBroken(self._failures.reasons())
             if state == TransferState.BROKEN:
                 raise MigrationBroken(self._runner.error or "the transfer of another rank is broken")
             if state != TransferState.READY:
@@ -191,12 +195,9 @@ class WeightMigration:
                 raise
             except Exception as error:  # the other ranks have committed: this one's weights may be half written
                 self._failures.note("a commit; weights of this rank may be half written, restart it", error)
-                self.num_commits += 1
-                return
 
     def _add(self, committed: CommittedBatch) -> None:
         assert self._experts is not None
-        self.num_commits += 1
         self._bytes += committed.staged.profile.expert_bytes * self._experts
         self._committed.append(committed)
 

@@ -25,7 +25,7 @@ class ExpertMaps(NamedTuple):
     logical_to_physical_map: np.ndarray  # (L, E, X) int64, slots of each expert ascending, padded with -1
     num_replicas: np.ndarray  # (L, E) int64
     dispatch_weights: np.ndarray  # (L, P) float32, sums to 1 per expert
-    dispatch_cdf: np.ndarray  # (L, E, X) float32, running sum of the weights, 1 from an expert's last replica on
+    dispatch_cdf: np.ndarray  # (L, E, X) float32, running sum of the weights, 1 from the last replica with a weight on
 
 
 def build_expert_maps(
@@ -72,8 +72,11 @@ def build_expert_maps(
     shares = np.zeros(l2p.shape, dtype=np.float64)
     shares[place] = np.take_along_axis(weights, order, axis=1)
     cdf = np.cumsum(shares, axis=2)
-    # From the last replica on the sum is 1 by definition; rounding must not leave a gap above it.
-    cdf[np.arange(l2p.shape[2]) >= num_replicas[:, :, None] - 1] = 1.0
+    # From the last replica with a share on the sum is 1 by definition: rounding must leave no gap above it, nor below 1
+    # for a replica without one.
+    replica = np.arange(l2p.shape[2])
+    last = np.where(shares > 0, replica, 0).max(axis=2)
+    cdf[replica >= last[:, :, None]] = 1.0
     return ExpertMaps(p2l, l2p, num_replicas, weights, cdf.astype(np.float32))
 
 

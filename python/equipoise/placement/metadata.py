@@ -43,8 +43,8 @@ class ExpertLocationMetadata:
         logical_to_physical_map: (L, E, X) int64, the slots of each expert in ascending order, padded with -1.
         num_replicas: (L, E) int64, how many slots hold each expert.
         dispatch_weights: (L, P) float32, the share of its expert's tokens that a slot takes; sums to 1 per expert.
-        dispatch_cdf: (L, E, X) float32, running sum of the weights over an expert's replicas, 1 from the last on:
-            the form dispatch samples from.
+        dispatch_cdf: (L, E, X) float32, running sum of the weights over an expert's replicas, 1 from the
+            last with a weight on: the form dispatch samples from.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from equipoise.dispatch.policy import DispatchPolicy
-from equipoise.dispatch.replicas import cumulative_weights, sample_replicas, usable_weights, weyl_uniform
+from equipoise.dispatch.replicas import sample_replicas, weyl_uniform
 from equipoise.dispatch.score import DispatchScorer, StepLoad
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.replay.sources import SourceSplit, ranks_of_tokens
@@ -57,11 +57,10 @@ class TurnScorer:
         topology = metadata.topology
         # The map has room for every slot of an expert; of that, what is in use.
         maps = metadata.logical_to_physical_map[:, :, : int(metadata.num_replicas.max())]
-        live = torch.ones(topology.num_slots, dtype=torch.bool)
         self._topology = topology
         self._shape = metadata.physical_to_logical_map.shape
         self._maps = maps.flatten(0, 1)  # (L * E, X)
-        self._cdf = cumulative_weights(usable_weights(maps, metadata.dispatch_weights, live)).flatten(0, 1)
+        self._cdf = metadata.dispatch_cdf[:, :, : maps.shape[2]].flatten(0, 1)
         self._sources = sources
         self._whole = StepScorer(metadata, "weights")
 

@@ -226,7 +226,7 @@ def test_commit_raises():
 def test_states_travel_as_numbers():
     """They are the wire format of a poll, so a change of order is a change of protocol."""
     assert [(state.name, state.value) for state in TransferState] == [
-        ("IDLE", 0), ("WORKING", 1), ("READY", 2), ("IN_DOUBT", 3), ("BROKEN", 4)
+        ("IDLE", 0), ("WORKING", 1), ("READY", 2), ("IN_DOUBT", 3), ("BROKEN", 4), ("FAILED", 5)
     ]  # fmt: skip
 
 

@@ -5,8 +5,8 @@ Both runners have one interface, so a manager drives all modes alike::
     runner.start(plan)
     while runner.active:
         ... forward pass ...
-        while runner.poll(communicator) == TransferState.READY:   # collective: the same answer on every rank
-            committed = runner.commit(update_maps)                # local; raises the TransferError of all ranks
+        while runner.poll(communicator, failed=failed) == TransferState.READY:  # collective: the same answer everywhere
+            committed = runner.commit(update_maps)  # local; raises the TransferError of all ranks
 
 ``poll`` is where ranks agree: a batch is ready when every rank's staging and vote are behind it, so all of them commit
 it between the same two forward passes. That also settles what a vote that broke off leaves in doubt: if one rank does
@@ -34,7 +34,7 @@ logger = logging.getLogger("equipoise.transfer")
 class TransferState(IntEnum):
     """How the batch under way stands, on one rank or by agreement of all. The values travel between ranks.
 
-    A poll answers IDLE, WORKING, READY or BROKEN; IN_DOUBT is what ranks tell each other, and a poll settles it.
+    A poll answers all but IN_DOUBT, which ranks tell each other and a poll settles. FAILED is told beside the state.
     """
 
     IDLE = 0  # no plan is under way
@@ -42,6 +42,7 @@ class TransferState(IntEnum):
     READY = 2  # commit() has a batch that all voted for, or raises the error that all of them raise
     IN_DOUBT = 3  # the vote broke off, or the thread ended: whether others could commit is not known
     BROKEN = 4  # nothing can be moved any more: a thread hangs, or there is no way to new groups
+    FAILED = 5  # the host says that its own code has: nothing more commits
 
 
 OnCommit = Callable[[int, TransferBatch], None]
@@ -64,10 +65,13 @@ class TransferRunner(Protocol):
         """Begins a plan, the same on every rank. Returns at once."""
         ...
 
-    def poll(self, communicator: Communicator) -> TransferState:
+    def poll(self, communicator: Communicator, *, failed: bool = False) -> TransferState:
         """Collective, from the serving thread: asks whether all ranks can commit the next batch, or have failed it.
 
-        BROKEN: nothing can be moved any more, for :attr:`error`.
+        BROKEN: nothing can be moved any more, for :attr:`error`. FAILED: a rank has called with ``failed`` before.
+
+        Args:
+            failed: the host's own code has, since the last poll or earlier: no rank is to commit anything more.
 
         Raises:
             TransferError: the ranks cannot talk over ``communicator``.
@@ -80,6 +84,14 @@ class TransferRunner(Protocol):
         Raises:
             TransferError: the ranks voted against the batch, or could not vote; the plan has ended, its earlier batches
                 stand.
+        """
+        ...
+
+    def proceed(self) -> None:
+        """Lets the background stage the batch after a commit; :meth:`poll` does so too.
+
+        Called once the host has sent its messages of a tick: a thread that wakes earlier takes the interpreter from
+        them, up to 5 ms each time.
         """
         ...
 
@@ -119,7 +131,7 @@ class InlineRunner:
         self._batches = batches_of(plan)
         self._next = next(self._batches, None)
 
-    def poll(self, communicator: Communicator) -> TransferState:
+    def poll(self, communicator: Communicator, *, failed: bool = False) -> TransferState:
         if self.error is not None:
             return TransferState.BROKEN
         if self._outcome is None:
@@ -128,11 +140,16 @@ class InlineRunner:
             if self._cancelled is not None:
                 self._outcome, self._next = TransferCancelled(self._cancelled), None
                 return TransferState.READY
-            self._outcome = self._stage(*self._next, communicator)
+            self._outcome = self._stage(*self._next, communicator, failed)
+            if self._outcome is None:
+                return TransferState.FAILED
             self._next = None if isinstance(self._outcome, TransferError) else next(self._batches, None)
         return TransferState.READY
 
-    def _stage(self, layer_id: int, batch: TransferBatch, communicator: Communicator) -> StagedBatch | TransferError:
+    def _stage(
+        self, layer_id: int, batch: TransferBatch, communicator: Communicator, failed: bool
+    ) -> StagedBatch | TransferError | None:
+        """None: the host of a rank has failed."""
         outcome: StagedBatch | TransferError | None = None
         doubt: str | None = None
         try:
@@ -145,11 +162,11 @@ class InlineRunner:
         except InDoubtError as error:
             doubt = str(error)
         # Hazard: a rank that knows the vote's outcome must not commit before it knows that nobody is in doubt.
-        in_doubt = torch.tensor([doubt is not None], dtype=torch.int64)
-        communicator.all_reduce_sum_(in_doubt)
+        told = torch.tensor([doubt is not None, failed], dtype=torch.int64)
+        communicator.all_reduce_sum_(told)
+        in_doubt, have_failed = told.tolist()
         if not in_doubt:
-            assert outcome is not None
-            return outcome
+            return outcome if not have_failed else None
         return start_over(self._updater, doubt, communicator)
 
     def commit(self, on_commit: OnCommit) -> CommittedBatch:
@@ -161,6 +178,9 @@ class InlineRunner:
         committed = self._updater.commit(outcome)
         on_commit(outcome.layer_id, outcome.batch)
         return committed
+
+    def proceed(self) -> None:
+        """Nothing runs in the background."""
 
     def cancel(self, reason: str) -> None:
         self._cancelled = reason

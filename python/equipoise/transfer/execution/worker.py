@@ -6,7 +6,8 @@ Two threads, and who may touch what::
     ------------------------------------    ---------------------------------    ------------------------------
     start  sets _plan              ───────> _plan                       ───────> takes it, clears it
                                             _outcome            <───────         a staged batch, or its error
-    commit takes _outcome, clears  ───────> _outcome is None            ───────> stages the next batch
+    commit takes _outcome, clears  ───────> _outcome is None
+    proceed or poll, wakes         ───────>                             ───────> stages the next batch
     poll   reads                   <─────── _failure            <───────         why it ended, if it did
     after start_over or cancel, adds 1 ───> _num_started_over           ───────> abandons a plan begun before
     poll   watches                 <─────── _last_progress      <───────         at each batch handed over
@@ -100,9 +101,10 @@ class TransferWorker:
             self._last_progress = self._clock()
             self._condition.notify_all()
 
-    def poll(self, communicator: Communicator) -> TransferState:
+    def poll(self, communicator: Communicator, *, failed: bool = False) -> TransferState:
         if not self._active:
             return TransferState.BROKEN if self._broken else TransferState.IDLE
+        self.proceed()
         self._polls += 1
         if self._polls <= self._silent_polls:
             return TransferState.WORKING
@@ -110,7 +112,8 @@ class TransferWorker:
         agreed = TransferState.WORKING if counts is None else self._agree(counts, communicator)
         if agreed == TransferState.WORKING:
             mine = self._state()
-            self._states.post(communicator, [int(state == mine) for state in TransferState])
+            told = {mine, TransferState.FAILED} if failed else {mine}
+            self._states.post(communicator, [int(state in told) for state in TransferState])
         return agreed
 
     def commit(self, on_commit: OnCommit) -> CommittedBatch:
@@ -127,15 +130,20 @@ class TransferWorker:
                 self._failure = self._updater.error
                 self._condition.notify_all()
             raise outcome
-        committed = self._updater.commit(outcome)
-        on_commit(outcome.layer_id, outcome.batch)
-        self._polls, self._silent_polls = 0, silent_polls(self._polls)
-        with self._condition:
-            self._outcome = None
-            self._last_progress = self._clock()
-            self._active = outcome.batch is not self._last_batch
-            self._condition.notify_all()
+        try:
+            committed = self._updater.commit(outcome)
+            on_commit(outcome.layer_id, outcome.batch)
+        finally:  # a rank that fails here keeps to the others' schedule of messages
+            self._polls, self._silent_polls = 0, silent_polls(self._polls)
+            with self._condition:
+                self._outcome = None
+                self._last_progress = self._clock()
+                self._active = outcome.batch is not self._last_batch
         return committed
+
+    def proceed(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
 
     def cancel(self, reason: str) -> None:
         if self._active:
@@ -171,6 +179,8 @@ class TransferWorker:
         if counts[TransferState.BROKEN]:  # a thread may still write to what it staged: there is no way back
             self._active, self._broken = False, True
             return TransferState.BROKEN
+        if counts[TransferState.FAILED]:
+            return TransferState.FAILED
         if counts[TransferState.READY] == communicator.world_size:
             return TransferState.READY
         # Hazard: a rank that is still inside the transfer finds out by its own timeout. New groups before that would
