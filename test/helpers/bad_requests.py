@@ -32,7 +32,7 @@ BAD_GENERATE: list[tuple[Any, str]] = [
     ({"text": "a", "return_logprob": True, "logprob_start_len": 3}, "logprob_start_len"),
     ({"text": "a", "sampling_params": 3}, "sampling_params"),
     ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
-    ({"text": "a", "sampling_params": [{}]}, "sampling_params"),
+    ({"text": "a", "sampling_params": [{}, {}]}, "sampling_params"),
     ({"text": "a", "sampling_params": {"max_tokens": 3}}, "sampling_params.max_tokens"),
     ({"text": "a", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
     ({"text": "a", "sampling_params": {"max_new_tokens": "3"}}, "sampling_params.max_new_tokens"),

@@ -85,8 +85,11 @@ def test_what_is_sent_is_what_is_documented() -> None:
     ("body", "field", "bound"),
     [
         ("CompletionBody", "suffix", {"enum": ["", None]}),
-        ("GenerateBody", "text", {"items": {"type": "string"}, "minItems": 1, "type": "array"}),
-        ("GenerateBody", "input_ids", {"items": {"type": "integer"}, "minItems": 1, "type": "array"}),
+        ("GenerateBody", "text", {"type": "string", "minLength": 1}),
+        ("GenerateBody", "input_ids", {"items": {"type": "integer", "minimum": 0}, "minItems": 1, "type": "array"}),
+        ("GenerateBody", "logprob_start_len", {"enum": [-1, 0]}),
+        ("CompletionBody", "top_k", {"const": -1}),
+        ("ChatBody", "messages", {"minItems": 1}),
         ("RebalanceBody", "max_moves_per_layer", {"minimum": 0, "type": "integer"}),
         ("RebalanceBody", "move_price", {"minimum": 0, "type": "number"}),
     ],
@@ -94,3 +97,53 @@ def test_what_is_sent_is_what_is_documented() -> None:
 def test_the_schema_says_what_is_refused(body: str, field: str, bound: dict[str, Any]) -> None:
     rule = document()["components"]["schemas"][body]["properties"][field]
     assert bound.items() <= rule.items() or bound in rule["anyOf"]
+
+
+def numbers_of(schema: dict[str, Any], body: str) -> dict[str, dict[str, Any]]:
+    """Fields of a body that are numbers, each with its bounds."""
+    fields = schema["components"]["schemas"][body]["properties"]
+    rules = {name: [rule, *rule.get("anyOf", ())] for name, rule in fields.items()}
+    number = ("integer", "number")
+    return {name: rule for name, some in rules.items() for rule in some if rule.get("type") in number}
+
+
+BODIES = {
+    "SamplingBody": ("/generate", {"text": "a"}, "sampling_params"),
+    "GenerateBody": (
+        "/generate",
+        {"text": "a", "return_logprob": True, "sampling_params": {"max_new_tokens": 1}},
+        None,
+    ),
+    "CompletionBody": ("/v1/completions", {"prompt": "a"}, None),
+    "ChatBody": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}, None),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_numbers_are_taken_at_the_bounds_that_are_documented_and_refused_beyond(body: str) -> None:
+    path, valid, inner = BODIES[body]
+    numbers = numbers_of(document(), body)
+    assert len(numbers) >= (1 if body == "GenerateBody" else 10), sorted(numbers)
+    with running_server(create_app(FakeEngine(), ServeConfig(EngineConfig("m")))) as client:
+        for name, rule in numbers.items():
+            step = 1 if rule["type"] == "integer" else 0.001
+            tries = [(rule[key], 200) for key in ("minimum", "maximum") if key in rule]
+            tries += [(rule[key] + sign * step, 400) for key, sign in (("minimum", -1), ("maximum", 1)) if key in rule]
+            for key, sign in (("exclusiveMinimum", 1), ("exclusiveMaximum", -1)):
+                bound = int(rule[key]) if rule["type"] == "integer" and key in rule else rule.get(key)
+                tries += [] if bound is None else [(bound, 400), (bound + sign * step, 200)]
+            assert tries, f"{name} has no bounds"
+            for number, status in tries:
+                value = int(number) if rule["type"] == "integer" else number
+                more = {name: value} if inner is None else {inner: {"max_new_tokens": 1, name: value}}
+                answer = client.post(path, json={**valid, **more})
+                assert answer.status_code == status, (name, value, answer.text)
+
+
+def test_one_entry_is_taken_for_one_prompt() -> None:
+    with running_server(create_app(FakeEngine(), ServeConfig(EngineConfig("m")))) as client:
+        body = {"text": "a", "sampling_params": [{"max_new_tokens": 1}], "rid": ["r"]}
+        answer = client.post("/generate", json=body)
+        assert (answer.status_code, answer.json()["meta_info"]["id"]) == (200, "r")
+        body["sampling_params"] = [{}, {}]
+        assert client.post("/generate", json=body).json()["error"]["field"] == "sampling_params"

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
 from pydantic_core import core_schema
+
+from equipoise.engine.requests import MAX_LOGPROBS
 
 MAX_BATCH = 1024  # prompts in one request
 MAX_STOPS = 64
+MAX_CHOICES = 128  # answers to one prompt
+MAX_RID_CHARACTERS = 256
 
 
 def _is_text(value: object) -> bool:
@@ -73,15 +77,46 @@ def _kin(value: object) -> tuple[type, ...]:
     return (int, float) if isinstance(value, int | float) and not isinstance(value, bool) else (type(value),)
 
 
-# What an empty list would ask for is nothing: it is refused, and the schema says so.
-_TextList = Annotated[list[str], Field(min_length=1)]
-_IdList = Annotated[list[int], Field(min_length=1)]
-_IdLists = Annotated[list[_IdList], Field(min_length=1)]
+def _number(kind: str, **bounds: object) -> WithJsonSchema:
+    """What the schema says of a number; SamplingParams and the routes refuse what is outside, in one sentence."""
+    return WithJsonSchema({"type": kind, **bounds})
+
+
+Count = Annotated[int, _number("integer", minimum=0)]
+Choices = Annotated[int, _number("integer", minimum=1, maximum=MAX_CHOICES)]
+TopK = Annotated[int, WithJsonSchema({"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]})]
+Seed = Annotated[int, _number("integer", minimum=0, exclusiveMaximum=2**63)]  # FastAPI writes bounds as floats
+NumLogprobs = Annotated[int, _number("integer", minimum=0, maximum=MAX_LOGPROBS)]
+Temperature = Annotated[float, _number("number", minimum=0)]
+TopP = Annotated[float, _number("number", exclusiveMinimum=0, maximum=1)]
+MinP = Annotated[float, _number("number", minimum=0, maximum=1)]
+Penalty = Annotated[float, _number("number", minimum=-2, maximum=2)]
+RepetitionPenalty = Annotated[float, _number("number", exclusiveMinimum=0, maximum=100)]
+LogitBias = Annotated[
+    dict[str, float],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
+
+# What an empty list or text would ask for is nothing: it is refused, and the schema says so.
+_SomeText = Annotated[str, Field(min_length=1)]
+_TextList = Annotated[list[_SomeText], Field(min_length=1, max_length=MAX_BATCH)]
+_IdList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_IdLists = Annotated[list[_IdList], Field(min_length=1, max_length=MAX_BATCH)]
+_Stops = Annotated[list[_SomeText], Field(max_length=MAX_STOPS)]
+_Rid = Annotated[str, Field(min_length=1, max_length=MAX_RID_CHARACTERS)]
+_Rids = Annotated[list[_Rid], Field(min_length=1, max_length=MAX_BATCH)]
 
 Text = Annotated[str, PlainValidator(_one_of([_is_text], "a string of valid Unicode"), json_schema_input_type=str)]
 _is_texts = _one_of([_is_text, _is_list_of(_is_text)], "a string or a list of strings")
-Texts = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=str | list[str])]
-Prompts = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=str | _TextList)]
+Stops = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=_SomeText | _Stops)]
+Rids = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=_Rid | _Rids)]
+Prompts = Annotated[str | list[str], PlainValidator(_is_texts, json_schema_input_type=_SomeText | _TextList)]
 Ids = Annotated[
     list[int] | list[list[int]],
     PlainValidator(
@@ -96,6 +131,6 @@ TextsOrIds = Annotated[
             [_is_text, _is_list_of(_is_text), _is_ids, _is_list_of(_is_ids)],
             "a string, a list of strings, a list of token ids or a list of such lists",
         ),
-        json_schema_input_type=str | _TextList | _IdList | _IdLists,
+        json_schema_input_type=_SomeText | _TextList | _IdList | _IdLists,
     ),
 ]

@@ -24,7 +24,7 @@ async def generate(body: GenerateBody, request: Request) -> Response:
         raise ConfigError("give exactly one of text and input_ids", field="text")
     name = "text" if body.text is not None else "input_ids"
     prompts, is_batch = prompts_of(body.text if body.text is not None else body.input_ids, name)
-    chosen = batch_of(body.sampling_params or SamplingBody(), is_batch, len(prompts), "sampling_params")
+    chosen = batch_of(body.sampling_params or SamplingBody(), len(prompts), "sampling_params")
     counts = {check_choices(one.n, "sampling_params.n") for one in chosen}
     if len(counts) > 1:
         raise ConfigError(f"sampling_params.n must be one number for a batch, got {counts}", field="sampling_params.n")
@@ -32,7 +32,7 @@ async def generate(body: GenerateBody, request: Request) -> Response:
     prompts = [prompt for prompt in prompts for _ in range(count)]
     sampling = [sample for one in chosen for sample in samples_of(one.sampling(**_logprobs(body)), count)]
     is_list = is_batch or count > 1
-    rids = None if body.rid is None else batch_of(body.rid, is_list, len(prompts), "rid")
+    rids = None if body.rid is None else batch_of(body.rid, len(prompts), "rid")
     if rids is not None and is_list and not isinstance(body.rid, list):
         rids = [f"{body.rid}_{index}" for index in range(len(prompts))]
     requests = await make_requests(request, prompts, sampling, rids, name)

@@ -15,14 +15,11 @@ from equipoise.admin.http_errors import HttpError
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent, TokenLogprob
 from equipoise.errors import ConfigError, EngineDeadError
 from equipoise.server.engine_protocol import ServingEngine
-from equipoise.server.fields import MAX_BATCH
+from equipoise.server.fields import MAX_BATCH, MAX_CHOICES, MAX_RID_CHARACTERS
 from equipoise.server.prometheus import ServerMetrics
 
 T = TypeVar("T")
 _Arrivals = asyncio.Queue[tuple[int, TokenEvent] | BaseException | None]
-
-MAX_RID_CHARACTERS = 256
-MAX_CHOICES = 128  # answers to one prompt
 
 
 @dataclass
@@ -202,15 +199,15 @@ class RequestGenerator:
             arrived.put_nowait(HttpError(503, "the server shuts down, and its engine is silent", kind="ShuttingDown"))
 
 
-def batch_of(value: Any, is_batch: bool, size: int, name: str) -> list[Any]:
+def batch_of(value: Any, size: int, name: str) -> list[Any]:
     """``value`` once per prompt: a list of that length as it is, anything else repeated.
 
     Raises:
-        ConfigError: a list where the prompt is no batch, or one of another length.
+        ConfigError: a list of another length.
     """
     if not isinstance(value, list):
         return [value] * size
-    if not is_batch or len(value) != size:
+    if len(value) != size:
         raise ConfigError(f"{name} has {len(value)} entries for {size} prompts", field=name)
     return value
 

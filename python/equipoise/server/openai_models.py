@@ -7,12 +7,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from equipoise.admin.bodies import StrictBody
 from equipoise.engine.requests import SamplingParams
 from equipoise.errors import ConfigError
-from equipoise.server.fields import Text, Texts, TextsOrIds, only
+from equipoise.server.fields import (
+    Choices,
+    Count,
+    LogitBias,
+    MinP,
+    NumLogprobs,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Stops,
+    Temperature,
+    Text,
+    TextsOrIds,
+    TopK,
+    TopP,
+    only,
+)
 from equipoise.server.request_models import renamed, sampling_of
 
 
@@ -25,19 +41,19 @@ class OpenAiBody(StrictBody):
     """What both calls share."""
 
     model: Text | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: Texts | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    stop: Stops | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    seed: int | None = None
-    n: int | None = None
+    seed: Seed | None = None
+    n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
@@ -61,8 +77,8 @@ class CompletionBody(OpenAiBody):
     """POST /v1/completions."""
 
     prompt: TextsOrIds
-    max_tokens: int | None = 16
-    logprobs: int | None = None
+    max_tokens: Count | None = 16
+    logprobs: NumLogprobs | None = None
     echo: bool | None = None
     best_of: Annotated[Any, only(1)] = None
     suffix: Annotated[Any, only("")] = None
@@ -76,13 +92,25 @@ class CompletionBody(OpenAiBody):
         return self._sampling(self.max_tokens, "max_tokens", logprobs=self.logprobs, prompt_logprobs=scored)
 
 
+_Part = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["type", "text"],
+            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        }
+    ),
+]
+
+
 class ChatMessage(StrictBody):
     """One message. ``content``: a string, or parts of type ``text``."""
 
     model_config = ConfigDict(extra="allow")  # templates read fields of their own: name, tool_calls, ...
 
     role: Text
-    content: Text | list[dict[str, Any]] | None = None
+    content: Text | list[_Part] | None = None
 
     def for_template(self, field: str) -> dict[str, Any]:
         """The message as chat templates take it.
@@ -101,11 +129,11 @@ class ChatMessage(StrictBody):
 class ChatBody(OpenAiBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], Field(json_schema_extra={"minItems": 1})]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: Annotated[Any, only({"type": "text"})] = None
     tools: Annotated[Any, only([])] = None

@@ -7,31 +7,49 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Tag, WithJsonSchema
 
 from equipoise.admin.bodies import StrictBody
 from equipoise.engine.requests import SamplingParams
 from equipoise.errors import ConfigError
-from equipoise.server.fields import MAX_STOPS, Ids, Prompts, Texts, only
+from equipoise.server.fields import (
+    MAX_STOPS,
+    Choices,
+    Count,
+    Ids,
+    LogitBias,
+    MinP,
+    NumLogprobs,
+    Penalty,
+    Prompts,
+    RepetitionPenalty,
+    Rids,
+    Seed,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+    only,
+)
 
 
 class SamplingBody(StrictBody):
     """``sampling_params`` of /generate. Defaults are those of the engine's SamplingParams."""
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: Texts | None = None
+    max_new_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    stop: Stops | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    sampling_seed: int | None = None
-    n: int | None = None
+    sampling_seed: Seed | None = None
+    n: Choices | None = None
 
     min_new_tokens: Annotated[Any, only(0)] = None
     skip_special_tokens: Annotated[Any, only(True)] = None
@@ -63,17 +81,28 @@ Sampling = Annotated[
 ]
 
 
+_LogprobStart = Annotated[int, WithJsonSchema({"enum": [-1, 0]})]
+
+
+def _either(one: str, other: str) -> dict[str, Any]:
+    """Schema of a body that has ``one``, and ``other`` not at all or null."""
+    null = {"type": "null"}
+    return {"required": [one], "properties": {one: {"not": null}, other: null}}
+
+
 class GenerateBody(StrictBody):
     """POST /generate, in SGLang's shape: exactly one of ``text`` and ``input_ids``; lists make a batch."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_either("text", "input_ids"), _either("input_ids", "text")]})
 
     text: Prompts | None = None
     input_ids: Ids | None = None
     sampling_params: Sampling | None = None
     stream: bool | None = None
-    rid: Texts | None = None
+    rid: Rids | None = None
     return_logprob: bool | None = None
-    logprob_start_len: int | None = None
-    top_logprobs_num: int | None = None
+    logprob_start_len: _LogprobStart | None = None
+    top_logprobs_num: NumLogprobs | None = None
 
 
 def renamed(error: ConfigError, field: str | None) -> ConfigError:
