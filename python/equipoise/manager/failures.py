@@ -1,8 +1,9 @@
-"""FailureWatch: an error of one rank's own code becomes one that all ranks know of, in the same tick.
+"""FailureWatch: an error of one rank's own code becomes one that all ranks know of, before they commit anything more.
 
 A rank that raised in the middle of a tick must not leave the others waiting in a collective. So code that can raise by
 itself runs in :meth:`FailureWatch.guard`, which notes the error and lets the rank go on with the schedule of messages;
-what has been noted travels as a flag beside the next forward pass, and all ranks read it in the next tick.
+what has been noted travels as a flag beside the next forward pass, and all ranks read it in the next tick; between commits
+it travels with the messages of the transfer.
 """
 
 from __future__ import annotations
