@@ -2,8 +2,8 @@
 
 A rank that raised in the middle of a tick must not leave the others waiting in a collective. So code that can raise by
 itself runs in :meth:`FailureWatch.guard`, which notes the error and lets the rank go on with the schedule of messages;
-what has been noted travels as a flag beside the next forward pass, and all ranks read it in the next tick; between commits
-it travels with the messages of the transfer.
+what has been noted travels as a flag beside the next forward pass, and all ranks read it in the next tick.
+Between commits it travels with the messages of the transfer.
 """
 
 from __future__ import annotations
