@@ -1,4 +1,4 @@
-"""Files that `equipoise plan` and `equipoise convert` write, through the code with which SGLang itself reads them."""
+"""Files that `equipoise plan`, `equipoise convert` and a live server write, through the code SGLang reads them with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 from equipoise.cli.main import main
 from equipoise.formats.readers.placements import read_placement
+from equipoise.hosts.sglang.http_side import initial_location
 from equipoise.load.trace import LoadTrace
+from equipoise.manager.commands import ExpertLocationReply
 from helpers.sglang_server import PYTHON, ROOT, SHIMS
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
@@ -66,6 +68,23 @@ def test_a_plan_is_the_placement_that_sglang_starts_with(qwen: Path, recorded: P
         found = read_by_sglang(qwen, location)
         assert found["map"] == np.asarray(planned).tolist()
         assert found["replicas"] == [np.bincount(row, minlength=8).tolist() for row in planned]
+
+
+def test_the_live_placement_is_one_that_sglang_starts_with(qwen: Path, tmp_path: Path) -> None:
+    moved = [7, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0]
+    live = ExpertLocationReply(
+        num_ranks=RANKS,
+        num_nodes=1,
+        slots_per_rank=3,
+        num_logical_experts=8,
+        layer_ids=[1, 2],
+        physical_to_logical_map=[moved, moved[::-1]],
+        dispatch_weights=[],
+    )
+    location = tmp_path / "live.json"
+    location.write_text(json.dumps(initial_location(live, num_layers=3)))
+    trivial = [slot % 8 for slot in range(12)]
+    assert read_by_sglang(qwen, str(location))["map"] == [trivial, moved, moved[::-1]]
 
 
 def test_sglang_plans_from_a_converted_recording(qwen: Path, recorded: Path, tmp_path: Path) -> None:

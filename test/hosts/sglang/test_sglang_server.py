@@ -77,6 +77,8 @@ def check_operators_routes(server: SglangServer) -> None:
     assert status["totals"]["by_outcome"]["committed"] >= 1
     location = server.get("/eplb/expert_location").json()
     assert [sorted(set(row)) for row in location["physical_to_logical_map"]] == [list(range(8))] * 3
+    initial = server.get("/eplb/init_expert_location").json()
+    assert initial == {"physical_to_logical_map": location["physical_to_logical_map"]}
     refused = server.post("/eplb/rebalance", algorithm="nonsense")
     assert refused.status_code == 400
     assert refused.json()["error"]["field"] == "algorithm"
