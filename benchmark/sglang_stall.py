@@ -32,7 +32,7 @@ from rich.table import Table
 
 from cpu import cpu_name
 from helpers.sglang_server import SglangServer, scheduler_pids
-from helpers.tiny_models import make_tiny_model
+from sglang_model import make_topical_model, topical_prompt
 
 SYSTEMS = ("stock", "full")
 NUM_RANKS, NUM_EXPERTS, NUM_REDUNDANT = 2, 16, 4
@@ -88,8 +88,7 @@ class Streams:
         with httpx.Client(base_url=self._server.client.base_url, timeout=300) as client:
             while not self._stopped:
                 turn += 1
-                prompt = [self.topic * 40 % 200 + (number * 7 + turn * 3 + i * 11) % 40 for i in range(6)]
-                self._stream(client, prompt)
+                self._stream(client, topical_prompt(self.topic, number * 7 + turn * 3))
 
     def _stream(self, client: httpx.Client, prompt: list[int]) -> None:
         body = {
@@ -305,14 +304,12 @@ def main() -> None:
     results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        model = make_tiny_model(
+        model = make_topical_model(
             folder / "model",
-            "qwen3_moe",
-            num_hidden_layers=load.layers,
-            hidden_size=load.hidden,
-            moe_intermediate_size=load.intermediate,
+            layers=load.layers,
+            hidden=load.hidden,
+            intermediate=load.intermediate,
             num_experts=NUM_EXPERTS,
-            max_position_embeddings=1024,
         )
         for system in SYSTEMS:
             console.print(f"{system} ...")
