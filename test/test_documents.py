@@ -64,6 +64,7 @@ RULES = (
     Rule(r"(\.venv/bin/)?equipoise serve .+", "server"),
     Rule(r"(\.venv/bin/)?equipoise doctor .+", "quick", add=" --ep-dispatch-algorithm dynamic"),
     Rule(r"(sglang serve|pip install|pip uninstall) .+", "it needs an environment of SGLang's, and GPUs"),
+    Rule(r"pip wheel .+", "long"),
     Rule(r"git clone .+", "it names no repository"),
     Rule(r"pre-commit install", "pre-commit is no dependency of ours"),
 )
