@@ -98,3 +98,33 @@ def test_load_that_differs_is_followed_all_the_same() -> None:
         plan = rebalance_experts(windows, topology, current=current)
         later = counted(rng, after, 20_000, 4)
         assert expected_balance(plan, later) > expected_balance(current, later) + 0.2
+
+
+@pytest.mark.parametrize("history", [2, 3, 4])
+def test_a_burst_is_not_planned_for_until_it_lasts(history: int) -> None:
+    """A third of the newest window's tokens is on three experts; the windows that follow are as those before it."""
+    rng = np.random.default_rng(6)
+    topology = EpTopology(16, 2, 4)
+    share = popularity(rng, 6, 48, 0.6)
+    hot = rng.permuted(np.tile(np.arange(48) < 3, (6, 1)), axis=1) / 3
+    current = rebalance_experts(share * 1e5, topology)
+    usual = counted(rng, share, 40_000, history)
+    burst = counted(rng, share * (2 / 3) + hot / 3, 40_000, 3)
+    later, lasting = counted(rng, share, 40_000, 4), counted(rng, share * (2 / 3) + hot / 3, 40_000, 4)
+    plan = rebalance_experts(np.concatenate([usual[1:], burst[:1]]), topology, current=current)
+    assert expected_balance(plan, later) > expected_balance(current, later) - 0.005
+    followed = rebalance_experts(np.concatenate([usual, burst]), topology, current=current)
+    assert expected_balance(followed, lasting) > expected_balance(current, lasting) + 0.1
+
+
+def test_a_burst_between_two_windows_that_are_alike_is_left_out() -> None:
+    rng = np.random.default_rng(7)
+    topology = EpTopology(16, 2, 4)
+    share = popularity(rng, 6, 48, 0.6)
+    hot = rng.permuted(np.tile(np.arange(48) < 3, (6, 1)), axis=1) / 3
+    current = rebalance_experts(share * 1e5, topology)
+    windows = counted(rng, share, 40_000, 3)
+    windows[1] = counted(rng, share * (2 / 3) + hot / 3, 40_000, 1)[0]
+    plan = rebalance_experts(windows, topology, current=current)
+    later = counted(rng, share, 40_000, 4)
+    assert expected_balance(plan, later) > expected_balance(current, later) - 0.005

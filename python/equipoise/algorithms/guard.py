@@ -3,7 +3,8 @@
 A search always finds something that looks better on the windows that it was made from. Three candidates, the placement
 in force, the same with new shares, and the plan, are judged on draws of the next window (forecast/outlook.py), and a
 layer takes the best one. So no plan is expected to end below leaving things alone. Of a single window, how much
-popularities differ at all is a guess as well: there the gain must be larger than its own standard deviation.
+popularities differ at all is a guess as well: there the gain must be larger than its own standard deviation. Where
+the newest window may be a burst (forecast/burst.py), a plan must do no harm to the load before it either.
 
 Where windows differ by counting noise alone, there is another reason to stay: a placement that was fitted to as many
 windows as there are would itself be off by the forecast's error, so one that is off by about twice that is as good as
@@ -23,6 +24,7 @@ from equipoise.algorithms.twins import split_twins
 
 MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: steady load of MANY_WINDOWS and more
 MANY_WINDOWS = 4
+HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come
 SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
 MIN_HEIGHT = 3.0  # standard deviations above sqrt(2 ln G), the expected largest of G: such a rank is hot all the same
 
@@ -47,12 +49,20 @@ def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
     for (new, new_share), new_drawn in zip(plans, others, strict=True):
         kept = (new == task.old).all(1)
         gain = new_drawn - drawn
+        if task.scenarios.unsure:
+            gain = np.where((_worst_of_scenarios(task, gain) >= -HARM)[:, None], gain, -1.0)
         new_value = drawn.mean(1) + gain.mean(1) - (SURE_ONE * gain.std(1) if one_window else 0.0)
         better = (new_value > value) & (allowed | kept) & ~(kept & mended)
         placed[better], share[better], value[better] = new[better], new_share[better], new_value[better]
     lost = ~_may_stay(task)
     placed[lost], share[lost] = plans[-1][0][lost], plans[-1][1][lost]
     return placed, share
+
+
+def _worst_of_scenarios(task: Task, gain: np.ndarray) -> np.ndarray:
+    """(L,) least mean over the draws of one scenario of ``gain`` (L, NUM_DRAWS)."""
+    lanes = lanes_of_draws(task.scenarios.weight)
+    return np.min([gain[:, lanes == lane].mean(1) for lane in np.unique(lanes)], axis=0)
 
 
 def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -108,7 +108,16 @@ def compile_search(problem: PlacementProblem) -> None:
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
     even, none = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape)
     flat = Scenarios(
-        np.ones((*shape, NUM_SCENARIOS)), even, none, none, any_load, 1.0, mixture=False, recurring=False, steady=False
+        np.ones((*shape, NUM_SCENARIOS)),
+        even,
+        none,
+        none,
+        any_load,
+        1.0,
+        mixture=False,
+        recurring=False,
+        steady=False,
+        unsure=False,
     )
     task = Task.of(problem, flat)
     _improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))

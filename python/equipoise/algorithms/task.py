@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equipoise.algorithms.forecast.risk import exponents
-from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load, shrink_to_mean
+from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load
+from equipoise.algorithms.forecast.shrinkage import shrink_to_mean
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.ejection_chain import eject
 from equipoise.algorithms.search.layer_state import new_state

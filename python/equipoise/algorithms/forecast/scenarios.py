@@ -15,13 +15,14 @@ The same split says how far off a prediction will be.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
+from equipoise.algorithms.forecast.burst import is_burst
 from equipoise.algorithms.forecast.window_weights import (
     MIXTURE_DECAY,
+    SHIFT,
     best_decay,
     bursts_of,
     decayed,
@@ -33,6 +34,7 @@ from equipoise.algorithms.forecast.window_weights import (
 from equipoise.jit.compile import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
+NEWEST = 0.5  # weight of a newest window that may be a burst
 PAIR_DECAY = 0.5  # at least, of two windows: whether they drift or go back and forth cannot be told
 STEADY = 1.1  # times what counting alone would change: load that changes no more is steady
 MAX_WINDOWS = 16  # older ones are left out
@@ -52,6 +54,7 @@ class Scenarios(NamedTuple):
     mixture: bool  # windows are draws from a mix of tasks
     recurring: bool  # of few kinds, which come back
     steady: bool  # windows of counts that differ by counting noise alone
+    unsure: bool  # whether the newest window's load lasts cannot be told: the older ones' may come back
 
 
 def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
@@ -63,6 +66,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     _normalise(load, total, share, any_load)
     distance = distances(share)
     bursts = bursts_of(distance)
+    if num_windows == 3 and _passed(share, distance):
+        bursts = [1]
     if bursts:
         kept = [window for window in range(num_windows) if window not in bursts]
         load, share, num_windows = load[kept], share[kept], len(kept)
@@ -84,11 +89,16 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         steady = only_counting and first < num_windows - 1
         if only_counting or num_windows == 1:
             poisson = np.maximum(poisson, known)
-    share, distance = share[first:], [row[first:] for row in distance[first:]]
-    decay = best_decay(
-        distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else PAIR_DECAY if len(share) == 2 else 0.0
-    )
-    weight = decayed(len(share), decay)
+    newest_is_new = first == num_windows - 1 > 0 or (num_windows == 2 and not steady)
+    unsure = newest_is_new and is_burst(share[:-1].mean(0), share[-1])
+    if unsure and num_windows > 2:
+        decay, weight = 1.0, [(1.0 - NEWEST) / first] * first + [NEWEST]
+    else:
+        share, distance = share[first:], [row[first:] for row in distance[first:]]
+        decay = best_decay(
+            distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else PAIR_DECAY if len(share) == 2 else 0.0
+        )
+        weight = decayed(len(share), decay)
     tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
     for scenario, group in enumerate(_group(weight, distance)):
         lanes[scenario] = sum(weight[window] for window in group)
@@ -101,7 +111,12 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     error = 0.5 * own * poisson[:, None] * mean
-    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady)
+    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady, unsure)
+
+
+def _passed(share: np.ndarray, distance: list[list[float]]) -> bool:
+    """Whether the second of three windows was a burst: too few to tell by distances, which alternating load has too."""
+    return min(distance[0][1], distance[1][2]) > SHIFT * distance[0][2] and is_burst(share[0], share[1])
 
 
 def _is_steady(share: np.ndarray, known: np.ndarray) -> bool:
@@ -141,27 +156,6 @@ def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
     for scenario in range(NUM_SCENARIOS):
         mean += weight[scenario] * tokens[..., scenario]
     return mean
-
-
-def shrink_to_mean(scenarios: Scenarios) -> Scenarios:
-    """The same with each layer's loads drawn towards their mean, as far as counting explains how they differ.
-
-    Empirical Bayes (Robbins, 1956): popularities of a layer are draws from a gamma distribution whose variance t2 is
-    that of the loads less that of counting (method of moments). Of a count with error variance c m around the mean m,
-    ``t2 / (t2 + c m)`` is kept, and as much of its variance.
-    """
-    mean = mean_load(scenarios.tokens, scenarios.weight)
-    level = mean.mean(1, keepdims=True)
-    counting = scenarios.error.mean(1, keepdims=True)
-    seen = ((mean - level) ** 2).mean(1, keepdims=True)
-    # What is seen of E experts is itself off by a part sqrt(2 / E): that much more is left to differ.
-    between = np.maximum(seen, counting) * (1.0 + math.sqrt(2.0 / mean.shape[1])) - counting
-    kept = between / np.maximum(between + counting, 1e-300)
-    kept[counting == 0.0] = 1.0
-    tokens = level[..., None] + kept[..., None] * (scenarios.tokens - level[..., None])
-    shrunk = level + kept * (mean - level)
-    error = counting / level * shrunk * kept
-    return scenarios._replace(tokens=tokens, noise=counting / level * shrunk + error, error=error)
 
 
 @kernel

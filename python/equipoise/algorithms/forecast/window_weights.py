@@ -70,7 +70,7 @@ def recurring(distance: list[list[float]]) -> list[int]:
 def bursts_of(distance: list[list[float]]) -> list[int]:
     """Windows between two that are alike, and far from every other: what made them different has passed.
 
-    Where there were some, a newest window that is far from every other is one more. Of three windows it cannot be told.
+    Where there were some, a newest window that is far from every other is one more. Three windows are too few.
     """
     num_windows = len(distance)
     nearest = [min((row[j] for j in range(num_windows) if j != i), default=0.0) for i, row in enumerate(distance)]
