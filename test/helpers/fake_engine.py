@@ -76,6 +76,7 @@ class FakeEngine:
     def __init__(self, delay: float = 0.0) -> None:
         self.tokenizer = ByteTokenizer()
         self.max_model_len = 64
+        self.vocab_size = 256
         self.silent_seconds = 0.0
         self.eos_token_ids = (ByteTokenizer.eos_token_id,)
         self.delay = delay

@@ -12,6 +12,7 @@ from equipoise.server.app import create_app
 from helpers.fake_engine import FakeEngine
 from helpers.http_server import running_server
 
+IDS = {"type": "integer", "minimum": 0, "maximum": 255}  # the largest of FakeEngine's vocabulary
 STREAMING = {"/generate", "/v1/completions", "/v1/chat/completions"}
 
 
@@ -86,7 +87,7 @@ def test_what_is_sent_is_what_is_documented() -> None:
     [
         ("CompletionBody", "suffix", {"enum": ["", None]}),
         ("GenerateBody", "text", {"type": "string", "minLength": 1}),
-        ("GenerateBody", "input_ids", {"items": {"type": "integer", "minimum": 0}, "minItems": 1, "type": "array"}),
+        ("GenerateBody", "input_ids", {"items": IDS, "minItems": 1, "type": "array"}),
         ("GenerateBody", "logprob_start_len", {"enum": [-1, 0]}),
         ("CompletionBody", "top_k", {"const": -1}),
         ("ChatBody", "messages", {"minItems": 1}),
@@ -147,3 +148,14 @@ def test_one_entry_is_taken_for_one_prompt() -> None:
         assert (answer.status_code, answer.json()["meta_info"]["id"]) == (200, "r")
         body["sampling_params"] = [{}, {}]
         assert client.post("/generate", json=body).json()["error"]["field"] == "sampling_params"
+
+
+def test_whole_numbers_are_integers_however_they_are_written() -> None:
+    with running_server(create_app(FakeEngine(), ServeConfig(EngineConfig("m")))) as client:
+        for path, whole, half in (
+            ("/generate", '{"input_ids": [65.0, 66], "sampling_params": {"max_new_tokens": 2.0}}', "66.5"),
+            ("/v1/completions", '{"prompt": [[65.0, 66]], "max_tokens": 2.0, "stop_token_ids": [7.0]}', "66.5"),
+        ):
+            headers = {"content-type": "application/json"}
+            assert client.post(path, content=whole, headers=headers).status_code == 200
+            assert client.post(path, content=whole.replace("66", half), headers=headers).status_code == 400

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, WithJsonSchema, field_validator
 
 # The bounds are for clients to read; the route refuses what is below them, in one sentence.
 _Moves = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
@@ -15,6 +15,14 @@ class StrictBody(BaseModel):
     """Base of all bodies: no unknown field, no conversion between JSON types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:
+        """JSON has one kind of number: 16.0 is the integer 16, and some clients write it so."""
+        if isinstance(value, list):
+            return [cls._whole_numbers(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class PauseBody(StrictBody):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -60,4 +61,19 @@ def create_app(engine: ServingEngine, config: ServeConfig, registry: CollectorRe
         app.include_router(router, dependencies=documented_key(config.http, admin=False))
     for router in (admin, info.admin):
         app.include_router(router, dependencies=documented_key(config.http, admin=True))
+    openapi = app.openapi
+    app.openapi = lambda: with_vocabulary(openapi(), engine.vocab_size)  # type: ignore[method-assign]
     return app
+
+
+def with_vocabulary(schema: Any, vocab_size: int) -> Any:
+    """The schema with the largest token id as the bound of lists of them, wherever they are; changed in place."""
+    if isinstance(schema, dict):
+        if schema.get("items") == {"type": "integer", "minimum": 0}:
+            schema["items"]["maximum"] = vocab_size - 1
+        for part in schema.values():
+            with_vocabulary(part, vocab_size)
+    elif isinstance(schema, list):
+        for part in schema:
+            with_vocabulary(part, vocab_size)
+    return schema

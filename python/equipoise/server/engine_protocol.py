@@ -28,6 +28,7 @@ class ServingEngine(Protocol):
     """Tokens that end an answer."""
 
     max_model_len: int
+    vocab_size: int
     """Tokens of a request, prompt and answer together."""
 
     @property
