@@ -129,6 +129,15 @@ class ChatMessage(StrictBody):
 class ChatBody(OpenAiBody):
     """POST /v1/chat/completions."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+                {"properties": {"top_logprobs": {"enum": [0, None]}}},
+            ]
+        }
+    )
+
     messages: Annotated[list[ChatMessage], Field(json_schema_extra={"minItems": 1})]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -145,7 +154,7 @@ class ChatBody(OpenAiBody):
         Raises:
             ConfigError: a value out of range; ``field`` is its name in the request.
         """
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ConfigError("top_logprobs needs logprobs: true", field="top_logprobs")
         completion = self.max_completion_tokens
         tokens, name = (self.max_tokens, "max_tokens") if completion is None else (completion, "max_completion_tokens")
