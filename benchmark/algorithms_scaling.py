@@ -24,22 +24,27 @@ SCALES = {
 
 
 def planning_times_by_scale(others: dict[str, Policy], quick: bool, bars: Bars) -> dict[str, Any]:
-    """CPU seconds of one thread, the best of three: four windows from another workload's placement, and steady."""
+    """CPU seconds of one thread, the best of three: four windows from another workload's placement, and steady.
+
+    Steady load is planned for on eight windows, which a planner has at hand by then, and on four, soon after the shift.
+    """
     rows: dict[str, dict[str, float]] = {}
     for name, (layers, experts, topology, top_k) in list(SCALES.items())[: 2 if quick else None]:
         rng = np.random.default_rng(topology.num_slots)
         before, after = (popularity(rng, layers, experts, top_k, 0.6) for _ in range(2))
-        windows = counted(rng, np.broadcast_to(after, (5, *after.shape)), 32768 * top_k)
+        windows = counted(rng, np.broadcast_to(after, (9, *after.shape)), 32768 * top_k)
         shifted = rebalance_experts(counted(rng, before, 32768 * top_k), topology, algorithm="deepseek")
         settled = rebalance_experts(windows[:4], topology, current=shifted)
         for _ in range(2):
             settled = rebalance_experts(windows[:4], topology, current=settled)
         plan = ours()(topology)
+        long_settled = rebalance_experts(windows[:8], topology, current=settled)
         row = {
             "shift": best_of(3, lambda p=plan, w=windows, c=shifted: p(w[:4], c)),
-            "steady": best_of(3, lambda p=plan, w=windows, c=settled: p(w[1:], c)),
-            "even": best_of(2, lambda w=windows, t=topology, c=settled: ours(dispatch="even")(t)(w[1:], c)),
-            "moves when steady": float(settled.diff(plan(windows[1:], settled)).moves.sum() / layers),
+            "steady": best_of(3, lambda p=plan, w=windows, c=long_settled: p(w[1:], c)),
+            "steady, 4 windows": best_of(3, lambda p=plan, w=windows, c=settled: p(w[1:5], c)),
+            "even": best_of(2, lambda w=windows, t=topology, c=settled: ours(dispatch="even")(t)(w[1:5], c)),
+            "moves when steady": float(long_settled.diff(plan(windows[1:], long_settled)).moves.sum() / layers),
         }
         if "vllm" in others:
             theirs = others["vllm"](topology)

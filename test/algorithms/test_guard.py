@@ -128,3 +128,17 @@ def test_a_burst_between_two_windows_that_are_alike_is_left_out() -> None:
     plan = rebalance_experts(windows, topology, current=current)
     later = counted(rng, share, 40_000, 4)
     assert expected_balance(plan, later) > expected_balance(current, later) - 0.005
+
+
+@pytest.mark.parametrize("algorithm", ["equipoise", "reweight"])
+def test_a_level_placement_is_in_force_as_it_is_and_not_shared(algorithm: str) -> None:
+    """Of a long steady history no plan is made for layers that are level; what is returned has memory of its own."""
+    rng = np.random.default_rng(9)
+    topology = EpTopology(16, 2, 5)
+    share = popularity(rng, 4, 64, 2.0)
+    current = rebalance_experts(share * 1e7, topology)
+    plan = rebalance_experts(counted(rng, share, 64 * 200.0, 8), topology, algorithm=algorithm, current=current)
+    assert (plan.physical_to_logical_map == current.physical_to_logical_map).all()
+    assert (plan.dispatch_weights == current.dispatch_weights).all()
+    plan.dispatch_weights[:] = 0.0
+    assert float(current.dispatch_weights.sum()) == pytest.approx(4 * 64)

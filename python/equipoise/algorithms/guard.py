@@ -14,15 +14,17 @@ any. Each replan is another chance to mistake noise for a gain; so once the hist
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from equipoise.algorithms.forecast.outlook import NUM_DRAWS, judge, lanes_of_draws, level_prior, normal_numbers
 from equipoise.algorithms.forecast.scenarios import mean_load
 from equipoise.algorithms.task import Task
-from equipoise.algorithms.twins import split_twins
+from equipoise.algorithms.twins import split_twins, twins_of
 
 MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: steady load of MANY_WINDOWS and more
+LEVEL = 2.0  # the same of a placement that is level enough
 MANY_WINDOWS = 4
 HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come
 SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
@@ -59,6 +61,30 @@ def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
     return placed, share
 
 
+class Worth(NamedTuple):
+    """What a layer is worth looking at for."""
+
+    moves: np.ndarray  # (L,) bool
+    shares: np.ndarray  # (L,) bool, True where moves are
+
+
+def what_is_worth_a_search(task: Task) -> Worth:
+    """Whether any plan could be kept, known before one is made; all of it where load is not steady, or not
+    for long.
+
+    Ranks that are as level as counting can tell offer nothing: the mean square of what their loads are off is then
+    about its expected value for a placement that is level.
+    """
+    all_layers = np.ones(len(task.old), dtype=np.bool_)
+    ranks_alike = bool((task.layers.inverse_speed == 1.0).all())
+    if not (_long_and_steady(task) and ranks_alike and task.problem.dispatch != "batch"):
+        return Worth(all_layers, all_layers)
+    _, excess, highest = _level_prior(task)
+    broken = ~_may_stay(task) | twins_of(task).any(1)
+    shares = broken | (excess > LEVEL) | (highest > _usual_height(task))
+    return Worth(shares & (broken | _moves_allowed(task, excess, highest)), shares)
+
+
 def _worst_of_scenarios(task: Task, gain: np.ndarray) -> np.ndarray:
     """(L,) least mean over the draws of one scenario of ``gain`` (L, NUM_DRAWS)."""
     lanes = lanes_of_draws(task.scenarios.weight)
@@ -68,28 +94,43 @@ def _worst_of_scenarios(task: Task, gain: np.ndarray) -> np.ndarray:
 def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Excess and height of the placement in force (see ``level_prior``), and (L, NUM_DRAWS) balance of each plan."""
     known, layers = task.scenarios, task.layers
-    mean = mean_load(known.tokens, known.weight)
-    factor, (excess, highest) = np.empty_like(mean), np.empty((2, len(mean)))
-    num_ranks = len(layers.inverse_speed)
-    task.run(level_prior, task.old, task.old_share, mean, known.error, num_ranks, factor, excess, highest)
+    factor, excess, highest = _level_prior(task)
     tokens = known.tokens * factor[..., None]
     # A scenario is itself a window, or a few: its own error is part of how it differs from what comes.
     noise = known.noise - known.error if task.problem.load.shape[0] > 1 else known.noise
-    normal, lanes = normal_numbers(mean.shape[1]), lanes_of_draws(known.weight)
+    normal, lanes = normal_numbers(tokens.shape[1]), lanes_of_draws(known.weight)
     values = []
     for placed, share in plans:
-        balance = np.empty((len(mean), NUM_DRAWS))
+        balance = np.empty((len(tokens), NUM_DRAWS))
         task.run(judge, placed, share, tokens, noise, layers.inverse_speed, normal, lanes, balance)
         values.append(balance)
     return excess, highest, values
 
 
+def _level_prior(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(L, E) factor, (L,) excess, (L,) height of the placement in force, see ``level_prior``."""
+    known = task.scenarios
+    mean = mean_load(known.tokens, known.weight)
+    factor, (excess, highest) = np.empty_like(mean), np.empty((2, len(mean)))
+    num_ranks = len(task.layers.inverse_speed)
+    task.run(level_prior, task.old, task.old_share, mean, known.error, num_ranks, factor, excess, highest)
+    return factor, excess, highest
+
+
+def _usual_height(task: Task) -> float:
+    """Standard deviations that the hottest of all ranks is above the mean by noise alone."""
+    return math.sqrt(2.0 * math.log(max(len(task.layers.inverse_speed), 2))) + MIN_HEIGHT
+
+
+def _long_and_steady(task: Task) -> bool:
+    return task.scenarios.steady and task.problem.load.shape[0] > MANY_WINDOWS
+
+
 def _moves_allowed(task: Task, excess: np.ndarray, highest: np.ndarray) -> np.ndarray:
     """(L,) whether what is uneven is more than noise."""
-    if not (task.scenarios.steady and task.problem.load.shape[0] > MANY_WINDOWS):
+    if not _long_and_steady(task):
         return np.ones(len(excess), dtype=np.bool_)
-    height = math.sqrt(2.0 * math.log(max(len(task.layers.inverse_speed), 2))) + MIN_HEIGHT
-    return (excess > MIN_EXCESS) | (highest > height)
+    return (excess > MIN_EXCESS) | (highest > _usual_height(task))
 
 
 def _may_stay(task: Task) -> np.ndarray:

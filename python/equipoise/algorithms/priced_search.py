@@ -16,10 +16,10 @@ import numpy as np
 from equipoise.algorithms import deepseek
 from equipoise.algorithms.batch_plan import plan_for_batches
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
-from equipoise.algorithms.guard import keep_what_is_better
+from equipoise.algorithms.guard import Plan, keep_what_is_better, what_is_worth_a_search
 from equipoise.algorithms.packing import pack_from_scratch
 from equipoise.algorithms.problem import PlacementProblem, Solution
-from equipoise.algorithms.reweight import solve_shares
+from equipoise.algorithms.reweight import better_shares, solve_shares
 from equipoise.algorithms.search.even_split import split_evenly
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
@@ -46,14 +46,29 @@ def solve(problem: PlacementProblem) -> Solution:
             has too few live slots for its expert groups.
     """
     task = Task.of(problem)
-    value = np.full(problem.num_layers, -np.inf)
+    if problem.current is None:
+        return task.finish(*_plan(task))
+    placed, share = task.old.copy(), task.old_share.copy()
+    worth = what_is_worth_a_search(task)
+    searched, weighed = np.flatnonzero(worth.moves), np.flatnonzero(worth.shares & ~worth.moves)
+    if searched.size:
+        placed[searched], share[searched] = _plan(task.take(searched))
+    if weighed.size and problem.dispatch == "weights":
+        share[weighed] = better_shares(task.take(weighed))
+    return task.finish(placed, share)
+
+
+def _plan(task: Task) -> Plan:
+    """Experts and shares of a task's layers, as :func:`solve`."""
+    problem = task.problem
+    value = np.full(len(task.old), -np.inf)
     placed, share = task.old.copy(), task.old_share.copy()
     if problem.current is not None:
         _improve(task, placed, share, value)
         # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
         retried = np.flatnonzero(value < 1.0 - 0.5 * problem.move_price)
     else:
-        retried = np.arange(problem.num_layers)
+        retried = np.arange(len(value))
     if retried.size:
         part = task.take(retried)
         fresh, enough = pack_from_scratch(part)
@@ -79,10 +94,10 @@ def solve(problem: PlacementProblem) -> Solution:
         )
     if problem.dispatch == "batch" and not task.num_groups:
         planned = plan_for_batches(task, placed, _move_terms(task))
-        return task.finish(planned, solve_shares(task.at(planned)))
+        return planned, solve_shares(task.at(planned))
     if problem.current is not None:
         placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
-    return task.finish(placed, share)
+    return placed, share
 
 
 def _improve_published(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:

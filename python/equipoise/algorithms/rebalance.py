@@ -76,6 +76,8 @@ def rebalance_experts(
     chosen = find_algorithm(algorithm)
     _check_support(chosen, problem)
     placed, weights = _within_limit(chosen.solve(problem), problem)
+    if current is not None and _is_in_force(placed, weights, current):
+        return current.clone("cpu")  # its maps need not be built again, which takes longer than finding that out
     return ExpertLocationMetadata.from_physical_to_logical(
         placed, problem.num_logical_experts, topology, dispatch_weights=weights
     )
@@ -103,6 +105,12 @@ def _check_support(algorithm: Algorithm, problem: PlacementProblem) -> None:
                 problem.num_groups,
                 problem.topology.num_nodes,
             )
+
+
+def _is_in_force(placed: np.ndarray, weights: np.ndarray | None, current: ExpertLocationMetadata) -> bool:
+    if weights is None or (placed != current.physical_to_logical_map.cpu().numpy()).any():
+        return False
+    return bool((weights.astype(np.float32) == current.dispatch_weights.cpu().numpy()).all())
 
 
 def _within_limit(solution: Solution, problem: PlacementProblem) -> Solution:

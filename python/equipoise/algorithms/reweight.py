@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from equipoise.algorithms.guard import keep_what_is_better
+from equipoise.algorithms.guard import keep_what_is_better, what_is_worth_a_search
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.repair import lost_experts, spread_shares
@@ -30,10 +30,17 @@ def solve(problem: PlacementProblem) -> Solution:
         ConfigError: an expert has no replica on a rank with a capacity above 0.
     """
     task = Task.of(problem)
-    share = solve_shares(task)
-    if problem.current is not None:
-        share = keep_what_is_better(task, (task.old, share))[1]
+    if problem.current is None:
+        return task.finish(task.old, solve_shares(task))
+    share, open_layers = task.old_share.copy(), np.flatnonzero(what_is_worth_a_search(task).shares)
+    if open_layers.size:
+        share[open_layers] = better_shares(task.take(open_layers))
     return task.finish(task.old, share)
+
+
+def better_shares(task: Task) -> np.ndarray:
+    """(L, P) shares of the placement in force: new ones where they may be expected to do better than those it has."""
+    return keep_what_is_better(task, (task.old, solve_shares(task)))[1]
 
 
 def solve_shares(task: Task) -> np.ndarray:

@@ -95,9 +95,17 @@ class Task:
 
     def take(self, chosen: np.ndarray) -> Task:
         """The same for the layers ``chosen`` alone."""
-        layers = self.layers._replace(experts=self.layers.experts[chosen], any_load=self.layers.any_load[chosen])
+        layers, known = self.layers, self.scenarios
+        any_load = known.any_load[chosen]
         return replace(
-            self, old=self.old[chosen], old_share=self.old_share[chosen], layers=layers, exponent=self.exponent[chosen]
+            self,
+            old=self.old[chosen],
+            old_share=self.old_share[chosen],
+            layers=layers._replace(experts=layers.experts[chosen], any_load=any_load),
+            exponent=self.exponent[chosen],
+            scenarios=known._replace(
+                tokens=known.tokens[chosen], noise=known.noise[chosen], error=known.error[chosen], any_load=any_load
+            ),
         )
 
     def at(self, placed: np.ndarray) -> Task:

@@ -18,40 +18,43 @@ def split_twins(task: Task) -> tuple[np.ndarray, np.ndarray]:
     That is the one with the most load per replica which may be there, with no share yet; the first replica keeps the
     share of both. A replica stays where no expert may take its slot, or ``max_moves_per_layer`` is reached.
     """
-    placed, share = task.old.copy(), task.old_share.copy()
-    num_layers, num_slots = placed.shape
-    num_experts, num_ranks = task.problem.num_logical_experts, len(task.layers.inverse_speed)
-    size = num_slots // num_ranks
-    by_rank = np.sort(placed.reshape(num_layers, num_ranks, size), axis=2)
-    layers = np.flatnonzero((np.diff(by_rank, axis=2) == 0).any((1, 2)))
-    if not layers.size:
+    placed, share, twins = task.old.copy(), task.old_share.copy(), twins_of(task)
+    if not twins.any():
         return placed, share
+    num_slots, num_experts = placed.shape[1], task.problem.num_logical_experts
+    size = num_slots // len(task.layers.inverse_speed)
     mean = mean_load(task.scenarios.tokens, task.scenarios.weight)
     node_of_slot = np.arange(num_slots) // (num_slots // task.problem.topology.num_nodes)
     group = np.arange(num_experts) * task.num_groups // num_experts
     limit = task.problem.max_moves_per_layer
-    for layer in layers:
+    for layer in np.flatnonzero(twins.any(1)):
         room = num_slots if limit is None else limit
         count = np.bincount(placed[layer], minlength=num_experts)
-        for slot in range(num_slots):
-            first = slot // size * size
+        for slot in np.flatnonzero(twins[layer])[:room]:
+            e, first = placed[layer, slot], slot // size * size
             here = placed[layer, first : first + size]
-            twin = first + int(np.flatnonzero(here == placed[layer, slot])[0])
-            if twin == slot or room == 0:
-                continue
             per_replica = mean[layer] / (count + 1)
             per_replica[here] = -1.0
             if task.num_groups:
                 at_node = np.isin(group, group[placed[layer, node_of_slot == node_of_slot[slot]]])
                 per_replica[~at_node] = -1.0
             best = int(per_replica.argmax())
-            if per_replica[best] >= 0.0:
-                count[placed[layer, slot]] -= 1
-                count[best] += 1
-                share[layer, twin] += share[layer, slot]
-                placed[layer, slot], share[layer, slot] = best, 0.0
-                room -= 1
+            if per_replica[best] < 0.0:
+                continue
+            count[e] -= 1
+            count[best] += 1
+            share[layer, first + int(np.flatnonzero(here == e)[0])] += share[layer, slot]
+            placed[layer, slot], share[layer, slot] = best, 0.0
     if task.problem.dispatch == "even":
         counts = np.stack([np.bincount(row, minlength=num_experts) for row in placed])
         share = 1.0 / np.take_along_axis(counts, placed, axis=1)
     return placed, share
+
+
+def twins_of(task: Task) -> np.ndarray:
+    """(L, P) bool, slots whose expert is in an earlier slot of their rank as well."""
+    by_rank = task.old.reshape(len(task.old), len(task.layers.inverse_speed), -1)
+    twins = np.zeros(by_rank.shape, dtype=np.bool_)
+    for apart in range(1, by_rank.shape[2]):
+        twins[:, :, apart:] |= by_rank[:, :, apart:] == by_rank[:, :, :-apart]
+    return twins.reshape(task.old.shape)

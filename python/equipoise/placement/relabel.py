@@ -46,13 +46,15 @@ def rank_order(
     """
     num_ranks = len(inverse_speed)
     rank_of_slot = np.repeat(np.arange(num_ranks), len(old) // num_ranks)
-    on_rank, wanted = np.zeros((2, num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
+    on_rank = np.zeros((num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
     on_rank[rank_of_slot, old] = True
-    wanted[rank_of_slot, placed] = True
     on_node = on_rank.reshape(num_nodes, -1, on_rank.shape[1]).any(1).repeat(num_ranks // num_nodes, axis=0)
     price = np.where(on_rank, 0.0, np.where(on_node, 1.0, node_price))
     # (old name, new name): of giving a rank what the plan has on another, each expert once, whatever slots it takes.
-    cost = price @ wanted.T.astype(np.float64)
+    wanted = np.sort(placed.reshape(num_ranks, -1), axis=1)
+    cost = price[:, wanted[:, 0]]
+    for slot in range(1, wanted.shape[1]):
+        cost += np.where(wanted[:, slot] != wanted[:, slot - 1], price[:, wanted[:, slot]], 0.0)
     cost[inverse_speed[:, None] != inverse_speed] = _NEVER
     source = np.arange(num_ranks)
     if keep_nodes:
