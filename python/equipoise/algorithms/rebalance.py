@@ -75,11 +75,15 @@ def rebalance_experts(
     )
     chosen = find_algorithm(algorithm)
     _check_support(chosen, problem)
-    placed, weights = _within_limit(chosen.solve(problem), problem)
-    if current is not None and _is_in_force(placed, weights, current):
-        return current.clone("cpu")  # its maps need not be built again, which takes longer than finding that out
+    return _placement(_within_limit(chosen.solve(problem), problem), problem)
+
+
+def _placement(solution: Solution, problem: PlacementProblem) -> ExpertLocationMetadata:
+    placed, weights = solution
+    if problem.current is not None and _is_in_force(placed, weights, problem.current):
+        return problem.current.clone("cpu")  # its maps need not be built again: that takes longer than finding out
     return ExpertLocationMetadata.from_physical_to_logical(
-        placed, problem.num_logical_experts, topology, dispatch_weights=weights
+        placed, problem.num_logical_experts, problem.topology, dispatch_weights=weights
     )
 
 
