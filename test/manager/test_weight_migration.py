@@ -11,7 +11,7 @@ import torch
 from equipoise import EpTopology, ExpertLocationMetadata, plan_transfer
 from equipoise.config import TransferMode
 from equipoise.distributed.in_memory import InMemoryHub
-from equipoise.errors import TransferCancelled, TransferError
+from equipoise.errors import TransferCancelled, TransferError, VerificationError
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import MigrationBroken
@@ -34,6 +34,7 @@ class Runner:
         self.staged = 100
         self.error: str | None = None
         self.fails_at: int | None = None  # batch of the plan that the ranks vote against
+        self.voted: TransferError = TransferError("voted down")
         self.committed = 0
         self.cancelled: str | None = None
 
@@ -52,12 +53,12 @@ class Runner:
         return TransferState.READY if self.staged > 0 else TransferState.WORKING
 
     def commit(self, on_commit: Callable[[int, TransferBatch], None]) -> CommittedBatch:
+        if self.committed == self.fails_at:
+            self.batches = []
+            raise self.voted
         if self.cancelled is not None:
             self.batches = []
             raise TransferCancelled(self.cancelled)
-        if self.committed == self.fails_at:
-            self.batches = []
-            raise TransferError("voted down")
         layer_id, batch = self.batches.pop(0)
         on_commit(layer_id, batch)
         self.staged -= 1
@@ -298,3 +299,17 @@ def test_weights_loaded_anew_drop_what_is_staged_and_then_the_canaries() -> None
         setup.migration.advance(idle=False)
     assert setup.runner.committed == 0
     assert len(setup.updater.forgotten) == 2
+
+
+def test_weights_written_while_a_rank_sends_them_are_no_failure_of_the_transfer() -> None:
+    """Its check finds them damaged. Where nothing was loaded, though something else has cancelled, they are."""
+    setup = MigrationSetup()
+    setup.runner.fails_at, setup.runner.voted = 0, VerificationError("expert 4 is damaged")
+    setup.begin()
+    setup.migration.weights_changed()
+    with pytest.raises(TransferCancelled, match="loaded weights anew"):
+        setup.migration.advance(idle=False)
+    setup.begin()
+    setup.migration.cancel("paused")
+    with pytest.raises(VerificationError, match="damaged"):
+        setup.migration.advance(idle=False)

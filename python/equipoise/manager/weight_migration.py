@@ -11,7 +11,7 @@ import numpy as np
 
 from equipoise.config import EplbConfig
 from equipoise.distributed.communicator import Communicator
-from equipoise.errors import ConfigError, TransferCancelled, TransferError
+from equipoise.errors import ConfigError, TransferCancelled, TransferError, VerificationError
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement
 from equipoise.manager.migration import MigrationBroken
@@ -29,6 +29,8 @@ _IDLE_WAIT_SECONDS = 0.001
 
 _STALL_SLACK_SECONDS = 30.0
 """Beyond all timeouts of a batch, before the watchdog says that its thread hangs."""
+
+_LOADED_ANEW = "the host has loaded weights anew: what is staged is stale"
 
 
 def weight_migration(
@@ -138,7 +140,7 @@ class WeightMigration:
     def weights_changed(self) -> None:
         self._weights_changed = self._runner.active
         if self._weights_changed:  # the thread may be reading canaries: they are forgotten once it has ended
-            self._runner.cancel("the host has loaded weights anew: what is staged is stale")
+            self._runner.cancel(_LOADED_ANEW)
         else:
             self._updater.forget_canaries(list(range(self._placement.metadata.num_layers)))
 
@@ -192,6 +194,8 @@ class WeightMigration:
             except TransferError as error:
                 if self._runner.error is not None:
                     raise MigrationBroken(f"{self._runner.error} (after: {error})") from error
+                if self._weights_changed and isinstance(error, VerificationError):
+                    raise TransferCancelled(_LOADED_ANEW) from error  # written while a rank was sending them
                 raise
             except Exception as error:  # the other ranks have committed: this one's weights may be half written
                 self._failures.note("a commit; weights of this rank may be half written, restart it", error)
