@@ -18,7 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Most information a minute first. What needs several GPUs comes last, since it takes longest.
-FILES = ("test/gpu/test_one_gpu.py", "test/gpu/test_engine_on_gpu.py", "test/gpu/test_several_gpus.py")
+FILES = (
+    "test/gpu/test_one_gpu.py",
+    "test/gpu/test_transfers_on_gpu.py",
+    "test/gpu/test_engine_on_gpu.py",
+    "test/gpu/test_several_gpus.py",
+)
 PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers -q")  # a second -q would list no test
 GRACE_SECONDS = 30.0  # beyond a test's own limit, for a process that hangs in a driver call
 
