@@ -62,18 +62,17 @@ def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
 
 
 class Worth(NamedTuple):
-    """What a layer is worth looking at for."""
+    """For what a layer is worth a search."""
 
     moves: np.ndarray  # (L,) bool
     shares: np.ndarray  # (L,) bool, True where moves are
 
 
 def what_is_worth_a_search(task: Task) -> Worth:
-    """Whether any plan could be kept, known before one is made; all of it where load is not steady, or not
-    for long.
+    """Tells for each layer whether a plan could be kept, before one is made.
 
-    Ranks that are as level as counting can tell offer nothing: the mean square of what their loads are off is then
-    about its expected value for a placement that is level.
+    Any could, where load is not steady or has not been for long. Otherwise ranks that are as level as counting can
+    tell offer nothing: the mean square of what their loads are off is about its expected value for a level placement.
     """
     all_layers = np.ones(len(task.old), dtype=np.bool_)
     ranks_alike = bool((task.layers.inverse_speed == 1.0).all())

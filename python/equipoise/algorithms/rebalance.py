@@ -75,13 +75,14 @@ def rebalance_experts(
     )
     chosen = find_algorithm(algorithm)
     _check_support(chosen, problem)
-    return _placement(_within_limit(chosen.solve(problem), problem), problem)
+    return _metadata_of(_within_limit(chosen.solve(problem), problem), problem)
 
 
-def _placement(solution: Solution, problem: PlacementProblem) -> ExpertLocationMetadata:
+def _metadata_of(solution: Solution, problem: PlacementProblem) -> ExpertLocationMetadata:
+    """Builds the maps of a solution, or copies those in force where it is that: building takes longer."""
     placed, weights = solution
     if problem.current is not None and _is_in_force(placed, weights, problem.current):
-        return problem.current.clone("cpu")  # its maps need not be built again: that takes longer than finding out
+        return problem.current.clone("cpu")
     return ExpertLocationMetadata.from_physical_to_logical(
         placed, problem.num_logical_experts, problem.topology, dispatch_weights=weights
     )

@@ -42,6 +42,7 @@ class FailureWatch:
         self._flags = SumBetweenPolls()
         self._posted = self._marked = False
         self._own: str | None = None
+        self._noted: set[str] = set()
         self.rank = communicator.rank
         self.log = rank_logger(communicator.rank)
 
@@ -66,8 +67,13 @@ class FailureWatch:
             self.note(what, error)
 
     def note(self, what: str, error: Exception) -> None:
-        """Keeps the first error of this rank, and logs each with its traceback."""
-        self.log.error("%s failed", what, exc_info=error)
+        """Keeps the first error of this rank, and logs the first of each ``what`` with its traceback.
+
+        Until all ranks have stopped, what fails in one pass may fail in each.
+        """
+        if what not in self._noted:
+            self._noted.add(what)
+            self.log.error("%s failed", what, exc_info=error)
         if self._own is None:
             self._own = f"{what}: {type(error).__name__}: {error}"
 
@@ -95,7 +101,7 @@ class FailureWatch:
 
     def agree(self) -> str | None:
         """Collective and waited for, before a rank sends what it has computed: as :meth:`take`."""
-        flag = torch.tensor([int(self._own is not None)], dtype=torch.int64)
+        flag = torch.tensor([int(self.failed)], dtype=torch.int64)
         self._communicator.all_reduce_sum_(flag)
         return self.reasons() if flag else None
 

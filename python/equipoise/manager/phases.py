@@ -164,7 +164,6 @@ class Rebalancing:
             self._fail(f"the ranks cannot talk any more: {error}")
         except Exception as error:  # the others learn of it when code next runs on all ranks
             self._failures.note("a tick", error)
-        self._migration.end_tick()
         self._timer.leave_tick()
 
     def _carry_on(self, idle: bool) -> None:
@@ -179,6 +178,7 @@ class Rebalancing:
                 self._begin_planning()
         if self._phase != "failed":
             self._failures.end_tick(tell=self._phase != before)
+            self._migration.end_tick()
 
     def _begin_planning(self) -> None:
         self._attempt = self._attempt or Attempt(self._config.eplb_algorithm)

@@ -28,8 +28,10 @@ class ServingEngine(Protocol):
     """Tokens that end an answer."""
 
     max_model_len: int
-    vocab_size: int
     """Tokens of a request, prompt and answer together."""
+
+    vocab_size: int
+    """Token ids are below it."""
 
     @property
     def error(self) -> str | None:

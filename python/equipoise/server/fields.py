@@ -54,7 +54,7 @@ class _Only:
     neutral: tuple[object, ...]
 
     def check(self, value: Any) -> Any:
-        if value is not None and not any(value == one and type(value) in _kin(one) for one in self.neutral):
+        if value is not None and not any(value == one and type(value) is type(one) for one in self.neutral):
             raise ValueError(f"only {' or '.join(map(repr, self.neutral))} is supported")
         return value
 
@@ -70,11 +70,6 @@ class _Only:
 def only(*neutral: object) -> _Only:
     """A validator for an option that this engine lacks: it takes the values that ask for nothing."""
     return _Only(neutral)
-
-
-def _kin(value: object) -> tuple[type, ...]:
-    """JSON does not tell 1 from 1.0, but true from 1."""
-    return (int, float) if isinstance(value, int | float) and not isinstance(value, bool) else (type(value),)
 
 
 def _number(kind: str, **bounds: object) -> WithJsonSchema:

@@ -15,21 +15,13 @@ from equipoise.errors import ConfigError
 from equipoise.server.fields import (
     Choices,
     Count,
-    LogitBias,
-    MinP,
     NumLogprobs,
-    Penalty,
-    RepetitionPenalty,
     Seed,
-    Stops,
-    Temperature,
     Text,
     TextsOrIds,
-    TopK,
-    TopP,
     only,
 )
-from equipoise.server.request_models import renamed, sampling_of
+from equipoise.server.request_models import SamplingFields, renamed, sampling_of
 
 
 class StreamOptions(StrictBody):
@@ -37,21 +29,10 @@ class StreamOptions(StrictBody):
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
-class OpenAiBody(StrictBody):
+class OpenAiBody(SamplingFields):
     """What both calls share."""
 
     model: Text | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: LogitBias | None = None
-    stop: Stops | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     seed: Seed | None = None
     n: Choices | None = None
     stream: bool | None = None

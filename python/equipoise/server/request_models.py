@@ -33,10 +33,9 @@ from equipoise.server.fields import (
 )
 
 
-class SamplingBody(StrictBody):
-    """``sampling_params`` of /generate. Defaults are those of the engine's SamplingParams."""
+class SamplingFields(StrictBody):
+    """What every call names as the engine's SamplingParams do; null is the default there."""
 
-    max_new_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -48,6 +47,12 @@ class SamplingBody(StrictBody):
     stop: Stops | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+
+
+class SamplingBody(SamplingFields):
+    """``sampling_params`` of /generate."""
+
+    max_new_tokens: Count | None = None
     sampling_seed: Seed | None = None
     n: Choices | None = None
 
@@ -110,18 +115,13 @@ def renamed(error: ConfigError, field: str | None) -> ConfigError:
     return ConfigError(f"{field}{str(error).removeprefix(error.field or '')}", field=field)
 
 
-_COMMON = (
-    "temperature top_p top_k min_p repetition_penalty frequency_penalty presence_penalty stop stop_token_ids ignore_eos"
-)
-
-
-def sampling_of(body: Any, **given: Any) -> SamplingParams:
+def sampling_of(body: SamplingFields, **given: Any) -> SamplingParams:
     """Make SamplingParams of a body; what is None or missing is the engine's default.
 
     Raises:
         ConfigError: a value out of range, by the engine's name of it.
     """
-    for name in _COMMON.split():
+    for name in SamplingFields.model_fields:
         given[name] = getattr(body, name)
     stops = given["stop"]
     if stops is not None:

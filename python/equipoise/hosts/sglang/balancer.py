@@ -17,8 +17,7 @@ step is guarded by itself: an error of one rank is noted, the rank goes on, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ class SglangBalancer:
         self._waiting: list[tuple[PendingReply[Any], OnReply]] = []
         self._holds: set[str] = set()
         self._paused_here = False
-        self._failed: set[str] = set()  # what this rank has failed at
 
     @property
     def wants_tick(self) -> bool:
@@ -74,7 +72,7 @@ class SglangBalancer:
 
     def count(self, physical_counts: torch.Tensor) -> None:
         """Adds (L, P) tokens in each slot, a row for every layer of SGLang's."""
-        with self._guard("counting a pass"):
+        with self.manager.failures.guard("counting a pass"):
             self.manager.record_counts(physical_counts)
 
     def end_pass(self) -> None:
@@ -113,23 +111,13 @@ class SglangBalancer:
     def release(self, reason: str) -> None:
         """Collective, after the weights may have changed. Balancing goes on after the last hold, unless an operator has
         paused it."""
-        with self._guard("taking note of new weights"):
+        with self.manager.failures.guard("taking note of new weights"):
             self.manager.weights_changed()
         self._holds.discard(reason)
         if not self._holds and self._paused_here:
             self._paused_here = False
             self.manager.resume()
         self._tell_phase()
-
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Notes what the block raises, once: it may be raised in every pass until all ranks stop."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                self.manager.failures.note(what, error)
 
     def _follow_shares(self) -> None:
         """Some layers' shares, once nothing moves and every rank has told the others that none has failed."""
@@ -138,13 +126,13 @@ class SglangBalancer:
         placement = self.manager.placement
         rows = self._changed[:_LAYERS_PER_TICK]
         del self._changed[:_LAYERS_PER_TICK]
-        with self._guard("writing shares"):
+        with self.manager.failures.guard("writing shares"):
             for row in rows:
                 self._maps.write_shares(placement.layer_ids[row], placement.committed, row)
 
     def _tell_phase(self) -> None:
         if self._on_phase is not None:
-            with self._guard("showing the phase"):
+            with self.manager.failures.guard("showing the phase"):
                 self._on_phase(self.manager.phase)
 
     def _answer(self) -> None:
@@ -152,7 +140,7 @@ class SglangBalancer:
         waiting, self._waiting = self._waiting, []
         for pending, on_reply in waiting:
             if pending.done:
-                with self._guard("answering a command"):
+                with self.manager.failures.guard("answering a command"):
                     on_reply(pending.reply)
             else:
                 self._waiting.append((pending, on_reply))

@@ -197,7 +197,9 @@ class SchedulerSide:
         try:
             yield
         except Exception as error:
-            if self.balancer is not None:
+            if self.balancer is None:
+                log.error("%s failed", what, exc_info=error)
+            else:
                 self.balancer.manager.failures.note(what, error)
 
     def _not_attached(self, error: Exception) -> None:
