@@ -83,8 +83,8 @@ class SchedulerSide:
 
         hooks = [Hook(target(name), "AROUND", self._reloading) for name in _RELOADS]
         for begin, end in _SESSIONS:
-            hooks.append(Hook(target(begin), "BEFORE", self._taking_weights(begin)))
-            hooks.append(Hook(target(end), "AFTER", self._giving_weights_back(begin)))
+            before, after = self._around_session(begin)
+            hooks += [Hook(target(begin), "BEFORE", before), Hook(target(end), "AFTER", after)]
         return hooks
 
     # In place of SGLang's EPLBManager -------------------------------------------------------------------------------
@@ -157,17 +157,14 @@ class SchedulerSide:
         finally:
             self._release(name, updater)
 
-    def _taking_weights(self, reason: str) -> Callable[..., None]:
+    def _around_session(self, reason: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(updater: Any, _recv_req: Any) -> None:
             self._hold(reason, updater)
 
-        return before
-
-    def _giving_weights_back(self, reason: str) -> Callable[..., None]:
         def after(_result: Any, updater: Any, _recv_req: Any) -> None:
             self._release(reason, updater)
 
-        return after
+        return before, after
 
     def _hold(self, reason: str, updater: Any) -> None:
         with self._guarded(reason):
