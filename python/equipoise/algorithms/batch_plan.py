@@ -3,6 +3,9 @@
 The scenarios are those of the forecast with the noise of a batch drawn on top (forecast/outlook.py), so that small
 batches get replicas that are useful often, and large ones connectivity. Two starts are improved, the placement in force
 and what the priced search made of it, and each layer takes the one that is worth more after its moves are paid for.
+
+What a connection gains does not hang on the forecast of any one expert, so it lasts, where shares that are planned for
+a forecast are worth what the next window is like: its moves are priced as serving ``LASTS`` windows.
 """
 
 from __future__ import annotations
@@ -15,14 +18,18 @@ from equipoise.algorithms.search.move_price import MoveTerms
 from equipoise.algorithms.search.recourse import improve_for_batches
 from equipoise.algorithms.task import Task
 
-NUM_BATCHES = 6  # draws that a placement is made for
-MAX_STEPS = 24
+NUM_BATCHES = 24  # draws that a placement is made for
+MAX_STEPS = 96
+LASTS = 8.0  # windows that a move is priced for
 
 
 def plan_for_batches(task: Task, placed: np.ndarray, moves: MoveTerms) -> np.ndarray:
     """(L, P) experts, from those of the priced search; no more than ``moves`` allows."""
     loads, layers = batches(task), task.layers
-    starts = [placed.copy()] if task.problem.current is None else [task.old.copy(), placed.copy()]
+    starts = [placed.copy()]
+    if task.problem.current is not None and (layers.inverse_speed > 0.0).all():
+        starts.insert(0, task.old.copy())
+    moves = moves._replace(slot_price=moves.slot_price / LASTS)
     best, best_value = placed.copy(), np.full(len(placed), -np.inf)
     for start in starts:
         value = np.empty(len(placed))
@@ -42,8 +49,9 @@ def batches(task: Task) -> np.ndarray:
     if tokens is not None:
         noise = noise + mean * total / tokens
     half = NUM_BATCHES // 2
-    normal = np.concatenate([normal_numbers(mean.shape[1])[:half], -normal_numbers(mean.shape[1])[:half]])
-    lanes = lanes_of_draws(known.weight)[:: len(lanes_of_draws(known.weight)) // NUM_BATCHES][:NUM_BATCHES]
+    normal = normal_numbers(mean.shape[1])[:half]
+    normal = np.concatenate([normal, -normal])
+    lanes = lanes_of_draws(known.weight, NUM_BATCHES)
     loads = np.empty((*mean.shape, NUM_BATCHES))
     for draw in range(NUM_BATCHES):
         base = known.tokens[..., lanes[draw]]

@@ -28,13 +28,14 @@ def normal_numbers(num_experts: int) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate([half, -half]))
 
 
-def lanes_of_draws(weight: np.ndarray) -> np.ndarray:
-    """(NUM_DRAWS,) scenario that each draw is around, in proportion to their weights.
+def lanes_of_draws(weight: np.ndarray, num_draws: int = NUM_DRAWS) -> np.ndarray:
+    """(num_draws,) scenario that each draw is around, in proportion to their weights, in each half alike.
 
     Where load is a mix of tasks, the next window is like one of the scenarios, and seldom like their mean.
     """
-    half = np.searchsorted(np.cumsum(weight), (np.arange(NUM_DRAWS // 2) + 0.5) / (NUM_DRAWS // 2) * weight.sum())
-    return np.tile(np.minimum(half, NUM_SCENARIOS - 1), 2)
+    half = num_draws // 2
+    lanes = np.searchsorted(np.cumsum(weight), (np.arange(half) + 0.5) / half * weight.sum())
+    return np.tile(np.minimum(lanes, NUM_SCENARIOS - 1), 2)
 
 
 @kernel

@@ -1,126 +1,191 @@
 """Places replicas for dispatch that solves shares on each batch: as even as the best shares can make each scenario.
 
 A placement with recourse (two-stage stochastic programming; Dantzig, 1955): slots are chosen now, shares once the load
-is known. So a placement is worth the mean over scenarios of what the best shares reach (min_max.py: a flow, whose
-minimum cut, a closed set of ranks, is the certificate). What keeps a scenario uneven is its closed set: a replica of
-one of the set's experts on a rank outside connects the two. Such changes are tried by their exact value.
+is known. So a placement is worth the mean over scenarios of what the best shares reach (batch_flow.py), whose
+certificate is a closed set of ranks: what they hold has all its replicas among them. A replica of one of their experts
+on a rank outside connects the two. How much that can gain in each scenario is bounded by the tokens that the expert has
+in the closed set and by what the other rank can take, so candidates are sorted by what these bounds let expect over all
+scenarios, and tried from the top by exact value.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
-from equipoise.algorithms.search.layer_state import COUNT, INVERSE_SPEED, LayerState, new_state
-from equipoise.algorithms.search.min_max import level_ranks, reach
+from equipoise.algorithms.search.batch_flow import LEAST, coolest_replica
+from equipoise.algorithms.search.batch_state import (
+    BatchFlows,
+    level_without,
+    new_flows,
+    reach_of,
+    set_expert,
+    sort_scenarios,
+)
+from equipoise.algorithms.search.layer_state import COUNT
 from equipoise.algorithms.search.move_price import MoveTerms, origins_of, spent
-from equipoise.algorithms.search.repair import spread_shares
 from equipoise.jit.compile import helper, int_zeros, kernel, number, zeros
 
-NUM_GIVEN = 3  # experts of the closed set that a step tries to place outside of it
-NUM_TAKING = 3  # ranks outside that it tries, the coolest first
-ENOUGH = 0.997  # balance that is not worth a step
+ENOUGH = 0.999  # balance that is not worth a step
+LEAST_GAIN = 1e-4  # of balance, that a step has to bring after its price
+NUM_CANDIDATES = 256  # most that a step tries
+FULLNESS = 0.5  # of its bound, that a change is not expected to gain where the other rank is as loaded as the hottest
+MAX_WORK = 8_000_000  # slots times scenarios of all changes that are tried for a layer: a limit on its time
+NUM_TRIED = 16  # after these, the best that gains is taken
+
+
+class Candidates(NamedTuple):
+    """Changes of a slot's expert, the largest expected gain first."""
+
+    expected: np.ndarray  # (NUM_CANDIDATES,) gain, -inf: none
+    slot: np.ndarray
+    expert: np.ndarray
 
 
 @helper
-def _levelled(placed: np.ndarray, loads: np.ndarray, s: int, inverse_speed: np.ndarray) -> LayerState:
-    """The state of a placement with the best shares for scenario ``s`` of ``loads`` (E, K)."""
-    experts, weight = np.empty((loads.shape[0], NUM_SCENARIOS + 1)), zeros(number(NUM_SCENARIOS))
-    for e in range(loads.shape[0]):
-        for column in range(NUM_SCENARIOS + 1):
-            experts[e, column] = loads[e, s] if column == 0 else 0.0
-    weight[0] = 1.0
-    state = new_state(placed, zeros(placed.shape[0]), experts, weight, inverse_speed)
-    spread_shares(state)
-    level_ranks(state)
-    return state
+def _bound_gains(flows: BatchFlows) -> None:
+    """Fills ``room``: the closed set's load can fall by no more than the expert's tokens in it."""
+    room, tokens, closed = flows.room, flows.tokens, flows.closed
+    num_ranks = flows.inverse_speed.shape[0]
+    size = flows.expert.shape[0] // num_ranks
+    for s in range(room.shape[1]):
+        capacity = 0.0
+        for e in range(room.shape[0]):
+            room[e, s] = 0.0
+        for rank in range(num_ranks):
+            if closed[s, rank] == 1:
+                capacity += 1.0 / flows.inverse_speed[rank]
+                for slot in range(rank * size, (rank + 1) * size):
+                    room[flows.expert[slot], s] += tokens[s, slot]
+        for e in range(room.shape[0]):
+            if room[e, s] > LEAST:
+                lowest = max(1.0 / flows.balance[s] - room[e, s] / capacity, 1.0)
+                room[e, s] = max(1.0 / lowest - flows.balance[s], 0.0) / room.shape[1]
+            else:
+                room[e, s] = 0.0
 
 
 @helper
-def _hottest(ranks: np.ndarray) -> int:
-    hottest = number(0)
-    for rank in range(ranks.shape[0]):
-        if ranks[rank, 0] > ranks[hottest, 0]:
-            hottest = rank
-    return hottest
+def _bound_takers(flows: BatchFlows) -> None:
+    """Fills ``taking``: a rank connected with the closed set shares its load with what it can hand load to itself."""
+    closed, load, inverse_speed = flows.closed, flows.load, flows.inverse_speed
+    spare, num_ranks = flows.balance.shape[0], inverse_speed.shape[0]
+    for s in range(spare):
+        base, base_capacity = 0.0, 0.0
+        for rank in range(num_ranks):
+            if closed[s, rank] == 1:
+                base += load[s, rank]
+                base_capacity += 1.0 / inverse_speed[rank]
+        for start in range(num_ranks):
+            flows.taking[s, start] = 0.0
+            if closed[s, start] == 1 or inverse_speed[start] == 0.0:
+                continue
+            total, capacity = base, base_capacity
+            for i in range(reach_of(flows, s, start, spare)):
+                rank = flows.scratch[0, i]
+                if closed[s, rank] == 0:
+                    total += load[s, rank]
+                    capacity += 1.0 / inverse_speed[rank]
+            flows.taking[s, start] = max(min(capacity / total, 1.0) - flows.balance[s], 0.0) / spare
 
 
 @helper
-def recourse_value(placed: np.ndarray, loads: np.ndarray, inverse_speed: np.ndarray, balance: np.ndarray) -> float:
-    """Mean over scenarios of mean / maximum rank load with the best shares; ``balance`` (K,) takes each."""
-    total = 0.0
-    for s in range(loads.shape[1]):
-        ranks = _levelled(placed, loads, s, inverse_speed).ranks
-        balance[s] = 1.0 / max(ranks[_hottest(ranks), 0], 1e-9)
-        total += balance[s] / loads.shape[1]
-    return total
-
-
-@helper
-def _taking_slot(state: LayerState, rank: int, size: int, given: int) -> int:
-    """The redundant slot of a rank with the least load, for the expert ``given``; -1 if there is none."""
+def _redundant_slot(flows: BatchFlows, rank: int) -> int:
+    """The slot of a rank that holds one of several replicas and has the fewest tokens over all scenarios; -1: none."""
+    size = flows.expert.shape[0] // flows.inverse_speed.shape[0]
     best, least = number(-1), np.inf
-    if state.held[rank, given] > 0:
-        return best
     for slot in range(rank * size, (rank + 1) * size):
-        e = state.expert[slot]
-        tokens = state.share[slot] * state.experts[e, 0]
-        if state.replicas[e, COUNT] > 1 and tokens < least:
-            best, least = slot, tokens
+        if flows.inverse_speed[rank] > 0.0 and flows.replicas[flows.expert[slot], COUNT] > 1:
+            used = 0.0
+            for s in range(flows.balance.shape[0]):
+                used += flows.tokens[s, slot]
+            if used < least:
+                best, least = slot, used
     return best
 
 
 @helper
-def _best_connection(
-    placed: np.ndarray,
-    loads: np.ndarray,
-    inverse_speed: np.ndarray,
-    origin: np.ndarray,
-    moves: MoveTerms,
-    made: int,
-    s: int,
-    value: float,
-) -> tuple[float, int, int]:
-    """The best value less its price, slot and expert of a change that connects the closed set of scenario ``s``."""
-    state = _levelled(placed, loads, s, inverse_speed)
-    expert, ranks = state.expert, state.ranks
-    num_ranks = ranks.shape[0]
-    size = expert.shape[0] // num_ranks
-    reached, queue, give, take = int_zeros(num_ranks), int_zeros(num_ranks), int_zeros(num_ranks), int_zeros(num_ranks)
-    num_hot = reach(state, _hottest(ranks), reached, queue, give, take)
-    best, best_slot, best_expert = value, number(-1), number(-1)
-    balance, tried = zeros(loads.shape[1]), int_zeros(loads.shape[0])
-    for _ in range(NUM_GIVEN):
-        given, heaviest = number(-1), 0.0
-        for i in range(num_hot):
-            for slot in range(queue[i] * size, (queue[i] + 1) * size):
-                tokens = state.share[slot] * state.experts[expert[slot], 0]
-                if tried[expert[slot]] == 0 and tokens > heaviest:
-                    given, heaviest = expert[slot], tokens
-        if given < 0:
-            break
-        tried[given] = 1
-        seen = reached.copy()
-        for _ in range(NUM_TAKING):
-            coolest = number(-1)
-            for rank in range(num_ranks):
-                open_rank = seen[rank] == 0 and ranks[rank, INVERSE_SPEED] > 0.0
-                if open_rank and (coolest < 0 or ranks[rank, 0] < ranks[coolest, 0]):
-                    coolest = rank
-            if coolest < 0:
-                break
-            seen[coolest] = 1
-            slot = _taking_slot(state, coolest, size, given)
-            if slot < 0 or (origin[coolest, given] > 0 and made >= moves.max_moves):
+def _find_candidates(flows: BatchFlows, origin: np.ndarray, moves: MoveTerms, made: int, found: Candidates) -> None:
+    """Fills ``found`` with the changes that may gain most for their price."""
+    room, taking, closed, last = flows.room, flows.taking, flows.closed, found.expected.shape[0] - 1
+    for i in range(last + 1):
+        found.expected[i] = -np.inf
+    for rank in range(flows.inverse_speed.shape[0]):
+        slot = _redundant_slot(flows, rank)
+        if slot < 0:
+            continue
+        for e in range(room.shape[0]):
+            if flows.held[rank, e] > 0 or (origin[rank, e] > 0 and made >= moves.max_moves):
                 continue
-            before = placed[slot]
-            placed[slot] = given
-            now = recourse_value(placed, loads, inverse_speed, balance)
-            now -= moves.slot_price * spent(placed, origin, moves.prices)[0]
-            placed[slot] = before
-            if now > best:
-                best, best_slot, best_expert = now, slot, given
-    return best, best_slot, best_expert
+            expected = -_price(flows, origin, moves, slot, e)
+            for s in range(room.shape[1]):
+                if closed[s, rank] == 0 and room[e, s] > 0.0:
+                    full = flows.load[s, rank] * flows.inverse_speed[rank] * flows.balance[s]
+                    expected += min(room[e, s], taking[s, rank]) * (1.0 - FULLNESS * full)
+            if expected <= max(found.expected[last], LEAST_GAIN):
+                continue
+            i = last
+            while i > 0 and found.expected[i - 1] < expected:
+                found.expected[i] = found.expected[i - 1]
+                found.slot[i], found.expert[i] = found.slot[i - 1], found.expert[i - 1]
+                i -= 1
+            found.expected[i], found.slot[i], found.expert[i] = expected, slot, e
+
+
+@helper
+def _price(flows: BatchFlows, origin: np.ndarray, moves: MoveTerms, slot: int, e: int) -> float:
+    """Balance that a change has to gain."""
+    row = origin[slot // (flows.expert.shape[0] // origin.shape[0])]
+    return moves.slot_price * (moves.prices[row[e]] - moves.prices[row[flows.expert[slot]]])
+
+
+@helper
+def _gain(flows: BatchFlows, slot: int, e: int, least: float) -> float:
+    """Mean balance that a change gains; where it cannot be ``least``, something below that."""
+    tokens, load, closed, balance, room = flows.tokens, flows.load, flows.closed, flows.balance, flows.room
+    spare, num_scenarios = balance.shape[0], balance.shape[0]
+    size = flows.expert.shape[0] // flows.inverse_speed.shape[0]
+    rank, gained, left = slot // size, 0.0, 0.0
+    for s in range(num_scenarios):
+        left += 0.0 if closed[s, rank] == 1 else min(room[e, s], flows.taking[s, rank])
+    if left < least:
+        return left
+    old = set_expert(flows, slot, e)
+    for i in range(num_scenarios):
+        s = flows.order[i]
+        if closed[s, rank] == 1 or room[e, s] == 0.0:  # it cannot gain, but losing the slot may cost
+            if tokens[s, slot] <= LEAST:
+                continue
+            other = coolest_replica(flows.following, flows.replicas, load[s], flows.inverse_speed, size, old) // size
+            if (load[s, other] + tokens[s, slot]) * flows.inverse_speed[other] * balance[s] <= 1.0:
+                continue
+        else:
+            left -= min(room[e, s], flows.taking[s, rank])
+        tokens[spare, :], load[spare, :] = tokens[s], load[s]
+        gained += (level_without(flows, spare, slot, old) - balance[s]) / num_scenarios
+        if gained + left < least:
+            break
+    set_expert(flows, slot, old)
+    return gained + left
+
+
+@helper
+def _best_change(
+    flows: BatchFlows, origin: np.ndarray, moves: MoveTerms, found: Candidates, max_tries: int
+) -> tuple[int, int, int]:
+    """Slot and expert of the change among the first that gains most after its price, -1: none; how many were tried."""
+    best, best_slot, best_expert, tried = LEAST_GAIN, number(-1), number(-1), 0
+    for i in range(min(found.expected.shape[0], max_tries)):
+        if found.expected[i] == -np.inf or (i >= NUM_TRIED and best_slot >= 0):
+            break
+        tried += 1
+        slot, e = found.slot[i], found.expert[i]
+        price = _price(flows, origin, moves, slot, e)
+        gained = _gain(flows, slot, e, best + price) - price
+        if gained > best:
+            best, best_slot, best_expert = gained, slot, e
+    return best_slot, best_expert, tried
 
 
 @kernel
@@ -136,32 +201,32 @@ def improve_for_batches(
     moves: MoveTerms,
     max_steps: int,
 ) -> None:
-    """Improves rows first..last-1 of ``placed`` (L, P) for ``loads`` (L, E, K), in place.
+    """Improves rows first..last-1 of ``placed`` (L, P) for ``loads`` (L, E, S), in place.
 
     ``value`` (L,) takes the mean balance over the scenarios with the best shares for each, less the price of the moves
     from ``old`` (L, P).
     """
     num_experts, num_ranks = loads.shape[1], inverse_speed.shape[0]
-    balance = zeros(loads.shape[2])
+    found = Candidates(zeros(NUM_CANDIDATES), int_zeros(NUM_CANDIDATES), int_zeros(NUM_CANDIDATES))
     for layer in range(first, last):
         origin = origins_of(old[layer], num_experts, num_ranks, ranks_per_node)
+        flows = new_flows(placed[layer], loads[layer], inverse_speed)
         price, made = spent(placed[layer], origin, moves.prices)
-        now = recourse_value(placed[layer], loads[layer], inverse_speed, balance) - moves.slot_price * price
+        mean = sort_scenarios(flows)
+        tries = MAX_WORK // (placed.shape[1] * loads.shape[2])
         for _ in range(max_steps):
-            worst = number(0)
-            for s in range(balance.shape[0]):
-                if balance[s] < balance[worst]:
-                    worst = s
-            if balance[worst] >= ENOUGH:
+            if mean >= ENOUGH or tries <= 0:
                 break
-            best, slot, e = _best_connection(
-                placed[layer], loads[layer], inverse_speed, origin, moves, made, worst, now
-            )
+            _bound_gains(flows)
+            _bound_takers(flows)
+            _find_candidates(flows, origin, moves, made, found)
+            slot, e, tried = _best_change(flows, origin, moves, found, tries)
+            tries -= tried
             if slot < 0:
-                balance[worst] = 1.0  # nothing helps this scenario: the next worst
-                continue
-            placed[layer, slot] = e
-            recourse_value(placed[layer], loads[layer], inverse_speed, balance)
+                break
+            before = set_expert(flows, slot, e)
+            for s in range(flows.balance.shape[0]):
+                flows.balance[s] = level_without(flows, s, slot, before)
             price, made = spent(placed[layer], origin, moves.prices)
-            now = best
-        value[layer] = now
+            mean = sort_scenarios(flows)
+        value[layer] = mean - moves.slot_price * price
