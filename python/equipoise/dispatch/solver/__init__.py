@@ -10,6 +10,7 @@ Public modules, which other rooms import::
 
 Private::
 
+    primaries.py      Chooses the replica of each expert that decoding opens first
     quotas.py         Solves the quotas of replicas from counts: the method, and its reference in torch
     assign.py         Assigns tokens to replicas by their quotas: the reference in torch
     level_numba.py    The water-fill of one expert's tokens over its replicas

@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from equipoise.dispatch.solver.primaries import choose_primaries
 from equipoise.jit.compile import helper, int_zeros, kernel
 from equipoise.jit.sort import descending
 
@@ -76,7 +77,17 @@ def build_layers(
         if missing >= 0:
             return layer, missing, cut
         cut += more
-        _choose_primaries(layer, live.shape[0], tables)
+        rows = tables.sizes[layer, NUM_ROWS]
+        choose_primaries(
+            tables.rank_of_single[layer],
+            tables.num_choices[layer, :rows],
+            live.shape[0],
+            tables.slot[layer],
+            tables.rank[layer],
+            tables.weight[layer],
+        )
+        for m in range(rows):
+            tables.slot_of_expert[layer, tables.expert[layer, m]] = tables.slot[layer, m, 0]
         _colour(layer, live.shape[0], tables)
         _index_ranks(layer, tables)
     return -1, -1, cut
@@ -163,33 +174,6 @@ def _drop_smallest(slots: np.ndarray, ranks: np.ndarray, shares: np.ndarray, siz
     for j in range(smallest, size - 1):
         slots[j], ranks[j], shares[j] = slots[j + 1], ranks[j + 1], shares[j + 1]
     return size - 1
-
-
-@helper
-def _choose_primaries(layer: int, num_ranks: int, tables: NumpyTables) -> None:
-    """Puts the choice that is opened first into column 0: as many experts of their own for each rank as can be.
-
-    Greedy semi-matching, rows with the fewest choices first, then two rounds in which each row chooses again. All
-    ranks open the same choices without a message, which is what keeps the number of activated experts low.
-    """
-    held = int_zeros(num_ranks)
-    for e in range(tables.rank_of_single.shape[1]):
-        if tables.rank_of_single[layer, e] >= 0:
-            held[tables.rank_of_single[layer, e]] += 1
-    rows = tables.sizes[layer, NUM_ROWS]
-    fewest_first = descending(-tables.num_choices[layer, :rows].astype(np.float64))
-    for turn in range(3):
-        for m in fewest_first:
-            if turn > 0:
-                held[tables.rank[layer, m, 0]] -= 1
-            best = 0
-            for j in range(1, tables.num_choices[layer, m]):
-                if held[tables.rank[layer, m, j]] < held[tables.rank[layer, m, best]]:
-                    best = j
-            held[tables.rank[layer, m, best]] += 1
-            for table in (tables.slot, tables.rank, tables.weight):
-                table[layer, m, 0], table[layer, m, best] = table[layer, m, best], table[layer, m, 0]
-            tables.slot_of_expert[layer, tables.expert[layer, m]] = tables.slot[layer, m, 0]
 
 
 @helper
