@@ -89,15 +89,16 @@ def dispatch_table(traces: Path, neighbours: Path, quick: bool, console: Console
             metadata = policy(topology)(windows, start)
             for per_rank in (32, 128) if quick else (8, 32, 128, 512):
                 if planner == MADE_FOR_BATCH:
-                    choices = per_rank * topology.num_ranks * top_k
-                    metadata = ours(dispatch="batch", tokens_per_step=choices)(topology)(windows, start)
+                    metadata = planned_for_batch(windows, start, per_rank * top_k)
                 rival = lplb if planner == "equipoise" and per_rank == 128 else None
                 results[f"{name} {task} {planner} {per_rank}"] = measure(
                     metadata, later, per_rank, steps, stride, rival
                 )
-            if planner == "equipoise":
-                by_tokens = decoding.setdefault(name, {})
+            if planner in ("equipoise", MADE_FOR_BATCH):
+                by_tokens = decoding.setdefault(name if planner == "equipoise" else f"{name} for batch", {})
                 for per_rank in TOKENS[::3] if quick else TOKENS:
+                    if planner == MADE_FOR_BATCH:
+                        metadata = planned_for_batch(windows, start, per_rank * top_k)
                     cell = measure_decode(metadata, later, per_rank, experts, steps, stride)
                     for key, values in cell.items():
                         by_tokens.setdefault(per_rank, defaultdict(list))[key].extend(values)
@@ -106,6 +107,13 @@ def dispatch_table(traces: Path, neighbours: Path, quick: bool, console: Console
     found = bars(results, decoding, console)
     cells = {key: summary(cell) for key, cell in results.items()}
     return {"cells": cells, "decoding": decode_summary(decoding), "bars": found}
+
+
+def planned_for_batch(
+    windows: np.ndarray, start: ExpertLocationMetadata, choices_of_rank: int
+) -> ExpertLocationMetadata:
+    choices = choices_of_rank * start.topology.num_ranks
+    return ours(dispatch="batch", tokens_per_step=choices)(start.topology)(windows, start)
 
 
 def decode_summary(decoding: dict[str, dict[int, Cell]]) -> dict[str, dict[str, float]]:
