@@ -71,7 +71,7 @@ def dispatch_table(traces: Path, neighbours: Path, quick: bool, console: Console
         lplb = load_lplb(neighbours)
     except Unavailable as error:
         console.print(f"[yellow]left out:[/] LPLB ({error})")
-    policies = {"equipoise": ours(), MADE_FOR_BATCH: ours(dispatch="batch"), "deepseek": ours("deepseek")}
+    policies = {"equipoise": ours(), "deepseek": ours("deepseek")}
     if not quick:
         found, _ = baselines(neighbours)
         policies |= {name: found[name] for name in ("vllm", "ascend flashlb") if name in found}
@@ -85,8 +85,9 @@ def dispatch_table(traces: Path, neighbours: Path, quick: bool, console: Console
         windows = np.stack([count(tokens[i : i + 512], experts) for i in range(0, PAST_TOKENS, 512)]).astype(np.float64)
         start = rebalance_experts(windows[0], topology, algorithm="deepseek")
         later = tokens[PAST_TOKENS:]
-        for planner, policy in policies.items():
-            metadata = policy(topology)(windows, start)
+        made = {planner: policy(topology)(windows, start) for planner, policy in policies.items()}
+        for planner in (*made, MADE_FOR_BATCH):
+            metadata = made.get(planner)
             for per_rank in (32, 128) if quick else (8, 32, 128, 512):
                 if planner == MADE_FOR_BATCH:
                     metadata = planned_for_batch(windows, start, per_rank * top_k)

@@ -42,13 +42,20 @@ def choose_primaries(
         _make_first(m, best, slot, rank, weight)
     first, following = int_zeros(num_ranks), int_zeros(num_choices.shape[0])
     queue, row_into, choice_into = int_zeros(num_ranks), int_zeros(num_ranks), int_zeros(num_ranks)
+    settled = int_zeros(num_ranks)
+    _list_rows(rank, first, following)
     moved = True
     while moved:
         moved = False
-        for start in range(num_ranks):
-            _list_rows(rank, first, following)
+        settled[:] = 0
+        for start in descending(held.astype(np.float64)):
+            if held[start] <= settled[start]:
+                continue  # within the reach of one with as many that found no end
             end = _end_of_chain(start, held, num_choices, rank, first, following, queue, row_into, choice_into)
             if end < 0:
+                for r in range(num_ranks):
+                    if r == start or row_into[r] >= 0:
+                        settled[r] = max(settled[r], held[start])
                 continue
             moved = True
             held[start] -= 1
@@ -57,6 +64,7 @@ def choose_primaries(
                 m, j = row_into[end], choice_into[end]
                 end = rank[m, 0]
                 _make_first(m, j, slot, rank, weight)
+            _list_rows(rank, first, following)
 
 
 @helper
