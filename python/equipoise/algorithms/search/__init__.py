@@ -14,9 +14,8 @@ Public modules, which other rooms import::
 
 Private to this room::
 
-    batch_flow.py      Splits a batch's tokens over the replicas of a placement so that the largest rank load is least
     batch_state.py     Holds one layer's placement and its best split in each scenario, updated change by change
     best_change.py     Finds the change between two sets of ranks that lowers the cost most per price
     changes.py         Evaluates and applies the changes that a local search may make
-    min_max.py         Minimises the maximum rank load of a fixed placement exactly, by choice of shares alone
+    min_max.py         Minimises the maximum rank load of a fixed placement, by choice of shares alone: a flow
 """

@@ -1,4 +1,8 @@
-"""Holds one layer's placement and its best split in each scenario, updated change by change."""
+"""Holds one layer's placement and its best split in each scenario, updated change by change.
+
+Splits are flows of tokens (min_max.py), kept from one placement to the next: a search tries hundreds of placements that
+differ by one slot, and the flow of each is a few steps away from that of the one before it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.search.batch_flow import coolest_replica, hottest_rank, level_tokens, reach, spread_tokens
-from equipoise.algorithms.search.layer_state import link, relink
+from equipoise.algorithms.search.layer_state import COUNT, FIRST, link, relink
+from equipoise.algorithms.search.min_max import hottest_rank, level_tokens, reach
 from equipoise.jit.compile import helper, int_zeros, zeros
+
+LEVEL = 5e-4  # relative: how far above the least maximum a split may end
+LEAST = 1e-6  # of a mean rank's load: fewer tokens than that do not flow
 
 
 class BatchFlows(NamedTuple):
@@ -64,11 +71,44 @@ def new_flows(expert: np.ndarray, loads: np.ndarray, inverse_speed: np.ndarray) 
 
 
 @helper
+def spread_tokens(
+    following: np.ndarray, replicas: np.ndarray, experts: np.ndarray, tokens: np.ndarray, load: np.ndarray
+) -> None:
+    """Splits the tokens ``experts`` (E,) alike over live replicas: fills ``tokens`` (P,) and ``load`` (G,)."""
+    size = tokens.shape[0] // load.shape[0]
+    for rank in range(load.shape[0]):
+        load[rank] = 0.0
+    for slot in range(tokens.shape[0]):
+        tokens[slot] = 0.0
+    for e in range(experts.shape[0]):
+        slot = replicas[e, FIRST]
+        while slot >= 0:
+            tokens[slot] = experts[e] / replicas[e, COUNT]
+            load[slot // size] += tokens[slot]
+            slot = following[slot]
+
+
+@helper
+def coolest_replica(
+    following: np.ndarray, replicas: np.ndarray, load: np.ndarray, inverse_speed: np.ndarray, size: int, e: int
+) -> int:
+    """The slot of an expert whose rank ends first."""
+    coolest = replicas[e, FIRST]
+    other = following[coolest]
+    while other >= 0:
+        rank, best = other // size, coolest // size
+        if load[rank] * inverse_speed[rank] < load[best] * inverse_speed[best]:
+            coolest = other
+        other = following[other]
+    return coolest
+
+
+@helper
 def level(flows: BatchFlows, row: int) -> float:
     """Levels a row of ``tokens`` and ``load``, finds its closed set; the balance."""
     expert, following, replicas, _, inverse_speed, tokens, load, closed, _, _, _, _, scratch = flows
     arrays = (closed[row], scratch[0], scratch[1], scratch[2])
-    level_tokens(expert, following, replicas, inverse_speed, tokens[row], load[row], *arrays)
+    level_tokens(expert, following, replicas, inverse_speed, tokens[row], load[row], *arrays, LEVEL, LEAST)
     hottest = hottest_rank(load[row], inverse_speed)
     top = load[row, hottest] * inverse_speed[hottest]
     return 1.0 / top if top > 0.0 else 1.0
@@ -79,7 +119,7 @@ def reach_of(flows: BatchFlows, s: int, start: int, spare: int) -> int:
     """Fills ``scratch[0]`` with the ranks that a rank can hand load to, itself the first; how many."""
     size = flows.expert.shape[0] // flows.inverse_speed.shape[0]
     arrays = (flows.closed[spare], flows.scratch[0], flows.scratch[1], flows.scratch[2])
-    return reach(flows.expert, flows.following, flows.replicas, flows.tokens[s], size, start, *arrays)
+    return reach(flows.expert, flows.following, flows.replicas, flows.tokens[s], size, start, *arrays, LEAST)
 
 
 @helper

@@ -13,7 +13,7 @@ import numpy as np
 
 from equipoise.algorithms.search.changes import swap
 from equipoise.algorithms.search.layer_state import COUNT, INVERSE_SPEED, LayerState, power
-from equipoise.algorithms.search.min_max import level_ranks, reach
+from equipoise.algorithms.search.min_max import level_ranks
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 
 ENOUGH = 5e-3  # above the mean: where the hottest rank is closer than that, nothing is tried
@@ -32,9 +32,14 @@ def eject(state: LayerState, exchanges: bool) -> None:
     expert, ranks = state.expert, state.ranks
     num_ranks = ranks.shape[0]
     size = expert.shape[0] // num_ranks
-    give, take, reached, queue = int_zeros(num_ranks), int_zeros(num_ranks), int_zeros(num_ranks), int_zeros(num_ranks)
+    reached, queue, unused, spare = (
+        int_zeros(num_ranks),
+        int_zeros(num_ranks),
+        int_zeros(num_ranks),
+        int_zeros(num_ranks),
+    )
     old_share, old_load = zeros(expert.shape[0]), zeros(num_ranks)
-    level_ranks(state)
+    num_closed = level_ranks(state, reached, queue)
     found = exchanges
     while found:
         hottest = number(0)
@@ -43,7 +48,6 @@ def eject(state: LayerState, exchanges: bool) -> None:
                 hottest = rank
         if ranks[hottest, 0] <= 1.0 + ENOUGH:
             return
-        num_reached = reach(state, hottest, reached, queue, give, take)
         found = False
         for _ in range(_NUM_COOL):
             coolest = number(-1)
@@ -55,16 +59,28 @@ def eject(state: LayerState, exchanges: bool) -> None:
                 return
             reached[coolest] = 1  # not to be looked at again
             for slot in range(coolest * size, (coolest + 1) * size):
-                found = found or _exchange_that_gains(state, slot, queue, num_reached, old_share, old_load)
+                found = found or _exchange_that_gains(
+                    state, slot, queue[:num_closed], old_share, old_load, unused, spare
+                )
             if found:
+                num_closed = level_ranks(state, reached, queue)
                 break
 
 
 @inlined
 def _exchange_that_gains(
-    state: LayerState, slot: int, hot: np.ndarray, num_hot: int, old_share: np.ndarray, old_load: np.ndarray
+    state: LayerState,
+    slot: int,
+    hot: np.ndarray,
+    old_share: np.ndarray,
+    old_load: np.ndarray,
+    reached: np.ndarray,
+    queue: np.ndarray,
 ) -> bool:
-    """Makes the first exchange of ``slot`` with one of the ranks ``hot`` that lowers the cost; False if none does."""
+    """Makes the first exchange of ``slot`` with one of the ranks ``hot`` that lowers the cost; False if none does.
+
+    The last four, (P,) and three (G,), are scratch.
+    """
     expert, _, share, replicas, held, ranks, experts, _ = state
     size = expert.shape[0] // ranks.shape[0]
     cool, e = slot // size, expert[slot]
@@ -74,8 +90,7 @@ def _exchange_that_gains(
         old_load[rank] = ranks[rank, 0]
     most = _cost(ranks) * (1.0 - _MIN_GAIN)
     tries = 0
-    for i in range(num_hot):
-        rank = hot[i]
+    for rank in hot:
         for other in range(rank * size, (rank + 1) * size):
             f = expert[other]
             if held[cool, f] > 0 or held[rank, e] > 0 or tries == _NUM_TRIES:
@@ -84,7 +99,7 @@ def _exchange_that_gains(
                 continue  # it connects nothing, and what comes is no less than what goes
             tries += 1
             swap(state, slot, other)
-            level_ranks(state)
+            level_ranks(state, reached, queue)
             if _cost(ranks) <= most:
                 return True
             swap(state, slot, other)

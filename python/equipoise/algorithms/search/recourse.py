@@ -1,7 +1,7 @@
 """Places replicas for dispatch that solves shares on each batch: as even as the best shares can make each scenario.
 
 A placement with recourse (two-stage stochastic programming; Dantzig, 1955): slots are chosen now, shares once the load
-is known. So a placement is worth the mean over scenarios of what the best shares reach (batch_flow.py), whose
+is known. So a placement is worth the mean over scenarios of what the best shares reach (min_max.py), whose
 certificate is a closed set of ranks: what they hold has all its replicas among them. A replica of one of their experts
 on a rank outside connects the two. How much that can gain in each scenario is bounded by the tokens that the expert has
 in the closed set and by what the other rank can take, so candidates are sorted by what these bounds let expect over all
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.search.batch_flow import LEAST, coolest_replica
 from equipoise.algorithms.search.batch_state import (
+    LEAST,
     BatchFlows,
+    coolest_replica,
     level_without,
     new_flows,
     reach_of,
