@@ -61,3 +61,17 @@ def test_plans_are_valid_and_keep_the_limit(seed: int, limit: int | None, kept: 
         assert current.diff(plan).slots_changed.max() <= limit
     by_rank = plan.physical_to_logical_map.view(2, 6, 4)
     assert current is not None or by_rank.sort(-1).values.diff(dim=-1).ne(0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_experts_of_a_rank_that_is_gone_are_kept_alive(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    topology = EpTopology(6, 2, 4)
+    load = np.round(rng.gamma(0.6, 300.0, (3, 2, 16)))
+    current = ExpertLocationMetadata.trivial(2, 16, topology)
+    gone = rng.integers(6)
+    live = [rank for rank in range(6) if rank != gone]
+    plan = rebalance_experts(load, topology, dispatch="batch", tokens_per_step=500, current=current, live_ranks=live)
+    for placed in plan.physical_to_logical_map.view(2, 6, 4)[:, live].flatten(1):
+        assert set(placed.tolist()) == set(range(16))

@@ -27,6 +27,7 @@ def plan_for_batches(task: Task, placed: np.ndarray, moves: MoveTerms) -> np.nda
     """(L, P) experts, from those of the priced search; no more than ``moves`` allows."""
     loads, layers = batches(task), task.layers
     starts = [placed.copy()]
+    # With a rank gone, experts may have no live replica in the placement in force: it would seem to have less load.
     if task.problem.current is not None and (layers.inverse_speed > 0.0).all():
         starts.insert(0, task.old.copy())
     moves = moves._replace(slot_price=moves.slot_price / LASTS)
