@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from equipoise.errors import ConfigError
 
 DispatchAlgorithm = Literal["static", "dynamic", "batch"]
 DispatchScope = Literal["rank", "node", "all"]
+LoadPhase = Literal["all", "prefill", "decode"]
 RecorderMode = Literal["stat", "per_pass"]
 Verification = Literal["off", "canary", "checksum"]
 TransferMode = Literal["sync", "chunked", "async"]
 TransferTransport = Literal["auto", "nccl", "host"]
 
 
-def _require(condition: bool, name: str, value: object, must: str) -> None:
+def require(condition: bool, name: str, value: object, must: str) -> None:
+    """
+    Raises:
+        ConfigError: the condition does not hold; names the field ``name``, its value, and what it must be.
+    """
     if not condition:
         raise ConfigError(f"{name} must be {must}, got {value!r}", field=name)
 
 
-def _at_least(least: float, config: object, names: str) -> None:
+def require_at_least(least: float, config: object, names: str) -> None:
+    """
+    Raises:
+        ConfigError: one of the fields of ``config`` that ``names`` lists is below ``least`` (and not None).
+    """
     for name, value in ((name, getattr(config, name)) for name in names.split()):
-        _require(value is None or value >= least, name, value, f"at least {least}")
+        require(value is None or value >= least, name, value, f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class EplbConfig:
 
     eplb_rebalance_num_iterations: int = 1000
     """Forward passes between two rebalances; also how many of them a plan looks back on, at most."""
+
+    eplb_load_phase: LoadPhase = "all"
+    """Tokens that plans are made from: `all`; those of `prefill`; those of `decode`, of requests that add one token to
+    a forward pass. Forward passes with none of them are left out of the load window."""
 
     eplb_transfer_mode: TransferMode = "async"
     """`async`: experts travel in the background, a forward pass waits only for a layer's commit; `chunked`: layers are
@@ -102,15 +115,17 @@ class EplbConfig:
     """Steps the recorder keeps; older ones are overwritten."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk eplb_staging_bytes")
-        _at_least(1, self, "expert_distribution_recorder_buffer_size")
-        _at_least(0, self, "ep_num_redundant_experts eplb_max_moves_per_layer")
+        require_at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk eplb_staging_bytes")
+        require_at_least(1, self, "expert_distribution_recorder_buffer_size")
+        require_at_least(0, self, "ep_num_redundant_experts eplb_max_moves_per_layer")
+        phases = get_args(LoadPhase)
+        require(self.eplb_load_phase in phases, "eplb_load_phase", self.eplb_load_phase, f"one of {', '.join(phases)}")
         threshold = self.eplb_min_rebalancing_utilization_threshold
-        _require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
-        _require(self.eplb_transfer_timeout > 0, "eplb_transfer_timeout", self.eplb_transfer_timeout, "above 0 seconds")
-        _require(0 < self.eplb_transfer_duty <= 1, "eplb_transfer_duty", self.eplb_transfer_duty, "in (0, 1]")
+        require(0 < threshold <= 1, "eplb_min_rebalancing_utilization_threshold", threshold, "in (0, 1]")
+        require(self.eplb_transfer_timeout > 0, "eplb_transfer_timeout", self.eplb_transfer_timeout, "above 0 seconds")
+        require(0 < self.eplb_transfer_duty <= 1, "eplb_transfer_duty", self.eplb_transfer_duty, "in (0, 1]")
         price = self.eplb_move_price
-        _require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
+        require(0 <= price < math.inf, "eplb_move_price", price, "finite and not negative")
 
 
 @dataclass(frozen=True)
@@ -151,8 +166,10 @@ class EngineConfig:
     """Lowest level of log lines on stderr, of the server and of all ranks."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "ep_size nnodes max_running_requests max_model_len chunked_prefill_size watchdog_timeout")
-        _require(self.ep_size % self.nnodes == 0, "nnodes", self.nnodes, f"a divisor of ep_size={self.ep_size}")
+        require_at_least(
+            1, self, "ep_size nnodes max_running_requests max_model_len chunked_prefill_size watchdog_timeout"
+        )
+        require(self.ep_size % self.nnodes == 0, "nnodes", self.nnodes, f"a divisor of ep_size={self.ep_size}")
 
 
 @dataclass(frozen=True)
@@ -190,11 +207,11 @@ class HttpConfig:
     """Seconds that running requests may go on after SIGTERM before they are ended."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
+        require(0 <= self.port <= 65535, "port", self.port, "in [0, 65535]; 0 picks a free one")
         for name, key in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
-            _require(key is None or bool(key.strip()), name, "", "a key that is not empty")
-        _at_least(0, self, "max_queued_requests drain_timeout")
-        _at_least(0.001, self, "request_timeout health_timeout")
+            require(key is None or bool(key.strip()), name, "", "a key that is not empty")
+        require_at_least(0, self, "max_queued_requests drain_timeout")
+        require_at_least(0.001, self, "request_timeout health_timeout")
 
 
 @dataclass(frozen=True)
@@ -204,46 +221,3 @@ class ServeConfig:
     engine: EngineConfig
     eplb: EplbConfig = field(default_factory=EplbConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """`equipoise replay`: recorded load played window by window against one or more algorithms."""
-
-    num_ranks: int = 8
-    """Ranks to place the experts on."""
-
-    num_nodes: int = 1
-    """Nodes the ranks form."""
-
-    num_redundant_experts: int = 0
-    """Slots per layer beyond one for each logical expert."""
-
-    num_groups: int | None = None
-    """Expert groups of group-limited routing, for the algorithms that honour them."""
-
-    window: int = 8
-    """Steps in a load window: a plan sees the windows before, its score comes from the windows after."""
-
-    history: int | None = None
-    """Past windows a plan looks back on; None: 8, or 1 for the published planners, which add up what they get."""
-
-    rebalance_every: int = 1
-    """Windows between two plans."""
-
-    max_moves_per_layer: int | None = None
-    """Hard limit on slots changed per layer and plan."""
-
-    move_price: float = EplbConfig.eplb_move_price
-    """Balancedness that moving every slot of a layer within its node must gain to be worth it."""
-
-    expert_bytes: int | None = None
-    """Bytes of one expert of one layer, to turn moves into bytes."""
-
-    tokens_per_step: int = 128
-    """For traces of single tokens: consecutive tokens that make one step."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, self, "num_ranks num_nodes window history rebalance_every tokens_per_step")
-        _at_least(0, self, "num_redundant_experts")
-        _require(0 <= self.move_price < math.inf, "move_price", self.move_price, "finite and not negative")

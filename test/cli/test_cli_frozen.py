@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ReplayConfig
+from equipoise.config import EngineConfig, EplbConfig, HttpConfig
+from equipoise.replay.config import ReplayConfig
 
 REQUIRED = "required"
 
@@ -29,6 +30,7 @@ SERVE = {
     "--enable-eplb": False,
     "--eplb-algorithm": "auto",
     "--eplb-rebalance-num-iterations": 1000,
+    "--eplb-load-phase": "all",
     "--eplb-transfer-mode": "async",
     "--eplb-rebalance-layers-per-chunk": 1,
     "--eplb-min-rebalancing-utilization-threshold": 1.0,

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from equipoise.cli.replay import run_replay
-from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError, InvalidInputError, TraceError
 from equipoise.load.trace import LoadTrace, open_traces
+from equipoise.replay.config import ReplayConfig
 from equipoise.replay.report import human_bytes
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"

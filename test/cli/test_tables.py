@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.cli.tables import print_paragraphs, print_table
-from equipoise.config import ReplayConfig
 from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
 from equipoise.load.windows import cut_windows
+from equipoise.replay.config import ReplayConfig
 from equipoise.replay.report import legend, to_table
 from equipoise.replay.result import ReplayResult
 from equipoise.replay.simulate import replay

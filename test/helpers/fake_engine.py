@@ -140,6 +140,7 @@ class FakeEngine:
             algorithm="deepseek",
             available_algorithms=["deepseek"],
             forward_pass_id=5,
+            load_phase="all",
             window_steps=5,
             layer_ids=[0, 1],
             mean_balancedness=0.75,

@@ -14,8 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ReplayConfig, ServeConfig
+from equipoise.config import EngineConfig, EplbConfig, HttpConfig, ServeConfig
 from equipoise.errors import ConfigError
+from equipoise.replay.config import ReplayConfig
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from rich.progress import Progress
 from equipoise.algorithms.registry import available_algorithms
 from equipoise.cli.offline.recordings import say_what
 from equipoise.cli.tables import print_paragraphs, print_table
-from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError
 from equipoise.load.trace import open_traces
 from equipoise.load.windows import cut_windows
+from equipoise.replay.config import ReplayConfig
 from equipoise.replay.report import legend, to_json, to_table, write_json
 from equipoise.replay.simulate import replay, score_baselines
 from equipoise.topology import EpTopology

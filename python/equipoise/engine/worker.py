@@ -61,7 +61,7 @@ class RankWorker:
             blueprint.metadata.clone(device),
             groups.serving,
             transfer_communicator=groups.transfers,
-            host=HostTraits(num_groups=blueprint.num_groups),
+            host=HostTraits(num_groups=blueprint.num_groups, tells_phases=True),
         )
         self._manager.warm_up()
         if rank == 0:
@@ -83,6 +83,7 @@ class RankWorker:
             phase, forward_pass_id = self._manager.phase, self._manager.forward_pass_id
             logits = None
             if step_input.batch is not None:
+                self._begin_forward_pass(step_input.batch)
                 logits = self._runner.forward(step_input.batch)
                 self._manager.end_forward_pass(counted=True, num_tokens=self._my_tokens(step_input.batch))
             if step_input.batch is not None or self._manager.wants_tick:
@@ -107,6 +108,11 @@ class RankWorker:
         step_input = self._frontend.next_step(idle=not self._manager.wants_tick)
         self._channel.send(step_input)
         return step_input
+
+    def _begin_forward_pass(self, batch: StepBatch) -> None:
+        first = token_bounds(batch.num_tokens, self._num_ranks)[self._rank]
+        mine = min(max(batch.num_decode_tokens - first, 0), self._my_tokens(batch))
+        self._manager.begin_forward_pass(batch.phase, num_decode_tokens=mine)
 
     def _my_tokens(self, batch: StepBatch) -> int:
         bounds = token_bounds(batch.num_tokens, self._num_ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,6 +11,8 @@ UNKNOWN, PREFILL, DECODE, MIXED = 0, 1, 2, 3
 """Phase of a step. PREFILL..MIXED carry SGLang's numbers of ForwardMode EXTEND, DECODE, MIXED."""
 
 PHASE_NAMES = ("unknown", "prefill", "decode", "mixed")
+
+StepPhase = Literal["prefill", "decode", "mixed"]
 
 
 @dataclass(frozen=True, eq=False)

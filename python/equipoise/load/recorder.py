@@ -3,14 +3,18 @@
 Counting adds no host sync. At the end of a step its physical counts are folded into logical ones through the map
 that was live during that step, so a window stays true when experts move in the middle of it. Ranks are summed only
 when somebody asks. The planner's load window is always open; an operator's recording beside it never takes it away.
+Where the window takes the tokens of one phase alone, those of a mixed step are counted a second time, by themselves;
+a recording takes the tokens of all phases.
 """
 
 from __future__ import annotations
 
 import torch
 
+from equipoise.config import EplbConfig, LoadPhase
 from equipoise.distributed.communicator import Communicator
 from equipoise.errors import LoadError, PhaseError
+from equipoise.formats.raw_trace import StepPhase
 from equipoise.load.recording import LoadSnapshot, StepRecording
 from equipoise.load.window_ring import WindowRing
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -27,6 +31,7 @@ class ExpertDistributionRecorder:
         buffer_size: steps that a recording keeps.
         keep_physical: a recording keeps physical counts as well.
         replicated: every rank counts the tokens of all ranks, so nothing is summed over them.
+        load_phase: whose tokens the load window takes.
 
     Attributes:
         counts: (L, P + 1) int32 on the device, of the step under way; column ``P`` takes what has no expert. Its
@@ -43,6 +48,7 @@ class ExpertDistributionRecorder:
         buffer_size: int,
         keep_physical: bool = False,
         replicated: bool = False,
+        load_phase: LoadPhase = "all",
     ) -> None:
         layers, slots, experts = metadata.num_layers, metadata.num_physical_experts, metadata.num_logical_experts
         device = metadata.physical_to_logical_map.device
@@ -51,12 +57,50 @@ class ExpertDistributionRecorder:
         self._num_slots = slots
         self._period = period
         self.counts = torch.zeros(layers, slots + 1, dtype=torch.int32, device=device)
+        self._load_phase = load_phase
+        self._phase: StepPhase | None = None  # of the step under way
+        self._part: slice | None = None  # of this rank's tokens, in a mixed step: those that the load window takes
+        self._part_counts = None if load_phase == "all" else torch.zeros_like(self.counts)
         self._ring = WindowRing(layers, experts, num_rows=2 * num_windows, period=period, device=device)
         self._recording = StepRecording(
             layers, slots, experts, buffer_size=buffer_size, device=device, keep_physical=keep_physical
         )
 
+    @classmethod
+    def from_config(
+        cls,
+        config: EplbConfig,
+        metadata: ExpertLocationMetadata,
+        communicator: Communicator,
+        *,
+        num_windows: int,
+        replicated: bool,
+    ) -> ExpertDistributionRecorder:
+        """The recorder that the options describe."""
+        return cls(
+            metadata,
+            communicator,
+            period=config.eplb_rebalance_num_iterations,
+            num_windows=num_windows,
+            buffer_size=config.expert_distribution_recorder_buffer_size,
+            keep_physical=config.expert_distribution_recorder_mode == "per_pass",
+            replicated=replicated,
+            load_phase=config.eplb_load_phase,
+        )
+
     # During a step --------------------------------------------------------------------------------------------------
+
+    def begin_step(self, phase: StepPhase, num_decode_tokens: int) -> None:
+        """Says what the step to come holds; a step of which nothing is said counts whole, whatever the load phase.
+
+        Args:
+            phase: of the step, the same on all ranks.
+            num_decode_tokens: of this rank's tokens the first so many are decoded; read in a mixed step only.
+        """
+        self._phase = phase
+        if phase == "mixed" and self._load_phase != "all":
+            decode = self._load_phase == "decode"
+            self._part = slice(num_decode_tokens) if decode else slice(num_decode_tokens, None)
 
     def record(self, layer_id: int, physical_ids: torch.Tensor) -> None:
         """Counts the slots of a batch.
@@ -67,8 +111,20 @@ class ExpertDistributionRecorder:
         """
         count_slots(self.counts[layer_id], physical_ids)
 
+    def record_part(self, layer_id: int, physical_ids: torch.Tensor) -> None:
+        """Counts what the load window takes of a batch, where that is not all of it; ``counts`` has all of it already.
+
+        Args:
+            physical_ids: (T, ...) int64 slots of this rank's tokens, decoded ones first; -1 for "none".
+        """
+        if self._part is not None:
+            assert self._part_counts is not None
+            count_slots(self._part_counts[layer_id], physical_ids[self._part])
+
     def record_counts(self, physical_counts: torch.Tensor) -> None:
         """Adds (L, P) counts of the step under way, of any integer dtype, on the device of the maps.
+
+        Those of a mixed step cannot be told apart: the load window takes all of them.
 
         Raises:
             LoadError: another shape.
@@ -80,6 +136,9 @@ class ExpertDistributionRecorder:
                 field="physical_counts",
             )
         self.counts[:, : self._num_slots] += physical_counts
+        if self._part is not None:
+            assert self._part_counts is not None
+            self._part_counts[:, : self._num_slots] += physical_counts
 
     def end_step(self, physical_to_logical_map: torch.Tensor, *, forward_pass_id: int, counted: bool) -> None:
         """Closes a step.
@@ -91,10 +150,16 @@ class ExpertDistributionRecorder:
         """
         if counted:
             physical = self.counts[:, : self._num_slots]
-            self._ring.open_row().scatter_add_(1, physical_to_logical_map, physical.to(torch.int64))
+            if self._load_phase == "all" or self._phase in (self._load_phase, "mixed", None):
+                part = physical if self._part is None else self._part_counts[:, : self._num_slots]  # type: ignore[index]
+                self._ring.open_row().scatter_add_(1, physical_to_logical_map, part.to(torch.int64))
             if self._recording.running:
                 self._recording.add(physical, physical_to_logical_map, forward_pass_id)
         self.counts.zero_()
+        if self._part is not None:
+            assert self._part_counts is not None
+            self._part_counts.zero_()
+        self._phase = self._part = None
 
     # The planner's window -------------------------------------------------------------------------------------------
 

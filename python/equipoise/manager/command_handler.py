@@ -152,6 +152,7 @@ class CommandHandler:
             algorithm=self._config.eplb_algorithm,
             available_algorithms=available_algorithms(),
             forward_pass_id=forward_pass_id,
+            load_phase=self._config.eplb_load_phase,
             window_steps=self._recorder.window_steps(),
             layer_ids=self._placement.layer_ids,
             mean_balancedness=mean_of(per_layer),

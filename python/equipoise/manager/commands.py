@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from equipoise.config import LoadPhase
 from equipoise.manager.reports import BalanceSummary, Phase, RebalanceReport, RebalanceTotals
 
 R = TypeVar("R")
@@ -82,6 +83,7 @@ class StatusReply:
     algorithm: str
     available_algorithms: list[str]
     forward_pass_id: int
+    load_phase: LoadPhase  # whose tokens the load window takes
     window_steps: int  # steps in the load window of now
     layer_ids: list[int]  # the host's numbers of the MoE layers; lists over layers are in this order
     mean_balancedness: float | None  # of the load window on the present placement

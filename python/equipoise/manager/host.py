@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from equipoise.algorithms.problem import DispatchKind
-from equipoise.config import EplbConfig
+from equipoise.config import EplbConfig, require
 from equipoise.manager.failures import FailureWatch
 from equipoise.manager.live_placement import LivePlacement, OnLayersCommitted
 from equipoise.manager.migration import Migration
@@ -33,11 +33,26 @@ class HostTraits:
     num_groups: int | None = None
     """Groups of group-limited routing, if the model has it."""
 
+    tells_phases: bool = False
+    """Calls ``begin_forward_pass`` before each forward pass; needed for ``eplb_load_phase`` other than ``all``."""
+
     on_layers_committed: OnLayersCommitted | None = None
     """Called inside each commit, on every rank, before anything else runs: the host's own maps follow."""
 
     on_report: OnReport | None = None
     """Called with every rebalance that ends, requested or not, on every rank."""
+
+    def check(self, config: EplbConfig) -> None:
+        """
+        Raises:
+            ConfigError: options that need what the host does not give.
+        """
+        require(
+            config.eplb_load_phase == "all" or self.tells_phases,
+            "eplb_load_phase",
+            config.eplb_load_phase,
+            "'all' in a host that does not tell phases of forward passes",
+        )
 
     def planned_dispatch(self, config: EplbConfig) -> DispatchKind:
         """What plans are made for. ``static`` takes the nearest replica of those with a planned share."""

@@ -2,6 +2,7 @@
 
 ::
 
+    begin_forward_pass      what the step holds, where the host knows
     route | record_counts   a router's choice becomes slots, or is only counted         dispatch/, load/
     end_forward_pass        closes the step
     tick                    carries a rebalance on: collect, plan, migrate              phases.py
@@ -27,6 +28,7 @@ from equipoise.algorithms.registry import HISTORY, check_algorithm
 from equipoise.config import EplbConfig
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.distributed.communicator import Communicator
+from equipoise.formats.raw_trace import StepPhase
 from equipoise.jit.warming import WarmUp
 from equipoise.load.recorder import ExpertDistributionRecorder
 from equipoise.manager.background_planner import BackgroundPlanner, RebalancePlanner
@@ -70,7 +72,7 @@ class EplbManager:
             the messages that the others wait for; all stop balancing with the next rebalance at the latest.
 
     Raises:
-        ConfigError: an unknown algorithm, weights or budgets that cannot be used, no communicator for mode ``async``.
+        ConfigError: an algorithm, weights, budgets, a load phase that cannot be; no communicator for mode ``async``.
     """
 
     def __init__(
@@ -89,19 +91,21 @@ class EplbManager:
         host = host or HostTraits()
         dispatch = host.planned_dispatch(config)
         check_algorithm(config.eplb_algorithm, field="eplb_algorithm", dispatch=dispatch)
+        host.check(config)
         self._rank = rank = communicator.rank
         self.forward_pass_id = 0
         self._wall_clock = wall_clock
         self._stepped = False
         self._compiling: WarmUp | None = None
-        self._dispatcher: ExpertDispatcher | None = None
-        if host.dispatch is None:
-            self._dispatcher = ExpertDispatcher.from_config(config, metadata, communicator)
+        dispatches = host.dispatch is None
+        self._dispatcher = ExpertDispatcher.from_config(config, metadata, communicator) if dispatches else None
         self.placement = LivePlacement(
             metadata, host.layer_ids, dispatcher=self._dispatcher, on_layers_committed=host.on_layers_committed
         )
         self._row_of = {layer_id: row for row, layer_id in enumerate(self.placement.layer_ids)}
-        self.recorder = _new_recorder(config, metadata, communicator, host)
+        self.recorder = ExpertDistributionRecorder.from_config(
+            config, metadata, communicator, num_windows=HISTORY, replicated=host.replicated_counts
+        )
         self.failures = failures = FailureWatch(communicator)
         timer = RebalanceTimer(clock)
         if migration is not None:
@@ -152,6 +156,15 @@ class EplbManager:
         """Work is pending that ticks carry on even when no request runs. The same on all ranks."""
         return self._rebalancing.wants_tick
 
+    def begin_forward_pass(self, phase: StepPhase, *, num_decode_tokens: int = 0) -> None:
+        """Says what the step to come holds; for hosts that tell phases (``HostTraits.tells_phases``).
+
+        Args:
+            phase: of all ranks' tokens together, so the same on all ranks.
+            num_decode_tokens: in a mixed step, of this rank's tokens the first so many are decoded.
+        """
+        self.recorder.begin_step(phase, num_decode_tokens)
+
     def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None = None) -> torch.Tensor:
         """Dispatches and counts this rank's tokens: (T, K) logical experts to (T, K) slots; -1 stays -1.
 
@@ -160,7 +173,9 @@ class EplbManager:
         """
         assert self._dispatcher is not None, "this host dispatches itself"
         row = self._row_of[layer_id]
-        return self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds, counts=self.recorder.counts)
+        slots = self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds, counts=self.recorder.counts)
+        self.recorder.record_part(row, slots)
+        return slots
 
     def record_counts(self, physical_counts: torch.Tensor) -> None:
         """Adds what the host has counted in the forward pass under way, once or in parts.
@@ -232,17 +247,3 @@ class EplbManager:
             self._compiling.cancel()
         self._background.close()
         self._migration.close()
-
-
-def _new_recorder(
-    config: EplbConfig, metadata: ExpertLocationMetadata, communicator: Communicator, host: HostTraits
-) -> ExpertDistributionRecorder:
-    return ExpertDistributionRecorder(
-        metadata,
-        communicator,
-        period=config.eplb_rebalance_num_iterations,
-        num_windows=HISTORY,
-        buffer_size=config.expert_distribution_recorder_buffer_size,
-        keep_physical=config.expert_distribution_recorder_mode == "per_pass",
-        replicated=host.replicated_counts,
-    )

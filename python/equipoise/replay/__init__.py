@@ -2,6 +2,7 @@
 
 Public modules, which other rooms import::
 
+    config.py       Options of `equipoise replay`
     costs.py        What a step costs in seconds: a roofline with presets of GPUs and models
     grid.py         Many ways to balance, and how one of them is played
     live.py         Steps played through the loop that runs live

@@ -13,9 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.config import ReplayConfig
 from equipoise.errors import ConfigError
 from equipoise.formats.atomic_file import write_whole
+from equipoise.replay.config import ReplayConfig
 from equipoise.replay.result import ReplayResult, score_summary
 
 FORMAT = "equipoise.replay"

@@ -29,6 +29,7 @@ def test_variable_wins_over_file(tmp_path: Path) -> None:
         ("levle = 'full'", "levle"),
         ("[eplb]\neplb_algorithm = 'x'", "eplb_algorithm"),
         ("eplb = 3", "eplb"),
+        ("[eplb]\neplb_load_phase = 'decode'", "unknown key 'eplb_load_phase'"),
         ("[eplb]\neplb_transfer_duty = 2.0", "eplb_transfer_duty must be in"),
         ("[eplb]\neplb_transfer_duty = 'x'", "wrong type"),
         ("[eplb]\nep_dispatch_algorithm = 'static'", "may be 'batch' here, got 'static'"),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from equipoise.engine.model.visibility import Visibility
+from equipoise.formats.raw_trace import StepPhase
 
 # Unused entries that attention reads rather than make one more call. On accelerators a launch costs more than any
 # reading; on CPUs a call costs about as much as so many entries (measured with key heads of 2 x 32 and 4 x 64).
@@ -50,6 +51,18 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens of requests that add one to the step, which come first. A last piece of a prompt may be one of them:
+        what it costs, and what attention it takes, is a decoded token's (vLLM tells the two apart in the same way)."""
+        return sum(segment.length == 1 for segment in self.segments)
+
+    @property
+    def phase(self) -> StepPhase:
+        if self.num_decode_tokens == self.num_tokens:
+            return "decode"
+        return "mixed" if self.num_decode_tokens else "prefill"
 
     def logit_rows(self) -> list[range]:
         """Per segment, the tokens of the step whose logits are wanted, in the order in which the logits come."""

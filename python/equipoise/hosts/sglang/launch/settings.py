@@ -28,7 +28,10 @@ _FROM_SGLANGS_FLAGS = (
     "expert_distribution_recorder_mode",
     "expert_distribution_recorder_buffer_size",
 )
-OWN_OPTIONS = tuple(option.name for option in fields(EplbConfig) if option.name not in _FROM_SGLANGS_FLAGS)
+_NOT_HERE = ("eplb_load_phase",)  # ranks may run passes of different phases at once, and load windows must agree
+OWN_OPTIONS = tuple(
+    option.name for option in fields(EplbConfig) if option.name not in (*_FROM_SGLANGS_FLAGS, *_NOT_HERE)
+)
 """Fields of :class:`EplbConfig` that the file may set; the others come from SGLang's own flags.
 
 ``ep_dispatch_algorithm`` may be ``batch``, which SGLang has no name for.
