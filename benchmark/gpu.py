@@ -1,6 +1,7 @@
 """What balancing costs on a GPU: dispatch, commits, checksums, and moving experts over the host (or NCCL, with two).
 
-Device times are taken by events, not by the host's clock. Without a GPU it says so and measures nothing.
+Device times are taken by events, not by the host's clock. Without a GPU it says so and measures nothing, but the
+instructions of the kernel that ``static`` and ``dynamic`` launch, which is compiled for an H100 anywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test"))
 
 import numpy as np
 import torch
@@ -55,18 +59,49 @@ def host_ms(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def captured_us(work: Callable[[int], object], repeats: int, layers: int = 58) -> float:
+    """Median microseconds a layer on the device, in a graph of ``work(layer)`` for every layer."""
+    work(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [work(layer) for layer in range(layers)]  # so that each has a place of its own
+    us = 1e3 * device_ms(graph.replay, repeats) / layers
+    del kept
+    return us
+
+
+def print_instructions() -> None:
+    """Of the kernel of ``static`` and ``dynamic``; a warp runs each once for two ids a thread."""
+    try:
+        from helpers.compile_kernels import turns_figures
+    except ImportError:
+        print("No Triton: the kernel of static and dynamic is not compiled.")
+        return
+    for row in turns_figures(90):
+        name = f"kernel of {row['kernel']:8s} {row['tile']:9s} {row['ids']} ids"
+        print(f"{name}  {row['instructions']} instructions on sm_90")
+    print("reads that follow one another: copy 1, static 2, dynamic 2 and 1 more for each four further replicas")
+
+
 def measure_dispatch(repeats: int) -> None:
     topology = EpTopology(32, 4, 9)
     metadata = ExpertLocationMetadata.trivial(58, 256, topology, max_replicas=33).clone("cuda")
     new = ExpertLocationMetadata.from_physical_to_logical(
         np.roll(metadata.physical_to_logical_map.cpu().numpy(), 9, axis=1), 256, topology
     )
+    counts = torch.zeros(58, topology.num_slots + 1, dtype=torch.int32, device="cuda")
     for tokens in (1, 64, 4096):
         ids = torch.randint(0, 256, (tokens, 8), device="cuda")
-        for algorithm in ("static", "dynamic"):
+        copy = captured_us(lambda _, ids=ids: ids.clone(), repeats)  # type: ignore[misc]
+        print(f"copy of the ids   {tokens:5d} tokens  {copy:9.2f} us in a captured graph")
+        for algorithm in ("static", "dynamic", "batch"):
             dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))  # type: ignore[arg-type]
-            ms = device_ms(lambda dispatcher=dispatcher, ids=ids: dispatcher.dispatch(0, ids), repeats)  # type: ignore[misc]
-            print(f"dispatch {algorithm:8s} {tokens:5d} tokens  {1e3 * ms:9.1f} us a layer on the device")
+            choose = lambda n, d=dispatcher, ids=ids: d.dispatch(n, ids, counts=counts)  # noqa: E731
+            eager = 1e3 * device_ms(lambda choose=choose: choose(0), repeats)  # type: ignore[misc]
+            us = captured_us(choose, repeats)
+            name = f"dispatch {algorithm:8s} {tokens:5d} tokens"
+            bar = " (at most 1.10)" if algorithm == "dynamic" else ""
+            print(f"{name}  {us:9.2f} us a layer in a graph, {us / copy:.2f} of a copy{bar}; alone {eager:.1f} us")
     ms = host_ms(lambda: metadata.update_layers_(new, [0]), repeats)
     print(f"maps of one layer, behind a forward pass     {1e3 * ms:9.1f} us of the host")
 
@@ -112,6 +147,7 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=44, help="of an expert (default: %(default)s, DeepSeek-V3 in fp8)")
     parser.add_argument("--slots", type=int, default=16, help="of a rank (default: %(default)s)")
     arguments = parser.parse_args()
+    print_instructions()
     if not torch.cuda.device_count():
         print("No GPU: nothing to measure.")
         return 0

@@ -1,16 +1,21 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise import EpTopology, ExpertLocationMetadata
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
-from equipoise.dispatch.replicas import nearest_replicas, weyl_uniform
-from equipoise.dispatch.turns import CpuTurns, TorchTurns, TurnsTables
+from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, weyl_uniform
+from equipoise.dispatch.turns import CpuTurns, TurnsTables
 from equipoise.errors import PlacementError
 from equipoise.load.recorder import count_slots
+from helpers.torch_turns import TorchTurns
+from helpers.turn_cases import TurnCase, turn_cases
 
 TOPOLOGY = EpTopology(8, 2, 2)  # 16 slots, 4 ranks a node
 
@@ -170,25 +175,45 @@ def test_a_profiler_sees_dispatch() -> None:
     assert "equipoise.dispatch" in {event.key for event in profile.key_averages()}
 
 
-@given(st.integers(0, 10**6), st.integers(0, 7), st.booleans(), st.sampled_from([torch.int32, torch.int64]))
-@settings(deadline=None, max_examples=60)
-def test_the_compiled_turns_are_those_of_torch(seed: int, rank: int, nearest: bool, dtype: torch.dtype) -> None:
-    metadata = random_placement(seed)
-    tables = TurnsTables(metadata, rank, nearest=nearest, live_ranks=None)
-    torch_turns, cpu_turns = TorchTurns(tables), CpuTurns(tables)
-    rng = np.random.default_rng(seed)
-    for step in range(3):
-        bounds = np.concatenate([[0], rng.integers(0, 20, 8).cumsum()]).tolist() if step else None
-        ids = torch.from_numpy(rng.integers(-1, 6, (bounds[-1] if bounds else 11) * 3)).to(dtype)
-        counts = [torch.zeros(2, 17, dtype=torch.int32) for _ in range(2)]
+@given(turn_cases(max_tokens=60))
+@settings(deadline=None, max_examples=100)
+def test_the_compiled_turns_are_those_of_torch(case: TurnCase) -> None:
+    metadata = case.metadata.clone()
+    tables = TurnsTables(metadata, case.rank, nearest=case.nearest, live_ranks=case.live_ranks)
+    ways = TorchTurns(tables), CpuTurns(tables)
+    for step in case.steps:
+        counts = [torch.zeros(2, metadata.num_physical_experts + 1, dtype=torch.int32) for _ in ways]
         slots = [
-            turns.dispatch(1, ids, 3, bounds, counted)
-            for turns, counted in zip((torch_turns, cpu_turns), counts, strict=True)
+            way.dispatch(case.layer, step.ids.flatten(), step.ids.shape[1], step.bounds, counted, step.num_unpadded)
+            for way, counted in zip(ways, counts, strict=True)
         ]
         assert torch.equal(*slots)
         assert torch.equal(*counts)
-        torch_turns.advance(2**31 + seed)
-        cpu_turns.advance(2**31 + seed)
+        for way in ways:
+            way.advance(step.advance)
+        metadata.update_layers_(case.target, step.moves)
+        if step.moves:
+            tables.refresh(step.moves)
+
+
+def test_sums_of_weights_never_fall_and_weight_zero_adds_nothing() -> None:
+    """Whatever the order in which a device sums: here one that is off by the last bit."""
+    weights = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.0] * 5])
+
+    class OffByOne(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.cumsum.default and result.is_floating_point():
+                result[..., 1] += 2.0**-24
+                result[..., 2] -= 2.0**-24
+            return result
+
+    with OffByOne():
+        sums = cumulative_weights(weights)
+    assert (sums.diff(dim=-1) >= 0).all()
+    assert sums[0, 0] == sums[0, 1] == 0.25
+    assert sums[0, 3:].tolist() == [1.0, 1.0]
+    assert sums[1].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

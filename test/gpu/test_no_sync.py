@@ -68,22 +68,78 @@ def test_what_copies_is_noted() -> None:
     assert seen.copies == [("copy_", True), ("to", False)]
 
 
+class Launches:
+    """Stands for a Triton kernel, which no device is here to run: notes what each launch was given."""
+
+    def __init__(self) -> None:
+        self.arguments: list[list[Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.arguments.append([grid, *arguments, options])
+
+        return launch
+
+    def frozen(self, number: int) -> list[Any]:
+        """What a captured graph would keep of a launch: of tensors their place alone."""
+        place = lambda x: (x.untyped_storage()._cdata, x.storage_offset(), x.dtype)  # noqa: E731
+        return [place(x) if isinstance(x, torch.Tensor) else x for x in self.arguments[number]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    turns_gpu = pytest.importorskip("equipoise.dispatch.turns_gpu", reason="needs triton")
+    noted = Launches()
+    monkeypatch.setattr(turns_gpu, "choose", noted)
+    return noted
+
+
 @pytest.mark.parametrize("algorithm", ["static", "dynamic"])
-def test_dispatch_and_counting(algorithm: Any) -> None:
+@pytest.mark.parametrize("in_one_launch", [True, False])
+def test_dispatch_and_counting(algorithm: Any, in_one_launch: bool, launches: Launches) -> None:
     def body(communicator: Any) -> list[tuple[str, bool]]:
         metadata = on_device()
         dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
         recorder = ExpertDistributionRecorder(metadata, communicator, period=4, num_windows=2, buffer_size=4)
+        unpadded = torch.zeros((), dtype=torch.int32, device=DEVICE)
+        ids = torch.zeros(16, 2, dtype=torch.int64, device=DEVICE)
+        counts = recorder.counts if in_one_launch else None
         with Watched() as seen:
             for step in range(3):
                 for layer in range(LAYERS):
-                    slots = dispatcher.dispatch(layer, torch.zeros(16, 2, dtype=torch.int64, device=DEVICE))
-                    recorder.record(layer, slots)
+                    slots = dispatcher.dispatch(layer, ids, counts=counts, num_unpadded=unpadded)
+                    if not in_one_launch:
+                        recorder.record(layer, slots)
                 recorder.end_step(metadata.physical_to_logical_map, forward_pass_id=step, counted=True)
                 dispatcher.advance(16)
         return seen.copies
 
     assert results_of(body, 1) == [[]]
+    assert len(launches.arguments) == 3 * LAYERS
+
+
+@pytest.mark.parametrize("algorithm", ["static", "dynamic"])
+def test_a_launch_of_turns_is_given_the_same_whatever_has_changed(algorithm: Any, launches: Launches) -> None:
+    """So a captured graph, which keeps what its launches were given, follows placements, turns and padding."""
+    metadata = on_device()
+    dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
+    counts = torch.zeros(LAYERS, TOPOLOGY.num_slots + 1, dtype=torch.int32, device=DEVICE)
+    unpadded = torch.zeros((), dtype=torch.int32, device=DEVICE)
+    ids = torch.zeros(16, 2, dtype=torch.int64, device=DEVICE)
+    kept = []  # the slots of every launch, so that none takes the place of another
+    with Watched() as seen:
+        for step in range(2):
+            kept += [dispatcher.dispatch(layer, ids, counts=counts, num_unpadded=unpadded) for layer in range(LAYERS)]
+            dispatcher.advance(16 + step)
+            metadata.update_layers_(ExpertLocationMetadata.trivial(LAYERS, EXPERTS, TOPOLOGY), [0, 2])
+            dispatcher.refresh([0, 2])
+            unpadded.add_(1)
+    assert all(copy == ("to", False) for copy in seen.copies)
+    slots = 2  # argument 1, behind the grid: made anew by each call, in a graph's pool always at the same place
+    for layer in range(LAYERS):
+        first, second = launches.frozen(layer), launches.frozen(LAYERS + layer)
+        assert len(first) > slots
+        assert first[:slots] + first[slots + 1 :] == second[:slots] + second[slots + 1 :]
 
 
 @pytest.mark.parametrize("max_tokens", [4, 32])

@@ -122,9 +122,11 @@ def test_nothing_waits_for_the_device(algorithm: Any) -> None:
             try:
                 for layer in range(3):
                     recorder.record(layer, dispatcher.dispatch(layer, ids))
+                    dispatcher.dispatch(layer, ids, counts=recorder.counts, num_unpadded=recorder.counts[0, 0])
                 recorder.end_step(metadata.physical_to_logical_map, forward_pass_id=int(checked), counted=True)
                 dispatcher.advance(16)
                 metadata.update_layers_(new, [0, 2])
+                dispatcher.refresh([0, 2])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(metadata.physical_to_logical_map[2].cpu(), new.physical_to_logical_map[2])
@@ -134,8 +136,9 @@ def test_nothing_waits_for_the_device(algorithm: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(120)
-def test_a_captured_graph_follows_the_maps(record_property: Any) -> None:
-    """Settles invariant 4: replays see maps that changed in place, and count like the CPU."""
+@pytest.mark.parametrize("algorithm", ["static", "dynamic", "batch"])
+def test_a_captured_graph_follows_the_maps(algorithm: Any, record_property: Any) -> None:
+    """Settles invariant 4: replays see maps, turns and padding that changed in place, and count like the CPU."""
     layers, experts, topology = 58, 256, EpTopology(32, 4, 9)
     rng = np.random.default_rng(0)
     maps = [random_map(rng, experts, topology, layers) for _ in range(4)]
@@ -145,19 +148,14 @@ def test_a_captured_graph_follows_the_maps(record_property: Any) -> None:
         return first.clone(device)
 
     live, twin = metadata_of("cuda"), metadata_of("cpu")
-    dispatchers = [ExpertDispatcher(each, rank=3, policy=DispatchPolicy("dynamic")) for each in (live, twin)]
-    ids = torch.randint(0, experts, (64, 8))
-    on_device = ids.cuda()
+    dispatchers = [ExpertDispatcher(each, rank=3, policy=DispatchPolicy(algorithm)) for each in (live, twin)]
+    ids = torch.randint(-1, experts, (64, 8))
+    on_device, unpadded = ids.cuda(), torch.tensor(64, dtype=torch.int32, device="cuda")
     counts = torch.zeros(layers, topology.num_slots + 1, dtype=torch.int32, device="cuda")
-    ones = torch.ones(ids.numel(), dtype=torch.int32, device="cuda")
 
     def step() -> list[torch.Tensor]:
-        found = []
-        for layer in range(layers):
-            slots = dispatchers[0].dispatch(layer, on_device)
-            counts[layer].scatter_add_(0, slots.reshape(-1), ones)
-            found.append(slots)
-        return found
+        each = range(layers)
+        return [dispatchers[0].dispatch(n, on_device, counts=counts, num_unpadded=unpadded) for n in each]
 
     step()
     torch.cuda.synchronize()
@@ -173,13 +171,14 @@ def test_a_captured_graph_follows_the_maps(record_property: Any) -> None:
     for number in range(40):
         if number % 10 == 5:
             new = ExpertLocationMetadata.from_physical_to_logical(maps[number // 10], experts, topology)
-            for metadata in (live, twin):
+            for metadata, dispatcher in zip((live, twin), dispatchers, strict=True):
                 metadata.update_layers_(new, list(range(layers)))
+                dispatcher.refresh(list(range(layers)))
+        unpadded.fill_(64 - number)
         graph.replay()
         for layer in range(layers):
-            expected = dispatchers[1].dispatch(layer, ids)
+            expected = dispatchers[1].dispatch(layer, ids, counts=total, num_unpadded=64 - number)
             assert torch.equal(slots[layer].cpu(), expected)
-            total[layer] += torch.bincount(expected.reshape(-1), minlength=topology.num_slots + 1).int()
         for dispatcher in dispatchers:
             dispatcher.advance(64)
     assert torch.equal(counts.cpu(), total)

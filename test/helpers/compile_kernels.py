@@ -10,13 +10,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from equipoise.dispatch import turns_gpu
 from equipoise.dispatch.solver.kernels import assign, count_and_solve, solve_gathered
+from equipoise.dispatch.turns_kernel import choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # 256 experts: 288 slots on 32 ranks with 8 choices, 432 on 144 with 16.
@@ -24,15 +27,18 @@ TILES = {
     "288/32": ({"E": 256, "EP": 512, "M": 32, "C": 8, "D": 16, "G": 32}, 1),
     "432/144": ({"E": 256, "EP": 512, "M": 256, "C": 16, "D": 4, "G": 256}, 8),
 }
+# Experts, and replicas that one may have: 288 slots, and the most that is promised.
+TURNS_TILES = {"288/32": {"E": 256, "X": 33, "K": 8}, "2048/512": {"E": 1024, "X": 1025, "K": 16}}
 SCALARS = {"num_ids", "top_k", "num_ranks", "own_row", "none", "first_own", "last_own"}
+SCALARS |= {"first_token", "layer", "own_rank"}
+POINTERS = {"next_token": "*i64", "table": "*i64", "cdf": "*fp32"}  # the others, but for ids and slots, are int32
 
 
 def compiled(kernel: triton.JITFunction, constants: dict[str, object], id_type: str, warps: int, capability: int):
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else "i32" if name in SCALARS else "*i32" for name in names} | {
-        name: f"*{id_type}" for name in ("ids", "slots") if name in names
-    }
+    types = dict.fromkeys(SCALARS, "i32") | POINTERS | dict.fromkeys(("ids", "slots"), f"*{id_type}")
+    signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
     source = ASTSource(
         fn=kernel, signature=signature, constexprs={(names.index(name),): value for name, value in constants.items()}
     )
@@ -71,6 +77,18 @@ def main() -> None:
                 binary = compiled(kernel, sizes | constants, id_type, num_warps, capability)
                 row = {"kernel": name, "tile": tile, "ids": id_type} | figures(binary.asm["cubin"])
                 print(json.dumps(row), flush=True)
+    for row in turns_figures(capability):
+        print(json.dumps(row), flush=True)
+
+
+def turns_figures(capability: int) -> Iterator[dict[str, object]]:
+    """The kernel of ``static`` and ``dynamic``, which counts and sees padding."""
+    options = {"BLOCK": turns_gpu.BLOCK, "PADDED": True, "RECORD": True}
+    for tile, sizes in TURNS_TILES.items():
+        for name, turns in (("static", False), ("dynamic", True)):
+            for id_type in ("i32", "i64"):
+                binary = compiled(choose, sizes | options | {"TURNS": turns}, id_type, 1, capability)
+                yield {"kernel": name, "tile": tile, "ids": id_type} | figures(binary.asm["cubin"])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import accumulate
 
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from equipoise.dispatch.batch_cpu import CpuBatchDispatch
 from equipoise.dispatch.batch_gpu import BLOCK, TritonBatchDispatch
 from equipoise.dispatch.solver.assign import assign_slots
 from equipoise.dispatch.solver.controls import ROTATION
@@ -59,6 +61,13 @@ def check(case: DispatchCase, first_part: int) -> None:
         count_slots(counted[0], expected)
         assert torch.equal(recorded.cpu(), counted)
         kernels.advance(len(ids))
+    bounds = [0, *accumulate(len(part) for part in case.ids.tensor_split(topology.num_ranks))]
+    rest = (ids.shape[1], bounds, None)
+    in_sight = TritonBatchDispatch(tables, policy, topology, case.rank, None)
+    on_host = CpuBatchDispatch(DispatchTables(case.metadata), policy, topology, case.rank, None)
+    padding_from = torch.tensor((bounds[case.rank] + bounds[case.rank + 1]) // 2)  # in the middle of the own part
+    found = in_sight.dispatch(0, ids.flatten(), *rest, padding_from.to(DEVICE))
+    assert torch.equal(found.cpu(), on_host.dispatch(0, case.ids.flatten(), *rest, padding_from))
 
 
 def main() -> None:

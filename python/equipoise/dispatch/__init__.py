@@ -9,8 +9,10 @@ Public modules, which other rooms import::
 
 Private::
 
-    turns.py          `static` and `dynamic`: what the dispatcher calls
-    turns_numba.py    The same in one call on a CPU
+    turns.py          `static` and `dynamic`: what they look up, and on a CPU what the dispatcher calls
+    turns_numba.py    Their loops on a CPU
+    turns_gpu.py      The same on a GPU: launches the kernel over buffers of fixed address
+    turns_kernel.py   Triton kernel: choose, and count what was chosen
     scopes.py         Gathers the counts of a scope's ranks where a rank sees its own tokens alone
     cost.py           The cost of an activated expert in tokens, from the speed of a device
     tables.py         DispatchTables: what `batch` looks up, in buffers that keep their address

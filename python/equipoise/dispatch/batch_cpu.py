@@ -12,7 +12,7 @@ from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
 from equipoise.dispatch.tables import DispatchTables
-from equipoise.dispatch.turns import NOBODY_COUNTS
+from equipoise.dispatch.turns import NOBODY_COUNTS, without_padding
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
 
@@ -47,9 +47,16 @@ class CpuBatchDispatch:
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
 
     def dispatch(
-        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+        self,
+        layer_id: int,
+        ids: torch.Tensor,
+        width: int,
+        bounds: Sequence[int] | None,
+        counts: torch.Tensor | None,
+        num_unpadded: torch.Tensor | None,
     ) -> torch.Tensor:
         """See ``dispatcher.Choice``."""
+        ids = without_padding(ids, width, num_unpadded)
         if bounds is None:
             gathered, row, first, last = self._counts_of_scope(ids), self._rank - self._ranks.start, 0, ids.numel()
         else:

@@ -73,14 +73,16 @@ class TritonBatchDispatch:
         width: int,
         bounds: Sequence[int] | None,
         counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None = None,
+        num_unpadded: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See ``dispatcher.Choice``. ``num_unpadded``: device scalar; tokens from this number on are padding."""
+        """See ``dispatcher.Choice``."""
         first, last = 0, ids.numel()
         if bounds is not None:
             begin = bounds[self._ranks.start]
             first, last = (bounds[self._rank] - begin) * width, (bounds[self._rank + 1] - begin) * width
             ids = ids[begin * width : bounds[self._ranks.stop] * width]
+            if num_unpadded is not None and begin:
+                num_unpadded = num_unpadded - begin
         ids = ids.contiguous()
         num_blocks = max(triton.cdiv(ids.numel(), BLOCK), 1)
         if num_blocks > len(self._block_counts):

@@ -19,7 +19,7 @@ from equipoise.dispatch.cost import active_expert_cost
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts, gather_by_sum
 from equipoise.dispatch.tables import DispatchTables
-from equipoise.dispatch.turns import CpuTurns, TorchTurns, TurnsTables
+from equipoise.dispatch.turns import CpuTurns, TurnsTables
 from equipoise.distributed.communicator import Communicator
 from equipoise.placement.metadata import ExpertLocationMetadata
 
@@ -28,7 +28,13 @@ class Choice(Protocol):
     """One way to choose replicas, on one kind of device."""
 
     def dispatch(
-        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+        self,
+        layer_id: int,
+        ids: torch.Tensor,
+        width: int,
+        bounds: Sequence[int] | None,
+        counts: torch.Tensor | None,
+        num_unpadded: torch.Tensor | None,
     ) -> torch.Tensor:
         """Slots of this rank's part of ``ids``.
 
@@ -36,6 +42,7 @@ class Choice(Protocol):
             ids: (N,) logical experts, ``width`` of a token: this rank's own; with ``bounds`` those of all ranks.
             bounds: (G + 1) where each rank's tokens begin and end.
             counts: as for :meth:`ExpertDispatcher.dispatch`.
+            num_unpadded: one integer on the device of ``ids``: tokens of ``ids`` from this number on are padding.
 
         Returns:
             (N,) in the dtype of ``ids``; -1 for none.
@@ -73,19 +80,25 @@ class ExpertDispatcher:
         live_ranks: Collection[int] | None = None,
     ) -> None:
         self.policy = policy if policy is not None else DispatchPolicy()
-        topology, on_cpu = metadata.topology, metadata.physical_to_logical_map.device.type == "cpu"
+        topology, self._device = metadata.topology, metadata.physical_to_logical_map.device
+        on_cpu = self._device.type == "cpu"
         self._tables: DispatchTables | TurnsTables
         self._choice: Choice
         if self.policy.algorithm != "batch":
             nearest = self.policy.algorithm == "static"
             self._tables = turns = TurnsTables(metadata, rank, nearest=nearest, live_ranks=live_ranks)
-            self._choice = CpuTurns(turns) if on_cpu else TorchTurns(turns)
+            if on_cpu:
+                self._choice = CpuTurns(turns)
+            else:
+                from equipoise.dispatch.turns_gpu import TritonTurns  # torch for CPUs comes without Triton
+
+                self._choice = TritonTurns(turns)
             return
         self._tables = tables = DispatchTables(metadata, live_ranks=live_ranks)
         if on_cpu:
             self._choice = CpuBatchDispatch(tables, self.policy, topology, rank, gather)
         else:
-            from equipoise.dispatch.batch_gpu import TritonBatchDispatch  # torch for CPUs comes without Triton
+            from equipoise.dispatch.batch_gpu import TritonBatchDispatch
 
             self._choice = TritonBatchDispatch(tables, self.policy, topology, rank, gather)
 
@@ -131,11 +144,14 @@ class ExpertDispatcher:
         with _profiler_range():
             width = topk_ids.shape[-1] if topk_ids.ndim > 1 else 1
             ids = topk_ids.reshape(-1)
-            if num_unpadded is not None:
-                real = torch.arange(len(ids), device=ids.device) < num_unpadded * width
-                ids = torch.where(real, ids, -1)
-            slots = self._choice.dispatch(layer_id, ids, width, rank_bounds, counts)
+            slots = self._choice.dispatch(layer_id, ids, width, rank_bounds, counts, self._on_device(num_unpadded))
             return slots.view(topk_ids.shape if rank_bounds is None else (-1, *topk_ids.shape[1:]))
+
+    def _on_device(self, number: torch.Tensor | int | None) -> torch.Tensor | None:
+        """A number that the host knows is written by the device itself: a copy to it would wait."""
+        if number is None or (isinstance(number, torch.Tensor) and number.device == self._device):
+            return number
+        return torch.full((1,), int(number), dtype=torch.int64, device=self._device)
 
     def advance(self, num_tokens: int) -> None:
         """Ends a step: the next one continues the turns ``num_tokens`` further. Every rank calls it alike."""

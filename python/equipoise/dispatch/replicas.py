@@ -41,10 +41,14 @@ def usable_weights(
 
 
 def cumulative_weights(weights: torch.Tensor) -> torch.Tensor:
-    """(..., X) running sums for :func:`sample_replicas`, 1 from the last replica with a weight on."""
+    """(..., X) running sums for :func:`sample_replicas`, 1 from the last replica with a weight on.
+
+    They never fall, and a replica of weight 0 adds nothing, whatever the order in which a device sums up.
+    """
     used = weights > 0
     last = used & (used.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(last.cumsum(-1) > 0, 1.0, weights.cumsum(-1))
+    sums = torch.where(used, weights.cumsum(-1), 0.0).cummax(-1).values
+    return torch.where(last.cumsum(-1) > 0, 1.0, sums)
 
 
 def nearest_replicas(

@@ -1,4 +1,4 @@
-"""Dispatch that does not look at the batch, ``static`` and ``dynamic``: in torch, and in one compiled call on a CPU."""
+"""Dispatch that does not look at the batch, ``static`` and ``dynamic``: what it looks up, and its choice on a CPU."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from equipoise.dispatch.replicas import (
-    cumulative_weights,
-    nearest_replicas,
-    sample_replicas,
-    usable_weights,
-    weyl_uniform,
-)
+from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, usable_weights
 from equipoise.dispatch.turns_numba import take_nearest, take_turns
 from equipoise.errors import PlacementError
-from equipoise.load.recorder import count_slots
 from equipoise.placement.metadata import ExpertLocationMetadata
 
 NOBODY_COUNTS = np.zeros((0, 0), dtype=np.int32)
@@ -57,7 +50,7 @@ class TurnsTables:
         """
         if self.nearest is None and not self._some_are_lost:
             return
-        index = torch.tensor(list(layer_ids), device=self._live_slots.device)
+        index = _index_on(self._live_slots.device, layer_ids)
         maps = self.metadata.logical_to_physical_map[index]
         weights = usable_weights(maps, self.metadata.dispatch_weights[index], self._live_slots)
         if self._some_are_lost:  # else no expert can be: every placement has a replica of each; looking would wait
@@ -66,38 +59,6 @@ class TurnsTables:
             self.nearest[index] = nearest_replicas(maps, self.metadata.topology, self.rank, weights)
         else:
             self.cdf[index] = cumulative_weights(weights)
-
-
-class TorchTurns:
-    """Chooses with torch; nothing waits for the device."""
-
-    def __init__(self, tables: TurnsTables) -> None:
-        self._tables = tables
-        # Advances on the device, so that a captured CUDA graph does not freeze it.
-        self._next_token = torch.zeros((), dtype=torch.int64, device=tables.cdf.device)
-
-    def dispatch(
-        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ``dispatcher.Choice``."""
-        tables = self._tables
-        mine = _own_part(ids, width, bounds, tables.rank).view(-1, width)
-        experts = mine.clamp(min=0).long()
-        if tables.nearest is not None:
-            slots = tables.nearest[layer_id][experts]
-        else:
-            number = self._next_token + torch.arange(len(mine), device=mine.device)
-            uniform = weyl_uniform(number, width, layer_id=layer_id, rank=tables.rank)
-            maps = tables.metadata.logical_to_physical_map[layer_id]
-            slots = sample_replicas(experts, uniform, maps, tables.cdf[layer_id])
-        slots = torch.where(mine < 0, -1, slots).to(ids.dtype)
-        if counts is not None:
-            count_slots(counts[layer_id], slots)
-        return slots.flatten()
-
-    def advance(self, num_tokens: int) -> None:
-        """Ends a step of so many tokens."""
-        self._next_token += num_tokens
 
 
 class CpuTurns:
@@ -111,10 +72,16 @@ class CpuTurns:
         self._next_token = 0
 
     def dispatch(
-        self, layer_id: int, ids: torch.Tensor, width: int, bounds: Sequence[int] | None, counts: torch.Tensor | None
+        self,
+        layer_id: int,
+        ids: torch.Tensor,
+        width: int,
+        bounds: Sequence[int] | None,
+        counts: torch.Tensor | None,
+        num_unpadded: torch.Tensor | None,
     ) -> torch.Tensor:
         """See ``dispatcher.Choice``."""
-        mine = _own_part(ids, width, bounds, self._tables.rank).numpy()
+        mine = own_part(without_padding(ids, width, num_unpadded), width, bounds, self._tables.rank).numpy()
         slots = np.empty_like(mine)
         recorded = NOBODY_COUNTS if counts is None else counts.numpy()
         if self._nearest is not None:
@@ -129,8 +96,22 @@ class CpuTurns:
         self._next_token += num_tokens
 
 
-def _own_part(ids: torch.Tensor, width: int, bounds: Sequence[int] | None, rank: int) -> torch.Tensor:
+def own_part(ids: torch.Tensor, width: int, bounds: Sequence[int] | None, rank: int) -> torch.Tensor:
+    """The ids of this rank's tokens; a view."""
     return ids if bounds is None else ids[bounds[rank] * width : bounds[rank + 1] * width]
+
+
+def without_padding(ids: torch.Tensor, width: int, num_unpadded: torch.Tensor | None) -> torch.Tensor:
+    """(N,) ids, those of tokens from ``num_unpadded`` on -1."""
+    if num_unpadded is None:
+        return ids
+    return torch.where(torch.arange(len(ids), device=ids.device) < num_unpadded * width, ids, -1)
+
+
+def _index_on(device: torch.device, layer_ids: Sequence[int]) -> torch.Tensor:
+    """The layers as an index there; from pinned memory, since a copy from other memory waits for the stream."""
+    index = torch.tensor(list(layer_ids), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
 
 
 def _require_live_replicas(weights: torch.Tensor, layer_ids: Sequence[int]) -> None:

@@ -22,7 +22,9 @@ import triton.language as tl
 from equipoise.dispatch.solver.kernel_solve import solve
 
 
-@triton.jit
+# Numbers that change from batch to batch are not specialized: for 1 and for multiples of 16 Triton would compile anew,
+# in the middle of serving.
+@triton.jit(do_not_specialize=["num_ids", "top_k"])
 def count_and_solve(
     ids, num_ids, top_k, num_unpadded, block_counts, totals, finished,
     expert, num_choices, rank, weight, colour, step, choices_of_rank, singles_of_rank, sizes, controls, momentum,
@@ -75,7 +77,7 @@ def solve_gathered(
     tl.store(totals + bins, tl.zeros([EP], tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "top_k", "none", "first_own", "last_own"])
 def assign(
     ids, slots, num_ids, top_k, num_unpadded, block_counts, before,
     row_of_expert, slot_of_expert, slot, inverses, starts, recorded, none, first_own, last_own,
