@@ -69,5 +69,16 @@ def test_kernels_compile_for_an_h100_without_one_and_spill_nothing() -> None:
         # Ceilings, 1.3 times what they were measured at: code that grows beyond them was not meant to.
         ceiling = {"count": 300, "assign": 4400, "static": 115, "dynamic": 280}.get(row["kernel"], 11500)
         assert row["instructions"] < ceiling, row
-        if row["kernel"] in ("static", "dynamic"):  # a warp alone: what it waits for is memory
+        if row["kernel"] in ("static", "dynamic"):  # a warp alone waits for memory, once for all replicas it looks at
             assert row["barriers"] == 0, row
+            assert row["reads_after_a_comparison"] == 0, row
+
+
+def test_no_number_of_a_batch_makes_triton_compile_anew() -> None:
+    """It compiles other kernels for 1 and for multiples of 16, unless told not to: seconds in the middle of serving."""
+    from equipoise.dispatch.solver.kernels import assign, count_and_solve
+    from equipoise.dispatch.turns_kernel import choose
+
+    numbers = {"num_ids", "top_k", "none", "first_own", "last_own", "first_token", "layer", "own_rank", "ids", "slots"}
+    for kernel, allowed in ((choose, set()), (count_and_solve, {"ids"}), (assign, {"ids", "slots"})):
+        assert {each.name for each in kernel.params if each.name in numbers and not each.do_not_specialize} == allowed

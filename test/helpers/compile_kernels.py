@@ -46,7 +46,7 @@ def compiled(kernel: triton.JITFunction, constants: dict[str, object], id_type: 
 
 
 def figures(cubin: bytes) -> dict[str, int]:
-    """Registers, spilled bytes and instructions of a kernel's machine code."""
+    """Registers, spilled bytes, instructions, barriers and late reads of a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -61,6 +61,7 @@ def figures(cubin: bytes) -> dict[str, int]:
         "local_bytes": int(spilled[1]) + int(stack[1]),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
         "barriers": len(re.findall(r"\bBAR\.", code)),
+        "reads_after_a_comparison": len(re.findall(r"\bLDG\.", code.partition("FSETP")[2])),  # of floats
     }
 
 
