@@ -79,12 +79,12 @@ def test_the_compiling_child_does_not_wait_for_torch():
 def test_vector_loops_are_left_out_only_where_that_is_asked_for(monkeypatch):
     import numba
 
-    from equipoise.jit.compile import without_loop_vectors
+    from equipoise.jit.compile import for_short_loops
 
     monkeypatch.setattr(numba.config, "LOOP_VECTORIZE", 1)
     seen = []
 
-    @without_loop_vectors()
+    @for_short_loops()
     def compile_something():
         seen.append(numba.config.LOOP_VECTORIZE)
         raise ZeroDivisionError

@@ -98,12 +98,10 @@ def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.n
     # A scenario is itself a window, or a few: its own error is part of how it differs from what comes.
     noise = known.noise - known.error if task.problem.load.shape[0] > 1 else known.noise
     normal, lanes = normal_numbers(tokens.shape[1]), lanes_of_draws(known.weight)
-    values = []
-    for placed, share in plans:
-        balance = np.empty((len(tokens), NUM_DRAWS))
-        task.run(judge, placed, share, tokens, noise, layers.inverse_speed, normal, lanes, balance)
-        values.append(balance)
-    return excess, highest, values
+    placed, share = np.stack([plan[0] for plan in plans]), np.stack([plan[1] for plan in plans])
+    balance = np.empty((len(plans), len(tokens), NUM_DRAWS))
+    task.run(judge, placed, share, tokens, noise, layers.inverse_speed, normal, lanes, balance)
+    return excess, highest, list(balance)
 
 
 def _level_prior(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,11 +24,11 @@ from equipoise.algorithms.search.even_split import split_evenly
 from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
 from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins_of, spent
-from equipoise.algorithms.search.repair import restore_lost_experts, split_colocated, spread_shares
+from equipoise.algorithms.search.repair import home_of_experts, restore_lost_experts, split_colocated, spread_shares
 from equipoise.algorithms.task import NODE_PRICE, Layers, Task
 from equipoise.errors import ConfigError
-from equipoise.jit.compile import helper, int_zeros, kernel
-from equipoise.placement.relabel import relabel
+from equipoise.jit.compile import kernel
+from equipoise.placement.relabel import compile_relabelling, relabel
 
 STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
@@ -73,11 +73,7 @@ def _plan(task: Task) -> Plan:
         part = task.take(retried)
         fresh, enough = pack_from_scratch(part)
         if problem.current is not None:
-            nodes, grouped = problem.topology.num_nodes, problem.grouped
-            for layer in np.flatnonzero(enough):
-                fresh[layer] = relabel(
-                    fresh[layer], part.old[layer], nodes, part.layers.inverse_speed, NODE_PRICE, grouped
-                )
+            _rename_ranks(part, fresh, enough, value[retried])
         fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
         _improve(part, fresh, fresh_share, fresh_value)
         better = enough & (fresh_value > value[retried])
@@ -98,6 +94,27 @@ def _plan(task: Task) -> Plan:
     if problem.current is not None:
         placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
     return placed, share
+
+
+def _rename_ranks(task: Task, fresh: np.ndarray, enough: np.ndarray, to_beat: np.ndarray) -> None:
+    """Names the ranks of the packing ``fresh`` (L, P) after those in force, in place.
+
+    ``enough`` (L,) becomes False where its moves cost more than perfect balance is worth over ``to_beat`` (L,).
+    """
+    problem, slot_price = task.problem, _move_terms(task).slot_price
+    for layer in np.flatnonzero(enough):
+        renamed = relabel(
+            fresh[layer],
+            task.old[layer],
+            problem.topology.num_nodes,
+            task.layers.inverse_speed,
+            NODE_PRICE,
+            problem.grouped,
+            (1.0 - to_beat[layer]) / slot_price if slot_price else np.inf,
+        )
+        enough[layer] = renamed is not None
+        if renamed is not None:
+            fresh[layer] = renamed
 
 
 def _improve_published(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
@@ -139,9 +156,10 @@ def compile_search(problem: PlacementProblem) -> None:
 
 
 def compile_packing(problem: PlacementProblem) -> None:
-    """Compiles the packing from scratch, scenarios, plans for batches and the guard, without the search."""
+    """Compiles the packing from scratch and its names, scenarios, plans for batches and the guard, not the search."""
     task = Task.of(problem)
     pack_from_scratch(task)
+    compile_relabelling()
     plan_for_batches(task, task.old, _move_terms(task))
     keep_what_is_better(task, (task.old, task.old_share))
 
@@ -197,7 +215,7 @@ def _improve_layers(
         to_beat = value[layer]
         value[layer] = -np.inf
         origin = origins_of(old[layer], num_experts, num_ranks, ranks_per_node)
-        home, whole = _home_of_experts(placed[layer], num_groups, num_ranks // ranks_per_node, num_experts)
+        home, whole = home_of_experts(placed[layer], num_groups, num_ranks // ranks_per_node, num_experts)
         state = new_state(placed[layer], share[layer], experts[layer], layers.weight, inverse_speed)
         made = restore_lost_experts(state, home, ranks_per_node)
         if made < 0 or not (whole or limit < NO_LIMIT):
@@ -214,25 +232,3 @@ def _improve_layers(
             value[layer] = search(state, origin, moves, options)
         else:
             value[layer] = 1.0  # no token was seen: nothing speaks for a change
-
-
-@helper
-def _home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> tuple[np.ndarray, bool]:
-    """(E,) node that holds each expert's group, -1 for none; False where groups are asked for but not whole."""
-    home = int_zeros(num_experts)
-    for e in range(num_experts):
-        home[e] = -1
-    if num_groups == 0:
-        return home, True
-    slots_per_node, size = expert.shape[0] // num_nodes, num_experts // num_groups
-    whole = True
-    for slot in range(expert.shape[0]):
-        node, first = slot // slots_per_node, expert[slot] // size * size
-        if home[first] >= 0 and home[first] != node:
-            whole = False
-        for e in range(first, first + size):
-            home[e] = node
-    if not whole:
-        for e in range(num_experts):
-            home[e] = -1
-    return home, whole

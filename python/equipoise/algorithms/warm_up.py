@@ -12,18 +12,18 @@ import numpy as np
 from equipoise.algorithms import priced_search
 from equipoise.algorithms.problem import DEFAULT_MOVE_PRICE, PlacementProblem
 from equipoise.algorithms.registry import OWN
-from equipoise.jit.compile import without_loop_vectors
+from equipoise.jit.compile import for_short_loops
 from equipoise.jit.warming import compile_side_by_side
 from equipoise.topology import EpTopology
 
 
-@without_loop_vectors()
+@for_short_loops()
 def compile_search() -> None:
     """Compiles, or loads from the cache, the search of the default algorithm: half of the solvers' kernels."""
     priced_search.compile_search(_small_problem())
 
 
-@without_loop_vectors()
+@for_short_loops()
 def compile_all_but_search() -> None:
     """Compiles, or loads from the cache, the solvers' other kernels."""
     problem = _small_problem()

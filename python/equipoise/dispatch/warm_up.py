@@ -9,12 +9,12 @@ import torch
 from equipoise.config import DispatchAlgorithm
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
-from equipoise.jit.compile import without_loop_vectors
+from equipoise.jit.compile import for_short_loops
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 
 
-@without_loop_vectors()
+@for_short_loops()
 def compile_dispatch() -> None:
     """Compiles what int64 ids need; some seconds the first time."""
     metadata = ExpertLocationMetadata.trivial(1, 4, EpTopology(2, 1, 3))

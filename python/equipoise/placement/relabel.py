@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.jit.compile import inlined
+from equipoise.jit.compile import inlined, int_zeros, kernel
 
 MAX_RANKS_MATCHED = 64  # beyond, an optimal matching costs more than it saves
 _NEVER = 1e9
@@ -17,20 +17,31 @@ def match(cost: np.ndarray) -> np.ndarray:
 
         return linear_sum_assignment(cost)[1]
     chosen = np.empty(len(cost), dtype=np.int64)
-    free = cost.copy()
-    for row in np.argsort(cost.min(1), kind="stable"):  # rows with the best offer first
-        chosen[row] = free[row].argmin()
-        free[:, chosen[row]] = np.inf
+    # Rows with the best offer first.
+    _take_cheapest(np.argsort(cost.min(1), kind="stable"), np.ascontiguousarray(cost), chosen)
     return chosen
 
 
 def relabel(
-    placed: np.ndarray, old: np.ndarray, num_nodes: int, inverse_speed: np.ndarray, node_price: float, keep_nodes: bool
-) -> np.ndarray:
-    """The layer ``placed`` (P,) with its ranks named by :func:`rank_order`; ranks that are gone keep what they had."""
-    num_ranks = len(inverse_speed)
-    renamed = placed.reshape(num_ranks, -1)[rank_order(placed, old, num_nodes, inverse_speed, node_price, keep_nodes)]
-    renamed[inverse_speed == 0] = old.reshape(num_ranks, -1)[inverse_speed == 0]
+    placed: np.ndarray,
+    old: np.ndarray,
+    num_nodes: int,
+    inverse_speed: np.ndarray,
+    node_price: float,
+    keep_nodes: bool,
+    affordable: float,
+) -> np.ndarray | None:
+    """The layer ``placed`` (P,) with its ranks named by :func:`rank_order`; ranks that are gone keep what they had.
+
+    None where the moves cost more than ``affordable`` under any names.
+    """
+    num_ranks, live = len(inverse_speed), inverse_speed > 0
+    cost = _move_prices(placed, old, num_nodes, inverse_speed, node_price)
+    among_live = cost if live.all() else cost[live][:, live]
+    if max(among_live.min(1).sum(), among_live.min(0).sum()) > affordable:
+        return None
+    renamed = placed.reshape(num_ranks, -1)[_rank_order(cost, num_nodes, node_price * len(old), keep_nodes)]
+    renamed[~live] = old.reshape(num_ranks, -1)[~live]
     return renamed.ravel()
 
 
@@ -44,29 +55,98 @@ def rank_order(
         node_price: price of a move whose weights come from another node; within a node it is 1.
         keep_nodes: ranks that share a node still share one: nodes are permuted as wholes, then the ranks in each.
     """
-    num_ranks = len(inverse_speed)
-    rank_of_slot = np.repeat(np.arange(num_ranks), len(old) // num_ranks)
-    on_rank = np.zeros((num_ranks, max(old.max(), placed.max()) + 1), dtype=bool)
-    on_rank[rank_of_slot, old] = True
-    on_node = on_rank.reshape(num_nodes, -1, on_rank.shape[1]).any(1).repeat(num_ranks // num_nodes, axis=0)
-    price = np.where(on_rank, 0.0, np.where(on_node, 1.0, node_price))
-    # (old name, new name): of giving a rank what the plan has on another, each expert once, whatever slots it takes.
-    wanted = np.sort(placed.reshape(num_ranks, -1), axis=1)
-    cost = price[:, wanted[:, 0]]
-    for slot in range(1, wanted.shape[1]):
-        cost += np.where(wanted[:, slot] != wanted[:, slot - 1], price[:, wanted[:, slot]], 0.0)
-    cost[inverse_speed[:, None] != inverse_speed] = _NEVER
-    source = np.arange(num_ranks)
-    if keep_nodes:
-        per_node = num_ranks // num_nodes
-        blocks = cost.reshape(num_nodes, per_node, num_nodes, per_node).transpose(0, 2, 1, 3)
-        alike = (blocks < _NEVER).any(-1).all(-1)
-        node_of = match(np.where(alike, np.minimum(blocks, node_price * len(old)).sum((2, 3)), _NEVER))
-        for node, taken in enumerate(node_of):
-            source[node * per_node : (node + 1) * per_node] = taken * per_node + match(blocks[node, taken])
-    else:
-        source = match(cost)
+    cost = _move_prices(placed, old, num_nodes, inverse_speed, node_price)
+    return _rank_order(cost, num_nodes, node_price * len(old), keep_nodes)
+
+
+def _rank_order(cost: np.ndarray, num_nodes: int, most: float, keep_nodes: bool) -> np.ndarray:
+    """As :func:`rank_order`, from the prices (G, G) of giving each rank what each other has; ``most``: of all moves."""
+    if not keep_nodes:
+        return match(cost)
+    num_ranks = len(cost)
+    source, per_node = np.arange(num_ranks), num_ranks // num_nodes
+    blocks = cost.reshape(num_nodes, per_node, num_nodes, per_node).transpose(0, 2, 1, 3)
+    alike = (blocks < _NEVER).any(-1).all(-1)
+    node_of = match(np.where(alike, np.minimum(blocks, most).sum((2, 3)), _NEVER))
+    for node, taken in enumerate(node_of):
+        source[node * per_node : (node + 1) * per_node] = taken * per_node + match(blocks[node, taken])
     return source
+
+
+def _move_prices(
+    placed: np.ndarray, old: np.ndarray, num_nodes: int, inverse_speed: np.ndarray, node_price: float
+) -> np.ndarray:
+    """(G, G): the price of giving a rank, by its old name, what the plan has on another, each expert once."""
+    num_ranks = len(inverse_speed)
+    rows = np.sort(np.stack([old, placed]).reshape(2, num_ranks, -1).astype(np.int64), axis=2)
+    cost = np.empty((num_ranks, num_ranks))
+    _price_moves(rows[0], rows[1], num_nodes, node_price, int(rows.max()) + 1, cost)
+    cost[inverse_speed[:, None] != inverse_speed] = _NEVER
+    return cost
+
+
+@kernel
+def _price_moves(
+    old: np.ndarray, wanted: np.ndarray, num_nodes: int, node_price: float, num_experts: int, cost: np.ndarray
+) -> None:
+    """Fills ``cost`` (G, G): of a rank (row) of ``old`` (G, S) that gets what one (column) of ``wanted`` (G, S) has.
+
+    Both with each rank's experts in ascending order.
+    """
+    num_ranks, size = old.shape
+    per_node = num_ranks // num_nodes
+    first, following = int_zeros(num_experts), int_zeros(num_ranks * size)  # slots of each expert, ranks descending
+    for e in range(num_experts):
+        first[e] = -1
+    for rank in range(num_ranks):
+        for slot in range(size):
+            e = old[rank, slot]
+            if slot == 0 or e != old[rank, slot - 1]:
+                following[rank * size + slot], first[e] = first[e], rank * size + slot
+    near = int_zeros(num_nodes * num_ranks)  # by node and column: moves that stay within the node
+    num_wanted = int_zeros(num_ranks)
+    for column in range(num_ranks):
+        for nth in range(size):
+            e, last = wanted[column, nth], -1
+            if nth > 0 and e == wanted[column, nth - 1]:
+                continue
+            num_wanted[column] += 1
+            slot = first[e]
+            while slot >= 0:
+                node = slot // size // per_node
+                if node != last:
+                    near[node * num_ranks + column] += 1
+                slot, last = following[slot], node
+    for rank in range(num_ranks):
+        for column in range(num_ranks):
+            on_node = near[rank // per_node * num_ranks + column]
+            cost[rank, column] = on_node + node_price * (num_wanted[column] - on_node)
+    for column in range(num_ranks):
+        for nth in range(size):
+            e = wanted[column, nth]
+            slot = first[e] if nth == 0 or e != wanted[column, nth - 1] else -1
+            while slot >= 0:
+                cost[slot // size, column] -= 1.0
+                slot = following[slot]
+
+
+@kernel
+def _take_cheapest(order: np.ndarray, cost: np.ndarray, chosen: np.ndarray) -> None:
+    """Fills ``chosen`` (n,): rows, in ``order``, take the cheapest column of ``cost`` (n, n) left, or the first."""
+    taken = int_zeros(cost.shape[0])
+    for row in order:
+        best = -1
+        for column in range(cost.shape[0]):
+            if taken[column] == 0 and (best < 0 or cost[row, column] < cost[row, best]):
+                best = column
+        chosen[row], taken[best] = best, 1
+
+
+def compile_relabelling() -> None:
+    """Compiles, or loads from the cache, what naming ranks takes."""
+    slots = np.arange(4)
+    rank_order(slots, slots, 1, np.ones(2), 1.0, False)
+    match(np.zeros((MAX_RANKS_MATCHED + 1, MAX_RANKS_MATCHED + 1)))
 
 
 @inlined

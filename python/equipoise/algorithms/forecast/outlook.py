@@ -51,16 +51,18 @@ def judge(
     lanes: np.ndarray,
     balance: np.ndarray,
 ) -> None:
-    """Fills rows first..last-1 of ``balance`` (L, NUM_DRAWS): mean over maximum rank load of each draw.
+    """Fills rows first..last-1 of ``balance`` (K, L, NUM_DRAWS): mean over maximum rank load of each draw, by plan.
 
     Args:
+        placed, share: (K, L, P) of K plans, which all see the same draws.
         tokens: (L, E, NUM_SCENARIOS), as in Scenarios.
         noise: (L, E) variance of a draw around its scenario.
         normal: (NUM_DRAWS, E) from :func:`normal_numbers`.
     """
-    num_ranks = inverse_speed.shape[0]
-    size = placed.shape[1] // num_ranks
-    load, drawn = zeros(num_ranks), zeros(tokens.shape[1])
+    num_ranks, drawn = inverse_speed.shape[0], zeros(tokens.shape[1])
+    size, live = placed.shape[2] // num_ranks, 0.0
+    for rank in range(num_ranks):
+        live += 1.0 if inverse_speed[rank] > 0.0 else 0.0
     ninth, deviation = np.empty((tokens.shape[1], NUM_SCENARIOS)), np.empty((tokens.shape[1], NUM_SCENARIOS))
     for layer in range(first, last):
         for e in range(drawn.shape[0]):
@@ -69,20 +71,19 @@ def judge(
                 ninth[e, s] = noise[layer, e] / (9.0 * x * x) if noisy else 0.0
                 deviation[e, s] = np.sqrt(ninth[e, s])
         for draw in range(normal.shape[0]):
-            total, top, s = 0.0, 0.0, lanes[draw]
+            s = lanes[draw]
             for e in range(drawn.shape[0]):
                 root = max(1.0 - ninth[e, s] + normal[draw, e] * deviation[e, s], 0.0)
                 drawn[e] = tokens[layer, e, s] * (root * root * root)
-            for rank in range(num_ranks):
-                load[rank] = 0.0
-                for slot in range(rank * size, (rank + 1) * size):
-                    load[rank] += share[layer, slot] * drawn[placed[layer, slot]]
-                total += load[rank]
-                top = max(top, load[rank] * inverse_speed[rank])
-            live = 0.0
-            for rank in range(num_ranks):
-                live += 1.0 if inverse_speed[rank] > 0.0 else 0.0
-            balance[layer, draw] = total / live / top if top > 0.0 else 1.0
+            for plan in range(placed.shape[0]):
+                total, top = 0.0, 0.0
+                for rank in range(num_ranks):
+                    load = 0.0
+                    for slot in range(rank * size, (rank + 1) * size):
+                        load += share[plan, layer, slot] * drawn[placed[plan, layer, slot]]
+                    total += load
+                    top = max(top, load * inverse_speed[rank])
+                balance[plan, layer, draw] = total / live / top if top > 0.0 else 1.0
 
 
 @kernel

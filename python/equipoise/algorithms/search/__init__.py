@@ -16,6 +16,7 @@ Private to this room::
 
     batch_state.py     Holds one layer's placement and its best split in each scenario, updated change by change
     best_change.py     Finds the change between two sets of ranks that lowers the cost most per price
+    change_bounds.py   Bounds what changes between two ranks can gain, before any is computed
     changes.py         Evaluates and applies the changes that a local search may make
     min_max.py         Minimises the maximum rank load of a fixed placement, by choice of shares alone: a flow
 """

@@ -6,13 +6,9 @@ layer_state.py (a power-sum, or p-norm, surrogate of the maximum)::
     slope_rs = (dC / d tokens of r in s) / q        the columns SLOPE.. of LayerState.ranks
     load_ps                                         what slot p adds to its rank in scenario s
 
-C is convex, so no change gains more than its first-order gain: C(x + d) >= C(x) + C'(x) d. Three steps, each dismissing
-what cannot beat the best change so far, leave few exact gains to compute:
-
-1. :func:`candidates`: for each slot of c, what it frees at most when it is overwritten, and what it sends back at most
-   when it is swapped;
-2. :func:`bounds`: for the pair (h, c), how far any exchange between them can lower the cost;
-3. :func:`exact_gains`: each pair of slots whose bounds leave room for a new best.
+C is convex, so no change gains more than its first-order gain: C(x + d) >= C(x) + C'(x) d. Bounds on what a slot of c
+and the pair (h, c) can gain (change_bounds.py) dismiss what cannot beat the best change so far; :func:`exact_gains`
+computes the others.
 """
 
 from __future__ import annotations
@@ -21,22 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
-from equipoise.algorithms.search.changes import (
-    cheapest_remaining,
-    exchange_bound,
-    first_order_gain,
-    overwrite_gain,
-    slot_loads,
-    swap_gain,
-)
+from equipoise.algorithms.search.change_bounds import NUM_HOT, Scratch, bounds, candidates, split_relief
+from equipoise.algorithms.search.changes import first_order_gain, overwrite_gain, slot_loads, swap_gain
 from equipoise.algorithms.search.even_split import even_change_gain, even_overwrite_gain
-from equipoise.algorithms.search.layer_state import COST, COUNT, NOISE, SLOPE, LayerState
+from equipoise.algorithms.search.layer_state import COST, COUNT, LayerState
 from equipoise.algorithms.search.move_price import ON_RANK
 from equipoise.algorithms.search.shares import marginal
-from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
+from equipoise.jit.compile import helper, inlined, number
 
-NUM_HOT = 3  # ranks whose load a step tries to lower
 FREE = 0.05  # price that a change without a move is ranked by
 
 
@@ -50,84 +38,16 @@ class Change(NamedTuple):
     part: float  # overwrite: the share that slot_2 takes from slot_1
 
 
-class Scratch(NamedTuple):
-    """Memory of one search, made once: the inner functions allocate nothing."""
+class PairBounds(NamedTuple):
+    """The largest over the slots of a cool rank, and of its exchanges with a hot one; see change_bounds.py."""
 
-    loads: np.ndarray  # (NUM_HOT + 2, max(S, 2), NUM_SCENARIOS): hot ranks' slots, a cool rank's slots, saved loads
-    remaining: np.ndarray  # (S,) int64, see cheapest_remaining; -1 for a slot that may not be overwritten
-    freed: np.ndarray  # (S,) bound on what overwriting a slot frees
-    back: np.ndarray  # (S,) bound on what a swap gains by sending a slot's load to the hot rank
-    limit: np.ndarray  # (S,) bound on what any exchange gains when a slot is overwritten
-
-
-@helper
-def new_scratch(slots_per_rank: int) -> Scratch:
-    return Scratch(
-        np.empty((NUM_HOT + 2, max(slots_per_rank, 2), NUM_SCENARIOS)),
-        int_zeros(slots_per_rank),
-        zeros(slots_per_rank),
-        zeros(slots_per_rank),
-        zeros(slots_per_rank),
-    )
+    freed: float
+    refund: float
+    back: float
+    swap: float
 
 
 @inlined
-def candidates(state: LayerState, cool_rank: int, scratch: Scratch, even: bool) -> float:
-    """Fills ``remaining`` and ``freed`` for the slots of a cool rank; the largest of ``freed``.
-
-    Slot r of expert b leaves its share w_r to the replica j of b that takes it most cheaply::
-
-        freed_r = sum_s slope_cs load_rs - w_r marginal(j)
-    """
-    expert, _, share, replicas, _, ranks, experts, _ = state
-    size = expert.shape[0] // ranks.shape[0]
-    cool, remaining, freed = scratch.loads[NUM_HOT], scratch.remaining, scratch.freed
-    slot_loads(expert, share, experts, cool_rank, size, cool)
-    max_freed = -np.inf
-    for k in range(size):
-        slot = cool_rank * size + k
-        remaining[k] = -1
-        if replicas[expert[slot], COUNT] > 1:
-            if even:
-                # All replicas but this one take a larger part: this one's goes as well, hence its change is undone.
-                e, n = expert[slot], replicas[expert[slot], COUNT]
-                remaining[k], freed[k] = slot, even_change_gain(state, e, n - 1)
-                part, risk = 1.0 / (n - 1), experts[e, NOISE] / (n - 1)
-                for s in range(NUM_SCENARIOS):
-                    grown = part * (experts[e, s] + risk) - cool[k, s]
-                    freed[k] += ranks[cool_rank, SLOPE + s] * grown
-            else:
-                remaining[k], cost = cheapest_remaining(state, slot, size)
-                freed[k] = -cost
-            for s in range(NUM_SCENARIOS):
-                freed[k] += ranks[cool_rank, SLOPE + s] * cool[k, s]
-            max_freed = max(max_freed, freed[k])
-    return max_freed
-
-
-@inlined
-def bounds(
-    state: LayerState, hot_rank: int, cool_rank: int, doublings: int, scratch: Scratch, even: bool
-) -> tuple[float, float]:
-    """Fills ``back`` and ``limit`` for a pair of ranks; the largest of ``back``, and the bound on any swap.
-
-    First order, for slot r of c going to h: ``back_r = sum_s (slope_cs - slope_hs) load_rs``. And two ranks can do no
-    better than to become level: ``exchange_bound`` in changes.py (not where replicas share alike: all of them change).
-    """
-    ranks, weight, size = state.ranks, state.weight, scratch.back.shape[0]
-    cool, remaining, back, limit = scratch.loads[NUM_HOT], scratch.remaining, scratch.back, scratch.limit
-    max_back = -np.inf
-    for k in range(size):
-        back[k] = first_order_gain(ranks, cool, k, cool_rank, hot_rank)
-        max_back = max(max_back, back[k])
-    any_swap = exchange_bound(ranks, weight, hot_rank, cool_rank, cool, number(-1), doublings)
-    for k in range(size):
-        if remaining[k] >= 0:
-            limit[k] = exchange_bound(ranks, weight, hot_rank, cool_rank, cool, k, doublings) if not even else np.inf
-    return max_back, any_swap
-
-
-@helper
 def _overwrite_rate(state: LayerState, slot: int, hot_rank: int, cool_rank: int, even: bool) -> float:
     """Bound (over q) on what a further replica on a cool rank gains for the expert of a hot rank's slot."""
     expert, _, share, replicas, _, ranks, experts, _ = state
@@ -149,9 +69,7 @@ def exact_gains(
     room: int,
     doublings: int,
     scratch: Scratch,
-    max_freed: float,
-    max_back: float,
-    any_swap: float,
+    pair: PairBounds,
     even: bool,
     best: Change,
 ) -> Change:
@@ -162,8 +80,8 @@ def exact_gains(
         out_p  = sum_s (slope_hs - slope_cs) load_ps              a swap sends all of it:     gain <= q (out + back)
         rate_p = w (marginal of a on h - marginal of a on c)      an overwrite at most all:   gain <= q (rate + freed)
     """
-    expert, _, share, _, held, ranks, _, weight = state
-    _, remaining, freed, back, limit = scratch
+    expert, _, share, _, held, ranks, experts, weight = state
+    _, remaining, freed, _, back, limit, refund, undone = scratch
     cool, saved = scratch.loads[NUM_HOT], scratch.loads[NUM_HOT + 1]
     size, q = remaining.shape[0], float(1 << doublings)
     top, slot_1, slot_2, best_remaining, best_t = best
@@ -172,29 +90,31 @@ def exact_gains(
         e, part = expert[p], share[p]
         if part <= 0.0 or held[cool_rank, e] > 0:
             continue
-        out = first_order_gain(ranks, hot, k_1, hot_rank, cool_rank)
-        rate = _overwrite_rate(state, p, hot_rank, cool_rank, even)
         comes_from, stays_at = origin[cool_rank, e], origin[hot_rank, e]
-        for k in range(size if q * max(out + max_back, rate + max_freed) > top * FREE else 0):
+        # Undoing a move gives its price back; a change that costs nothing is ranked as if it cost FREE.
+        overwrite_price, swap_price = prices[comes_from], prices[comes_from] - prices[stays_at]
+        rate = _overwrite_rate(state, p, hot_rank, cool_rank, even)
+        out = first_order_gain(ranks, hot, k_1, hot_rank, cool_rank)
+        relief = q * split_relief(ranks, experts, hot_rank, e, part)
+        overwrites = rate > 0.0 and q * (rate + pair.freed) > top * max(overwrite_price - pair.refund, FREE)
+        swaps = min(q * (out + pair.back), pair.swap) > top * max(swap_price - pair.refund, FREE)
+        for k in range(size if overwrites or swaps else 0):
             slot = cool_rank * size + k
-            other, was = expert[slot], origin[cool_rank, expert[slot]]
-            # Undoing a move gives its price back; a change that costs nothing is ranked as if it cost FREE.
-            price = prices[comes_from] - prices[was]
-            more = (comes_from != ON_RANK) - (was != ON_RANK)
-            if remaining[k] >= 0 and rate > 0.0 and more <= room:
-                pay = max(price, FREE)
-                if min(q * (rate + freed[k]), limit[k]) > top * pay:
-                    if even:
-                        gain, t = even_overwrite_gain(state, slot, e, doublings), 1.0
-                    else:
-                        gain, t = overwrite_gain(state, p, slot, remaining[k], doublings, saved)
-                    if gain > top * pay and t > 0.0:
-                        top, slot_1, slot_2, best_remaining, best_t = gain / pay, p, slot, remaining[k], t
-            if min(q * (out + back[k]), any_swap) > top * FREE and held[hot_rank, other] == 0:
-                goes_to = origin[hot_rank, other]
-                pay = max(price + prices[goes_to] - prices[stays_at], FREE)
+            more, pay = (comes_from != ON_RANK) - undone[k], max(overwrite_price - refund[k], FREE)
+            possible = overwrites and remaining[k] >= 0 and more <= room
+            if possible and min(q * (rate + freed[k]), limit[k] + relief) > top * pay:
+                if even:
+                    gain, t = even_overwrite_gain(state, slot, e, doublings), 1.0
+                else:
+                    gain, t = overwrite_gain(state, p, slot, remaining[k], doublings, saved)
+                if gain > top * pay and t > 0.0:
+                    top, slot_1, slot_2, best_remaining, best_t = gain / pay, p, slot, remaining[k], t
+            bound, pay = min(q * (out + back[k]), pair.swap), swap_price - refund[k]
+            if swaps and bound > top * max(pay, FREE) and held[hot_rank, expert[slot]] == 0:
+                goes_to = origin[hot_rank, expert[slot]]
+                pay = max(pay + prices[goes_to], FREE)
                 more += (goes_to != ON_RANK) - (stays_at != ON_RANK)
-                if more <= room and min(q * (out + back[k]), any_swap) > top * pay:
+                if more <= room and bound > top * pay:
                     gain = swap_gain(ranks, weight, hot, k_1, hot_rank, cool, k, cool_rank, doublings)
                     if gain > top * pay:
                         top, slot_1, slot_2, best_remaining = gain / pay, p, slot, number(-1)
@@ -223,7 +143,7 @@ def best_change(
         slot_loads(state.expert, state.share, state.experts, hot[i], size, scratch.loads[i])
     best = Change(min_rate, number(-1), number(-1), number(-1), 0.0)
     for cool_rank in cool:
-        max_freed = candidates(state, cool_rank, scratch, even)
+        max_freed, max_refund = candidates(state, cool_rank, origin, prices, scratch, even)
         for i in range(hot.shape[0]):
             if hot[i] == cool_rank or ranks[hot[i], COST] <= ranks[cool_rank, COST]:
                 continue
@@ -238,9 +158,7 @@ def best_change(
                 room,
                 doublings,
                 scratch,
-                max_freed,
-                max_back,
-                any_swap,
+                PairBounds(max_freed, max_refund, max_back, any_swap),
                 even,
                 best,
             )

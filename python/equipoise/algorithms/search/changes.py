@@ -21,6 +21,7 @@ from equipoise.algorithms.search.layer_state import (
     LayerState,
     add_share,
     power,
+    powers,
     refresh,
     relink,
 )
@@ -63,12 +64,24 @@ def swap_gain(
     doublings: int,
 ) -> float:
     gain = ranks[rank_1, COST] + ranks[rank_2, COST]
+    slow_1, slow_2 = ranks[rank_1, INVERSE_SPEED], ranks[rank_2, INVERSE_SPEED]
+    a, b = loads_1[k_1, 0] - loads_2[k_2, 0], loads_1[k_1, 1] - loads_2[k_2, 1]
+    c, d = loads_1[k_1, 2] - loads_2[k_2, 2], loads_1[k_1, 3] - loads_2[k_2, 3]
+    less = (
+        ranks[rank_1, 0] - a * slow_1,
+        ranks[rank_1, 1] - b * slow_1,
+        ranks[rank_1, 2] - c * slow_1,
+        ranks[rank_1, 3] - d * slow_1,
+    )
+    more = (
+        ranks[rank_2, 0] + a * slow_2,
+        ranks[rank_2, 1] + b * slow_2,
+        ranks[rank_2, 2] + c * slow_2,
+        ranks[rank_2, 3] + d * slow_2,
+    )
+    costs_1, costs_2 = powers(less, doublings), powers(more, doublings)
     for s in range(NUM_SCENARIOS):
-        moved = loads_1[k_1, s] - loads_2[k_2, s]
-        gain -= weight[s] * (
-            power(ranks[rank_1, s] - moved * ranks[rank_1, INVERSE_SPEED], doublings)
-            + power(ranks[rank_2, s] + moved * ranks[rank_2, INVERSE_SPEED], doublings)
-        )
+        gain -= weight[s] * (costs_1[s] + costs_2[s])
     return gain
 
 
@@ -87,15 +100,21 @@ def exchange_bound(
     """
     gain = ranks[rank_1, COST] + ranks[rank_2, COST]
     slow_1, slow_2 = ranks[rank_1, INVERSE_SPEED], ranks[rank_2, INVERSE_SPEED]
+    leaves, both = (slow_1 * slow_2 if k >= 0 else 0.0), slow_1 + slow_2
+    k = max(k, 0)
+    levels = (
+        (ranks[rank_1, 0] * slow_2 + ranks[rank_2, 0] * slow_1 - loads_2[k, 0] * leaves) / both,
+        (ranks[rank_1, 1] * slow_2 + ranks[rank_2, 1] * slow_1 - loads_2[k, 1] * leaves) / both,
+        (ranks[rank_1, 2] * slow_2 + ranks[rank_2, 2] * slow_1 - loads_2[k, 2] * leaves) / both,
+        (ranks[rank_1, 3] * slow_2 + ranks[rank_2, 3] * slow_1 - loads_2[k, 3] * leaves) / both,
+    )
+    costs = powers(levels, doublings)
     for s in range(NUM_SCENARIOS):
-        load = ranks[rank_1, s] * slow_2 + ranks[rank_2, s] * slow_1
-        if k >= 0:
-            load -= loads_2[k, s] * slow_1 * slow_2
-        gain -= 2.0 * weight[s] * power(load / (slow_1 + slow_2), doublings)
+        gain -= 2.0 * weight[s] * costs[s]
     return gain
 
 
-@helper
+@inlined
 def cheapest_remaining(state: LayerState, slot: int, size: int) -> tuple[int, float]:
     """The remaining replica that takes an overwritten slot's share most cheaply; first-order cost (over q)."""
     expert, following, share, replicas, _, ranks, experts, _ = state

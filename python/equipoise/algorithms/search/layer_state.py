@@ -102,6 +102,33 @@ def power(x: float, doublings: int) -> float:
     return x
 
 
+Lanes = tuple[float, float, float, float]  # a value for each scenario
+
+
+@helper
+def powers(x: Lanes, doublings: int) -> Lanes:
+    """``power`` for all scenarios: one chain of vector multiplications in place of four."""
+    a, b, c, d = x
+    for _ in range(doublings):
+        a *= a
+        b *= b
+        c *= c
+        d *= d
+    return a, b, c, d
+
+
+@helper
+def changed_loads(ranks: np.ndarray, rank: int, experts: np.ndarray, e: int, share: float, risk: float) -> Lanes:
+    """A rank's loads with so much more of an expert's share, and of its price of risk; above 0."""
+    slow = ranks[rank, INVERSE_SPEED]
+    return (
+        max(ranks[rank, 0] + (share * experts[e, 0] + risk) * slow, TINY),
+        max(ranks[rank, 1] + (share * experts[e, 1] + risk) * slow, TINY),
+        max(ranks[rank, 2] + (share * experts[e, 2] + risk) * slow, TINY),
+        max(ranks[rank, 3] + (share * experts[e, 3] + risk) * slow, TINY),
+    )
+
+
 @helper
 def link(
     expert: np.ndarray, following: np.ndarray, replicas: np.ndarray, held: np.ndarray, slot: int, new: int
@@ -148,12 +175,12 @@ def add_share(
 @helper
 def refresh(ranks: np.ndarray, weight: np.ndarray, rank: int, doublings: int) -> None:
     """Recomputes cost and slope of a rank from its load."""
-    total = 0.0
+    loads = (max(ranks[rank, 0], TINY), max(ranks[rank, 1], TINY), max(ranks[rank, 2], TINY), max(ranks[rank, 3], TINY))
+    costs, slow, total = powers(loads, doublings), ranks[rank, INVERSE_SPEED], 0.0
     for s in range(NUM_SCENARIOS):
-        load = max(ranks[rank, s], TINY)
-        part = weight[s] * power(load, doublings)
+        part = weight[s] * costs[s]
         total += part
-        ranks[rank, SLOPE + s] = part / load * ranks[rank, INVERSE_SPEED]
+        ranks[rank, SLOPE + s] = part / loads[s] * slow
     ranks[rank, COST] = total
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.search.best_change import NUM_HOT, Scratch, best_change, new_scratch
+from equipoise.algorithms.search.best_change import Change, best_change
+from equipoise.algorithms.search.change_bounds import NUM_HOT, Scratch, new_scratch
 from equipoise.algorithms.search.changes import apply_change, swap
 from equipoise.algorithms.search.even_split import overwrite_evenly
 from equipoise.algorithms.search.layer_state import (
@@ -28,7 +29,7 @@ from equipoise.algorithms.search.layer_state import (
     fill,
     refresh,
 )
-from equipoise.algorithms.search.move_price import MoveTerms, spent
+from equipoise.algorithms.search.move_price import ON_RANK, MoveTerms, spent
 from equipoise.algorithms.search.shares import optimise_shares
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 
@@ -108,8 +109,8 @@ def search(state: LayerState, origin: np.ndarray, moves: MoveTerms, options: Sea
             if 1.0 - slot_price * price <= value:
                 break  # no balance could pay for the moves made so far
             steps += 1
-            changed = _step(state, origin, moves, made, options, doublings, scratch)
-            price, made = spent(expert, origin, prices)
+            changed, more_price, more = _step(state, origin, moves, made, options, doublings, scratch)
+            price, made = price + more_price, made + more
     copy_placement(best_expert, best_share, expert, share)
     fill(state)
     _solve_shares(state, stages[-1], options.even)
@@ -125,8 +126,8 @@ def _step(
     options: SearchOptions,
     doublings: int,
     scratch: Scratch,
-) -> bool:
-    """Applies the best change in the hottest domain that has one; False if none pays."""
+) -> tuple[bool, float, int]:
+    """Applies the best change in the hottest domain that has one: its price and moves; False if none pays."""
     ranks, size = state.ranks, options.ranks_per_domain
     num_ranks = ranks.shape[0]
     num_domains = num_ranks // size
@@ -164,16 +165,32 @@ def _step(
                 scratch,
                 options.even,
             )
-            if found.slot_1 >= 0 and options.even and found.remaining >= 0:
-                overwrite_evenly(state, found.slot_2, state.expert[found.slot_1], doublings)
-                return True
-            if found.slot_1 >= 0 and options.even:
-                swap(state, found.slot_1, found.slot_2)
-                for rank in range(num_ranks):
-                    refresh(ranks, state.weight, rank, doublings)
-                return True
             if found.slot_1 >= 0:
-                apply_change(state, found.slot_1, found.slot_2, found.remaining, found.part, doublings)
-                return True
+                less_price, less = _moves_into(state.expert, found, origin, moves.prices)
+                _apply(state, found, options.even, doublings)
+                price, made = _moves_into(state.expert, found, origin, moves.prices)
+                return True, price - less_price, made - less
             num_tried, limit = min(limit, num_cool), 2 * limit
-    return False
+    return False, 0.0, 0
+
+
+@inlined
+def _apply(state: LayerState, found: Change, even: bool, doublings: int) -> None:
+    """Applies a change, with cost and slope of each rank up to date afterwards."""
+    if not even:
+        apply_change(state, found.slot_1, found.slot_2, found.remaining, found.part, doublings)
+    elif found.remaining >= 0:
+        overwrite_evenly(state, found.slot_2, state.expert[found.slot_1], doublings)
+    else:
+        swap(state, found.slot_1, found.slot_2)
+        for rank in range(state.ranks.shape[0]):
+            refresh(state.ranks, state.weight, rank, doublings)
+
+
+@helper
+def _moves_into(expert: np.ndarray, change: Change, origin: np.ndarray, prices: np.ndarray) -> tuple[float, int]:
+    """Price and number of the moves into the two slots of a change."""
+    size = expert.shape[0] // origin.shape[0]
+    one = origin[change.slot_1 // size, expert[change.slot_1]]
+    other = origin[change.slot_2 // size, expert[change.slot_2]]
+    return prices[one] + prices[other], (one != ON_RANK) + (other != ON_RANK)

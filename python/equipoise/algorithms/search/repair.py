@@ -7,7 +7,7 @@ import numpy as np
 from equipoise.algorithms.search.changes import overwrite
 from equipoise.algorithms.search.layer_state import COUNT, FIRST, INVERSE_SPEED, LayerState, add_share
 from equipoise.algorithms.search.move_price import ON_RANK
-from equipoise.jit.compile import helper, inlined, number
+from equipoise.jit.compile import helper, inlined, int_zeros, number
 
 
 @inlined
@@ -18,6 +18,28 @@ def lost_experts(state: LayerState) -> int:
         if state.replicas[e, COUNT] == 0:
             lost += 1
     return lost
+
+
+@helper
+def home_of_experts(expert: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> tuple[np.ndarray, bool]:
+    """(E,) node that holds each expert's group, -1 for none; False where groups are asked for but not whole."""
+    home = int_zeros(num_experts)
+    for e in range(num_experts):
+        home[e] = -1
+    if num_groups == 0:
+        return home, True
+    slots_per_node, size = expert.shape[0] // num_nodes, num_experts // num_groups
+    whole = True
+    for slot in range(expert.shape[0]):
+        node, first = slot // slots_per_node, expert[slot] // size * size
+        if home[first] >= 0 and home[first] != node:
+            whole = False
+        for e in range(first, first + size):
+            home[e] = node
+    if not whole:
+        for e in range(num_experts):
+            home[e] = -1
+    return home, whole
 
 
 @helper

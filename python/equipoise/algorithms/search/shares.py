@@ -19,7 +19,8 @@ from equipoise.algorithms.search.layer_state import (
     TINY,
     LayerState,
     add_share,
-    power,
+    changed_loads,
+    powers,
     refresh,
 )
 from equipoise.jit.compile import helper, number
@@ -59,15 +60,16 @@ def best_transfer(
     for _ in range(max_rounds):
         slope, curve = 0.0, 0.0
         gone, come = noise * t * (2.0 * has - t), noise * t * (2.0 * gets + t)
+        loads_1 = changed_loads(ranks, source, experts, e, -t, -gone)
+        loads_2 = changed_loads(ranks, target, experts, e, t, come)
+        costs_1, costs_2 = powers(loads_1, doublings), powers(loads_2, doublings)
         for s in range(NUM_SCENARIOS):
             tokens = experts[e, s]
-            load_1 = max(ranks[source, s] - (t * tokens + gone) * slow_1, TINY)
-            load_2 = max(ranks[target, s] + (t * tokens + come) * slow_2, TINY)
             rate_1 = (tokens + 2.0 * noise * (has - t)) * slow_1
             rate_2 = (tokens + 2.0 * noise * (gets + t)) * slow_2
-            over_1, over_2 = 1.0 / load_1, 1.0 / load_2
-            part_1 = weight[s] * power(load_1, doublings) * over_1
-            part_2 = weight[s] * power(load_2, doublings) * over_2
+            over_1, over_2 = 1.0 / loads_1[s], 1.0 / loads_2[s]
+            part_1 = weight[s] * costs_1[s] * over_1
+            part_2 = weight[s] * costs_2[s] * over_2
             slope += rate_2 * part_2 - rate_1 * part_1
             curve += (q - 1.0) * (rate_1 * rate_1 * part_1 * over_1 + rate_2 * rate_2 * part_2 * over_2)
             curve += 2.0 * noise * (part_1 * slow_1 + part_2 * slow_2)

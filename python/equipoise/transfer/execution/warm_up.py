@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from equipoise.jit.compile import without_loop_vectors
+from equipoise.jit.compile import for_short_loops
 from equipoise.placement.alignment import align_placement
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
@@ -16,7 +16,7 @@ from equipoise.transfer.planning.rank_program import compile_program_kernels
 
 def compile_transfer() -> None:
     """Compiles, or loads from numba's cache, all of them."""
-    with without_loop_vectors():
+    with for_short_loops():
         _compile_planning()
     checksum([torch.zeros(8, dtype=torch.uint8)])  # one long regular loop, which does become vectors
 
