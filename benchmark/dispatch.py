@@ -70,10 +70,18 @@ def main() -> int:
     console.print(table)
     engine = engine_overhead(arguments.quick)
     steps_table = Table(
-        "step", "off, ms", "dispatch", "and recording", "inside", title="embedded engine, added to a step"
+        "step",
+        "off, ms",
+        "dispatch",
+        "and recording",
+        "inside",
+        "streaming",
+        "inside",
+        title="embedded engine, added to a step",
     )
     for kind, values in engine.items():
-        parts = (values[n] for n in ("dispatch adds", "dispatch and recording add", "inside dispatch and recording"))
+        shown = ("dispatch adds", "dispatch and recording add", "inside dispatch and recording")
+        parts = (values[n] for n in (*shown, "streaming adds", "inside streaming"))
         steps_table.add_row(kind, f"{values['off']:.2f}", *(f"{100 * part:.1f}%" for part in parts))
     console.print(steps_table)
 

@@ -1,4 +1,4 @@
-"""What dispatch and recording add to the embedded engine's steps: on and off in one run, step by step in turns.
+"""What dispatch, recording and streaming add to the embedded engine's steps, on and off in turns, step by step.
 
 The demo model on several ranks of this machine. Off: the slots are those that the same batch got before, looked up from
 memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
@@ -28,7 +28,10 @@ from equipoise.engine.model.blueprint import ModelBlueprint
 from equipoise.engine.model.experts import EpContext, token_bounds
 from equipoise.engine.model.runner import ModelRunner
 from equipoise.engine.model.step_batch import Segment, StepBatch
+from equipoise.formats.trace_file import TraceDescription
 from equipoise.load.recorder import ExpertDistributionRecorder
+from equipoise.load.step_stream import CountStream
+from equipoise.load.stream_file import TraceFileSink
 
 NUM_RANKS = 2  # as many as a small machine has cores: more would wait for each other
 DECODING, PROMPT = (1, 8, 32), 256
@@ -47,7 +50,8 @@ class Routing:
     recorder: ExpertDistributionRecorder
     metadata_map: torch.Tensor
     policy: str = "batch"
-    mode: str = "dispatch"  # dispatch | record | remember
+    mode: str = "dispatch"  # dispatch | record | stream | remember
+    stream: CountStream | None = None  # where each step is written in mode stream
 
     def __post_init__(self) -> None:
         self._remembered: dict[tuple[str, int], torch.Tensor] = {}
@@ -59,7 +63,7 @@ class Routing:
         if self.mode == "remember":
             return self._remembered[key]
         began = time.perf_counter()
-        counts = self.recorder.counts if self.mode == "record" else None
+        counts = self.recorder.counts if self.mode in ("record", "stream") else None
         slots = self.dispatchers[self.policy].dispatch(layer_id, topk_ids, rank_bounds=rank_bounds, counts=counts)
         self.inside += time.perf_counter() - began
         self._remembered[key] = slots
@@ -70,7 +74,8 @@ class Routing:
             return
         began = time.perf_counter()
         self.dispatchers[self.policy].advance(num_tokens)
-        if self.mode == "record":
+        if self.mode in ("record", "stream"):
+            self.recorder.stream = self.stream if self.mode == "stream" else None
             self.recorder.end_step(self.metadata_map, forward_pass_id=self._number, counted=True)
             self._number += 1
         self.inside += time.perf_counter() - began
@@ -113,12 +118,25 @@ def _run_rank(
     dispatchers = {name: ExpertDispatcher(metadata, rank=rank, policy=policy) for name, policy in POLICIES.items()}
     recorder = ExpertDistributionRecorder(metadata, groups.serving, period=80, num_windows=8, buffer_size=1)
     routing = Routing(dispatchers, recorder, metadata.physical_to_logical_map)
+    description = TraceDescription(metadata.num_layers, metadata.num_logical_experts)
+    routing.stream = CountStream(
+        metadata.num_layers,
+        metadata.num_logical_experts,
+        TraceFileSink(rendezvous / f"rank_{rank}.safetensors", description),
+        num_staged=EplbConfig.expert_distribution_stream_buffer_size,
+        max_records=1 << 20,
+        device=device,
+    )
     runner.connect(EpContext(blueprint.topology, rank, groups.experts, routing.route))
     found = {
         f"{kind}, {policy}": _measure(runner, routing, policy, batch, rank, pairs)
         for kind, batch, pairs in _batches(quick)
         for policy in POLICIES
     }
+    routing.stream.stop()
+    routing.stream.join(10)
+    for values in found.values():
+        values["steps dropped"] = routing.stream.report().num_dropped
     if pipe is not None:
         pipe.send(found)
 
@@ -145,25 +163,28 @@ def _measure(
     bounds = token_bounds(batch.num_tokens, NUM_RANKS)
     num_tokens = bounds[rank + 1] - bounds[rank]
     routing.policy = policy
-    modes = ("dispatch", "remember", "record", "remember")  # what was dispatched last is what is remembered
-    seconds: dict[str, list[float]] = {"dispatch": [], "record": [], "off": [], "inside": []}
+    modes = ("dispatch", "remember", "record", "remember", "stream", "remember")  # the last dispatch is remembered
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("dispatch", "record", "stream", "off", "inside", "inside stream")
+    }
     for turn in range(rounds + 3):
-        order: Sequence[int] = (0, 1, 2, 3) if turn % 2 else (2, 3, 0, 1)
-        for index in order:
+        first = 2 * (turn % 3)
+        for index in (*range(first, len(modes)), *range(first)):
             routing.mode, routing.inside = modes[index], 0.0
             began = time.perf_counter()
             runner.forward(batch)
             routing.end_step(num_tokens)
             if turn >= 3:
                 seconds["off" if routing.mode == "remember" else routing.mode].append(time.perf_counter() - began)
-                if routing.mode == "record":
-                    seconds["inside"].append(routing.inside)
+                if routing.mode in ("record", "stream"):
+                    seconds["inside" if routing.mode == "record" else "inside stream"].append(routing.inside)
     return _summary(seconds)
 
 
 def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Milliseconds, and parts of the step without dispatch and recording."""
-    off, dispatch, record, inside = (1e3 * median(seconds[name]) for name in ("off", "dispatch", "record", "inside"))
+    names = ("off", "dispatch", "record", "stream", "inside", "inside stream")
+    off, dispatch, record, stream, inside, inside_stream = (1e3 * median(seconds[name]) for name in names)
     return {
         "off": off,
         "dispatch": dispatch,
@@ -171,6 +192,8 @@ def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
         "dispatch adds": dispatch / off - 1,
         "dispatch and recording add": record / off - 1,
         "recording adds": (record - dispatch) / off,
+        "streaming adds": (stream - record) / off,
+        "inside streaming": (inside_stream - inside) / off,
         "inside dispatch and recording": inside
         / off,  # by a clock inside them: less noise, without what they cool down
     }
@@ -186,3 +209,4 @@ def overhead_bars(found: dict[str, dict[str, float]], bar: Bar) -> None:
             limit = 0.02 if kind.startswith("prefill") else 0.03
             bar(f"{kind}: dispatch and recording add", values["dispatch and recording add"], limit)
             bar(f"{kind}: recording adds", values["recording adds"], 0.01)
+            bar(f"{kind}: streaming each step adds", values["streaming adds"], 0.01)

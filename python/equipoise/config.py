@@ -12,6 +12,7 @@ DispatchAlgorithm = Literal["static", "dynamic", "batch"]
 DispatchScope = Literal["rank", "node", "all"]
 LoadPhase = Literal["all", "prefill", "decode"]
 RecorderMode = Literal["stat", "per_pass"]
+StreamMode = Literal["per_pass", "per_token"]
 Verification = Literal["off", "canary", "checksum"]
 TransferMode = Literal["sync", "chunked", "async"]
 TransferTransport = Literal["auto", "nccl", "host"]
@@ -114,9 +115,19 @@ class EplbConfig:
     expert_distribution_recorder_buffer_size: int = 1000
     """Steps the recorder keeps; older ones are overwritten."""
 
+    expert_distribution_stream_buffer_size: int = 64
+    """Steps of a streamed recording that may wait for the disk; a step that finds no room is dropped, and counted."""
+
+    expert_distribution_stream_buffer_tokens: int = 16384
+    """The same in tokens of a rank, where each token's experts are streamed; steps of more are always dropped."""
+
+    expert_distribution_stream_max_bytes: int = 2 << 30
+    """Most bytes of a streamed recording's file, one for each rank; steps that no longer fit are dropped."""
+
     def __post_init__(self) -> None:
         require_at_least(1, self, "eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk eplb_staging_bytes")
-        require_at_least(1, self, "expert_distribution_recorder_buffer_size")
+        require_at_least(1, self, "expert_distribution_recorder_buffer_size expert_distribution_stream_buffer_size")
+        require_at_least(1, self, "expert_distribution_stream_max_bytes expert_distribution_stream_buffer_tokens")
         require_at_least(0, self, "ep_num_redundant_experts eplb_max_moves_per_layer")
         phases = get_args(LoadPhase)
         require(self.eplb_load_phase in phases, "eplb_load_phase", self.eplb_load_phase, f"one of {', '.join(phases)}")

@@ -17,7 +17,18 @@ from fastapi.routing import APIRoute
 from equipoise.admin.http_errors import ErrorAnsweringRoute
 from equipoise.admin.routes import admin_router
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError, PhaseError, StorageError
-from equipoise.manager.commands import Command, DumpRecording, GetStatus, Pause, Rebalance, Resume, StartRecording
+from equipoise.load.stream_report import RecordingReply, StreamReply, StreamReport
+from equipoise.manager.commands import (
+    Command,
+    DumpRecording,
+    GetRecording,
+    GetStatus,
+    Pause,
+    Rebalance,
+    Resume,
+    StartRecording,
+    StopRecording,
+)
 from helpers.fake_engine import REPORT
 from helpers.http_server import error_of, running_server
 
@@ -48,10 +59,38 @@ def test_commands_reach_the_ranks_and_replies_the_operator() -> None:
     answer = call(ranks, "POST", "/eplb/rebalance", json={"dry_run": True, "max_moves_per_layer": 3})
     assert answer.status_code == 200
     assert answer.json()["bytes_moved"] == REPORT.bytes_moved
+    ranks.reply = RecordingReply(True, None)
     call(ranks, "POST", "/start_expert_distribution_record")
+    assert call(ranks, "GET", "/status_expert_distribution_record").json() == {"recording": True}
     call(ranks, "POST", "/dump_expert_distribution_record")
     call(ranks, "GET", "/eplb/status")
-    assert ranks.commands == [Rebalance(None, True, 3), StartRecording(), DumpRecording("dumps"), GetStatus()]
+    recording = [StartRecording(directory="dumps"), GetRecording(), DumpRecording("dumps")]
+    assert ranks.commands == [Rebalance(None, True, 3), *recording, GetStatus()]
+
+
+def test_a_streamed_recording_has_a_folder_of_its_own_and_its_end_is_waited_for() -> None:
+    def reply(finished: bool) -> RecordingReply:
+        report = StreamReport("/d/name/rank_0.safetensors", 7, 7 if finished else 3, 2, [[4, 5]], finished, None)
+        return RecordingReply(False, StreamReply("/d/name", "per_pass", finished, [report]))
+
+    class WritingRanks(Ranks):
+        async def control(self, command: Command) -> Any:
+            self.reply = reply(len(self.commands) >= 3)
+            return await super().control(command)
+
+    ranks = WritingRanks()
+    started = call(ranks, "POST", "/start_expert_distribution_record", json={"stream": "per_pass"})
+    (begun,) = ranks.commands
+    assert isinstance(begun, StartRecording)
+    assert (begun.stream, begun.directory) == ("per_pass", "dumps")
+    assert begun.name.startswith("expert_distribution_2")
+    assert started.json()["stream"]["path"] == "/d/name"
+    answer = call(ranks, "POST", "/stop_expert_distribution_record").json()
+    assert ranks.commands[1:] == [StopRecording(), GetRecording(), GetRecording()]
+    (rank,) = answer["stream"]["ranks"]
+    assert (rank["num_written"], rank["num_dropped"], rank["dropped"], rank["finished"]) == (7, 2, [[4, 5]], True)
+    refused = call(ranks, "POST", "/start_expert_distribution_record", json={"stream": "everything"})
+    assert error_of(refused, 400, "stream")
 
 
 @pytest.mark.parametrize(

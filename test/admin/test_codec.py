@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from equipoise.admin.codec import COMMANDS, decode_command, decode_reply, encode_command, encode_reply
 from equipoise.errors import ConfigError, EquipoiseError, PhaseError, TransferError, VerificationError
+from equipoise.load.stream_report import RecordingReply, StreamReply, StreamReport
 from equipoise.manager.commands import (
     Command,
     DumpRecording,
     DumpReply,
     ExpertLocationReply,
     GetExpertLocation,
+    GetRecording,
     GetStatus,
     Pause,
     Rebalance,
@@ -54,6 +56,7 @@ def test_what_is_no_command_is_refused_by_field(text: str, field: str, said: str
     assert caught.value.field == field
 
 
+STREAMED = StreamReport("/d/n/rank_0.safetensors", 5, 5, 1, [[3, 3]], True, None)
 LOCATION = ExpertLocationReply(2, 1, 2, 3, [4], [[0, 1, 2, 0]], [[0.5, 1.0, 1.0, 0.5]])
 
 
@@ -65,7 +68,8 @@ LOCATION = ExpertLocationReply(2, 1, 2, 3, [4], [[0, 1, 2, 0]], [[0.5, 1.0, 1.0,
         (GetExpertLocation(), LOCATION),
         (DumpRecording("d"), DumpReply("/d/f.npz", 3, 12)),
         (DumpRecording("d"), None),
-        (StartRecording(), None),
+        (StartRecording("per_pass", "d", "n"), RecordingReply(True, None)),
+        (GetRecording(), RecordingReply(False, StreamReply("/d/n", "per_pass", True, [STREAMED]))),
         (Pause("x"), None),
     ],
 )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from equipoise.errors import ConfigError, TraceError
-from equipoise.formats.trace_file import TraceDescription, TraceWriter
+from equipoise.formats.trace_file import TraceDescription
+from equipoise.formats.trace_writer import TraceWriter
 from equipoise.load.trace import LoadTrace
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

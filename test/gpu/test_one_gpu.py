@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,11 @@ from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.distributed.communicator import TorchCommunicator
 from equipoise.distributed.groups import new_transfer_group
+from equipoise.formats.trace_file import TraceDescription
 from equipoise.load.recorder import ExpertDistributionRecorder
+from equipoise.load.step_stream import CountStream, TokenStream
+from equipoise.load.stream_file import TraceFileSink
+from equipoise.load.trace import LoadTrace
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 from helpers.placements import random_map
@@ -132,6 +137,64 @@ def test_nothing_waits_for_the_device(algorithm: Any) -> None:
         assert torch.equal(metadata.physical_to_logical_map[2].cpu(), new.physical_to_logical_map[2])
 
     results_of(body, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_a_step_is_streamed_without_waiting_for_the_device(tmp_path: Path, record_property: Any) -> None:
+    """Counts of each step reach the file through pinned memory, while the next step is being counted."""
+    shape = (58, 288)
+    p2l = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    sink = TraceFileSink(tmp_path / "t.safetensors", TraceDescription(58, 256))
+    stream = CountStream(58, 256, sink, num_staged=64, max_records=1000, device=torch.device("cuda"))
+    on_device, counts = p2l.cuda(), torch.zeros(shape, dtype=torch.int32, device="cuda")
+    seconds = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(60):
+            counts.fill_(step)
+            began = time.perf_counter()
+            stream.add(counts, on_device, step, "decode")
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.stop()
+    stream.join(20)
+    record_property("us a step", round(1e6 * sorted(seconds)[len(seconds) // 2], 1))
+    report = stream.report()
+    assert (report.num_written, report.num_dropped, report.error) == (60, 0, None)
+    one = torch.zeros(58, 256, dtype=torch.int64).scatter_add_(1, p2l, torch.ones(shape, dtype=torch.int64))
+    for step, found in enumerate(LoadTrace.open(sink.path).logical_count):
+        assert torch.equal(torch.from_numpy(found.astype(np.int64)), one * step), step
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(60)
+def test_tokens_are_streamed_without_waiting_for_the_device(tmp_path: Path) -> None:
+    layers, top_k, sizes = 5, 4, [3, 0, 17, 1] * 5
+    description = TraceDescription(layers, 64, tokens=True, top_k=top_k)
+    sink = TraceFileSink(tmp_path / "t.safetensors", description)
+    options = {"dtype": torch.int16, "num_staged": 4096, "max_records": 10_000, "device": torch.device("cuda")}
+    stream = TokenStream(layers, top_k, sink, **options)  # type: ignore[arg-type]
+    ids = [torch.randint(0, 64, (layers, size, top_k)) for size in sizes]
+    on_device = [each.cuda() for each in ids]
+    unused = torch.zeros(0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, of_step in enumerate(on_device):
+            for layer in range(layers):
+                stream.record_tokens(layer, of_step[layer])
+            stream.add(unused, unused, step, "decode")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.stop()
+    stream.join(20)
+    assert (stream.report().num_written, stream.report().num_dropped) == (len(sizes), 0)
+    trace = LoadTrace.open(sink.path)
+    empty = torch.full((layers, 1, top_k), -1)  # of a step without tokens
+    expected = torch.cat([each if each.shape[1] else empty for each in ids], dim=1).swapaxes(0, 1)
+    assert trace.topk_ids is not None
+    assert np.array_equal(trace.topk_ids, expected.numpy())
 
 
 @pytest.mark.gpu

@@ -10,7 +10,18 @@ from typing import Any
 from equipoise.engine.requests import GenerateRequest, TokenEvent
 from equipoise.engine.step_log import GetSteps, GetStepTotals, StepRecord, StepTotals
 from equipoise.errors import ConfigError, EngineDeadError, EquipoiseError
-from equipoise.manager.commands import Command, DumpRecording, DumpReply, GetStatus, Rebalance, StatusReply
+from equipoise.load.stream_report import RecordingReply
+from equipoise.manager.commands import (
+    Command,
+    DumpRecording,
+    DumpReply,
+    GetRecording,
+    GetStatus,
+    Rebalance,
+    StartRecording,
+    StatusReply,
+    StopRecording,
+)
 from equipoise.manager.reports import BalanceSummary, RebalanceProfile, RebalanceReport, RebalanceTotals
 
 
@@ -122,6 +133,8 @@ class FakeEngine:
             return dataclasses.replace(self.report, outcome="dry_run") if command.dry_run else self.report
         if isinstance(command, DumpRecording):
             return DumpReply(path=f"{command.directory}/dump.pt", num_steps=3, num_tokens=12)
+        if isinstance(command, StartRecording | StopRecording | GetRecording):
+            return RecordingReply(isinstance(command, StartRecording), None)
         if isinstance(command, GetStatus):
             return self.status()
         if isinstance(command, GetSteps):

@@ -38,7 +38,7 @@ def step_of(recorder: ExpertDistributionRecorder, phase: Any, num_decode: int, s
     for layer in range(L):
         ids = torch.from_numpy(slots[layer])
         recorder.record(layer, ids)
-        recorder.record_part(layer, ids)
+        recorder.record_routed(layer, ids, ids)
     recorder.end_step(MAP, forward_pass_id=step, counted=True)
 
 
@@ -100,7 +100,7 @@ def test_counts_of_a_host_in_a_mixed_step_count_whole() -> None:
 def test_a_step_that_does_not_count_leaves_nothing_for_the_next() -> None:
     recorder = new_recorder("decode")
     recorder.begin_step("mixed", 1)
-    recorder.record_part(0, torch.zeros(2, 2, dtype=torch.int64))
+    recorder.record_routed(0, *[torch.zeros(2, 2, dtype=torch.int64)] * 2)
     recorder.end_step(MAP, forward_pass_id=0, counted=False)
     step_of(recorder, "mixed", 1, np.ones((L, 2, 1), np.int64), 1)
     assert recorder.windows(8).sum() == L

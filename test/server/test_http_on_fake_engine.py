@@ -188,7 +188,7 @@ class TestAdmin:
             assert client.post(f"/{call}_expert_distribution_record").status_code == 200
         reply = client.post("/dump_expert_distribution_record").json()
         assert reply == {"path": "dumps/dump.pt", "num_steps": 3, "num_tokens": 12}
-        assert engine.commands == [StartRecording(), StopRecording(), DumpRecording("dumps")]
+        assert engine.commands == [StartRecording(directory="dumps"), StopRecording(), DumpRecording("dumps")]
 
     def test_state_never_changes_by_get(self, engine: FakeEngine, client: httpx.Client) -> None:
         for path in (

@@ -31,6 +31,7 @@ ADMIN_CALLS = [
     ("POST", "/start_expert_distribution_record"),
     ("POST", "/stop_expert_distribution_record"),
     ("POST", "/dump_expert_distribution_record"),
+    ("GET", "/status_expert_distribution_record"),
     ("POST", "/eplb/rebalance"),
     ("POST", "/eplb/pause"),
     ("POST", "/eplb/resume"),

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -235,6 +236,55 @@ class TestRecording:
         assert trace.num_steps == reply["num_steps"] == 12
         # 8 prompt tokens, then one a step: every token goes to 2 experts in every layer.
         assert trace.logical_count.sum(axis=(0, 2)).tolist() == [2 * (8 + 11)] * trace.num_layers
+
+    def test_a_streamed_recording_is_a_trace_of_every_step(
+        self, client: httpx.Client, real_server: RealServer, expected: dict[str, list[int]]
+    ) -> None:
+        begun = client.post("/start_expert_distribution_record", json={"stream": "per_pass"}).json()["stream"]
+        assert begun["path"].startswith(str(real_server.dumps))
+        answer = generate(client, text=PROMPTS[0], sampling_params=GREEDY)
+        assert client.get("/eplb/status").json()["recording"]
+        running = client.get("/status_expert_distribution_record").json()
+        assert (running["recording"], running["stream"]["ranks"][1]["num_steps"]) == (True, 12)
+        stopped = client.post("/stop_expert_distribution_record").json()["stream"]
+        generate(client, text=PROMPTS[1], sampling_params=GREEDY)  # not in the trace
+        assert stopped["finished"]
+        assert [(rank["num_written"], rank["num_dropped"]) for rank in stopped["ranks"]] == [(12, 0)] * 2
+        assert answer["output_ids"] == expected[PROMPTS[0]]
+        trace = LoadTrace.open(stopped["path"])
+        assert trace.logical_count.sum(axis=2).tolist() == [[16] * trace.num_layers] + [[2] * trace.num_layers] * 11
+        assert trace.rank_count is not None
+        assert trace.rank_count.sum(axis=(2, 3)).tolist()[0] == [8 * trace.num_layers] * 2, "half of a prompt each"
+        assert trace.phases is not None
+        assert trace.phases.tolist() == [1] + [2] * 11
+        assert trace.timestamps is not None
+        assert 0 < trace.timestamps[-1] - trace.timestamps[0] < 60
+        assert trace.metadata["num_nodes"] == 2
+        assert not trace.notes
+        assert "streamed" in error_of(client.post("/dump_expert_distribution_record"), 409)
+
+    def test_streamed_tokens_add_up_to_streamed_counts(self, client: httpx.Client) -> None:
+        traces = {}
+        for mode in ("per_pass", "per_token"):
+            assert client.post("/start_expert_distribution_record", json={"stream": mode}).status_code == 200
+            generate(client, text=PROMPTS[2], sampling_params=GREEDY)
+            traces[mode] = LoadTrace.open(client.post("/stop_expert_distribution_record").json()["stream"]["path"])
+        counts, tokens = traces["per_pass"], traces["per_token"]
+        assert counts.logical_count.tolist() == tokens.logical_count.tolist()
+        assert counts.rank_count is not None
+        assert tokens.rank_count is not None
+        assert counts.rank_count.tolist() == tokens.rank_count.tolist()
+        assert tokens.topk_ids is not None
+        assert tokens.token_offsets is not None
+        sizes = np.diff(tokens.token_offsets).tolist()
+        assert sizes == [len(PROMPTS[2].encode())] + [1] * 11
+        assert tokens.topk_ids.shape == (sum(sizes), tokens.num_layers, 2)
+        assert (tokens.topk_ids >= 0).all()
+        assert not tokens.notes
+
+    def test_what_cannot_be_streamed_is_refused_by_field(self, client: httpx.Client) -> None:
+        error_of(client.post("/start_expert_distribution_record", json={"stream": "per_layer"}), 400, "stream")
+        error_of(client.post("/start_expert_distribution_record", json={"strem": "per_pass"}), 400, "strem")
 
     def test_stop_without_start_is_a_409(self, client: httpx.Client) -> None:
         client.post("/start_expert_distribution_record")

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema, field_validator
 
+from equipoise.config import StreamMode
+
 # The bounds are for clients to read; the route refuses what is below them, in one sentence.
 _Moves = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 _Price = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
@@ -30,6 +32,14 @@ class PauseBody(StrictBody):
 
     reason: str = "an operator asked for it"
     """Shown in /eplb/status, and to whoever asks for a rebalance meanwhile."""
+
+
+class RecordBody(StrictBody):
+    """POST /start_expert_distribution_record; may be empty."""
+
+    stream: StreamMode | None = None
+    """`per_pass`: each step's counts go to a file as they come; `per_token`: the experts of each of its tokens.
+    None: the last steps are kept, for a dump."""
 
 
 class RebalanceBody(StrictBody):

@@ -21,6 +21,7 @@ from equipoise.manager.commands import (
     Command,
     DumpRecording,
     GetExpertLocation,
+    GetRecording,
     GetStatus,
     Pause,
     Rebalance,
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Command[Any]]] = {
     for kind in (
         DumpRecording,
         GetExpertLocation,
+        GetRecording,
         GetStatus,
         Pause,
         Rebalance,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,14 +12,16 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from equipoise.admin.bodies import PauseBody, RebalanceBody
+from equipoise.admin.bodies import PauseBody, RebalanceBody, RecordBody
 from equipoise.admin.codec import jsonable
 from equipoise.admin.http_errors import ERROR_RESPONSES, ErrorAnsweringRoute, error_body
 from equipoise.errors import ConfigError
+from equipoise.load.stream_report import RecordingReply
 from equipoise.manager.commands import (
     Command,
     DumpRecording,
     GetExpertLocation,
+    GetRecording,
     GetStatus,
     Pause,
     Rebalance,
@@ -32,6 +35,7 @@ Control = Callable[[Command], Awaitable[Any]]
 """Brings a command to every rank, in the same order on all of them; answers with rank 0's reply or raises its error."""
 
 _MAX_INT = 2**62  # beyond any count
+_MAX_WRITE_SECONDS, _POLL_SECONDS = 30.0, 0.05
 
 
 def admin_router(control: Control, *, dump_dir: str, route_class: type[APIRoute] = ErrorAnsweringRoute) -> APIRouter:
@@ -99,21 +103,54 @@ def _add_balancing(router: APIRouter, control: Control) -> None:
 
 def _add_recording(router: APIRouter, control: Control, dump_dir: str) -> None:
     @router.post("/start_expert_distribution_record")
-    async def start_record() -> JSONResponse:
-        """Begins a recording; an earlier one is dropped."""
-        await control(StartRecording())
-        return JSONResponse({"message": "recording"})
+    async def start_record(body: RecordBody | None = None) -> JSONResponse:
+        """Begins a recording. One for a dump that was there is dropped; a streamed one that runs is stopped.
+
+        A streamed one is written to a new folder in --dump-dir, which the answer names, a file for each rank.
+        """
+        mode, now = (body or RecordBody()).stream, time.time()
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f"{now % 1:.3f}"[2:]
+        name = f"expert_distribution_{stamp}" if mode is not None else ""
+        reply = await control(StartRecording(mode, dump_dir, name))
+        return JSONResponse({"message": "recording", **_stream_of(reply)})
 
     @router.post("/stop_expert_distribution_record")
     async def stop_record() -> JSONResponse:
-        """Ends the recording, which can still be dumped. 409 if none runs."""
-        await control(StopRecording())
-        return JSONResponse({"message": "stopped"})
+        """Ends the recording. 409 if none runs.
+
+        What is in memory can still be dumped. A streamed one is waited for until its files are closed, half a minute at
+        most; the answer says what was written and dropped.
+        """
+        reply = await _shielded(_stop_and_wait(control))
+        return JSONResponse({"message": "stopped", **_stream_of(reply)})
+
+    @router.get("/status_expert_distribution_record")
+    async def record_status() -> JSONResponse:
+        """Whether a recording runs, and what a streamed one has written and dropped so far."""
+        reply: RecordingReply = await control(GetRecording())
+        return JSONResponse({"recording": reply.recording, **_stream_of(reply)})
 
     @router.post("/dump_expert_distribution_record")
     async def dump_record() -> JSONResponse:
         """Writes what was recorded to a new file in --dump-dir and answers with its path."""
         return JSONResponse(jsonable(await _shielded(control(DumpRecording(dump_dir)))))
+
+
+async def _stop_and_wait(control: Control) -> RecordingReply:
+    reply: RecordingReply = await control(StopRecording())
+    waited = 0.0
+    while reply.stream is not None and not reply.stream.finished and waited < _MAX_WRITE_SECONDS:
+        await asyncio.sleep(_POLL_SECONDS)
+        waited += _POLL_SECONDS
+        now: RecordingReply = await control(GetRecording())
+        if now.stream is None or now.stream.path != reply.stream.path:  # another one was begun
+            break
+        reply = now
+    return reply
+
+
+def _stream_of(reply: RecordingReply) -> dict[str, Any]:
+    return {} if reply.stream is None else {"stream": jsonable(reply.stream)}
 
 
 async def _shielded(work: Awaitable[Any]) -> Any:

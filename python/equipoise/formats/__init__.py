@@ -8,8 +8,9 @@ Public modules, which other rooms import::
     expert_location.py  What an engine can start with, and our own file of a placement
     numbers.py          Numbers checked for shape, size, sign and overflow
     raw_trace.py        What every reader of recorded load returns
-    trace_file.py       Equipoise's trace format and its writer
+    trace_file.py       Equipoise's trace format: what a file says of itself, its records
     trace_reader.py     Reads Equipoise's trace format, memory-mapped
+    trace_writer.py     Writes Equipoise's trace format, step by step
 
 Private to this room::
 

@@ -2,7 +2,8 @@
 
 ::
 
-    header (padded, rewritten in place)   __metadata__: format, version, description (JSON, see TraceDescription)
+    header (padded, rewritten in place)   __metadata__: format, version, description (JSON, see TraceDescription), and
+                                          once closed, where its writer had something to add, closing (JSON)
     placements      int32  (V, L, P)      which expert each slot held; absent where unknown
     steps           uint8  (T, record)    the records, to the end of the file
 
@@ -19,25 +20,19 @@ step). A file that was closed is plain safetensors to any other reader. Reading 
 from __future__ import annotations
 
 import json
-import os
-import struct
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from equipoise.errors import ConfigError, TraceError
+from equipoise.errors import TraceError
 from equipoise.formats.archive import MAX_EXPERTS
-from equipoise.formats.container import SafetensorsHeader, map_tensor, read_safetensors_header
+from equipoise.formats.container import SafetensorsHeader
 
 FORMAT = "equipoise.trace"
 VERSION = "1"
-
-_HEADER_ROOM = 64
-"""Bytes kept free in the header for the digits of the offsets to come."""
 
 _COUNT_TYPES = {"i4": "<i4", "i8": "<i8", "f8": "<f8"}
 _ID_TYPES = {"i2": "<i2", "i4": "<i4"}
@@ -89,121 +84,6 @@ class TraceDescription:
             raise TraceError(f"a record would take {self.record().itemsize} bytes")
 
 
-class TraceWriter:
-    """Writes a trace file, step by step; also behind what an earlier writer left.
-
-    Args:
-        path: a new file, or one of the same description to append to (what a crash cut off is taken away first).
-        placements: (V, L, P) ints, for a new file.
-
-    Raises:
-        ConfigError: it cannot be written, or it is another trace already.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], description: TraceDescription, placements: np.ndarray | None = None
-    ):
-        description.check()
-        self._description = description
-        self._record = description.record()
-        self._path = Path(path)
-        self._placements = placements
-        try:
-            self._file, self._num_records = self._open()
-        except OSError as error:
-            raise ConfigError(f"{self._path}: cannot be written: {error.strerror}", field="out") from error
-
-    def append(
-        self,
-        values: np.ndarray,
-        *,
-        forward_pass_ids: np.ndarray,
-        timestamps: np.ndarray | None = None,
-        phases: np.ndarray | None = None,
-        placement: int = -1,
-    ) -> None:
-        """Appends records.
-
-        Args:
-            values: (n, R, L, E) counts, or (n, L, K) ids.
-            forward_pass_ids: (n,); of a trace of tokens, equal for the tokens of a step.
-        """
-        records = np.zeros(len(values), dtype=self._record)
-        records["forward_pass_id"] = forward_pass_ids
-        records["timestamp"] = np.nan if timestamps is None else timestamps
-        records["phase"] = 0 if phases is None else phases
-        records["placement"] = placement
-        records["topk_ids" if self._description.tokens else "counts"] = values
-        _seal(records)
-        self._file.write(records.tobytes())
-        self._num_records += len(records)
-
-    def flush(self) -> None:
-        """Makes what was appended visible to any safetensors reader and safe from a crash."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        end = self._file.tell()
-        self._file.seek(0)
-        self._file.write(self._header(self._num_records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.seek(end)
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _open(self) -> tuple[BinaryIO, int]:
-        if self._path.is_file() and self._path.stat().st_size:
-            return self._reopen()
-        file = self._path.open("w+b")
-        file.write(self._header(0))
-        if self._placements is not None:
-            file.write(self._placements.astype("<i4").tobytes())
-        return file, 0
-
-    def _reopen(self) -> tuple[BinaryIO, int]:
-        header = read_safetensors_header(self._path)
-        if header.metadata.get("format") != FORMAT or description_of(header) != self._description:
-            raise ConfigError(f"{self._path} is there already and holds something else", field="out")
-        if "placements" in header.tensors:
-            self._placements = np.array(map_tensor(self._path, header, "placements"))
-        records = whole_records(self._path, header, self._record)
-        count = len(records)
-        start = header.data_start + header.tensors["steps"]["data_offsets"][0]
-        del records
-        file = self._path.open("r+b")
-        file.truncate(start + count * self._record.itemsize)
-        file.seek(0, os.SEEK_END)
-        return file, count
-
-    def _header(self, num_records: int) -> bytes:
-        start = 0 if self._placements is None else 4 * self._placements.size
-        content: dict[str, Any] = {
-            "__metadata__": {
-                "format": FORMAT,
-                "version": VERSION,
-                "description": json.dumps(asdict(self._description), sort_keys=True),
-            }
-        }
-        if self._placements is not None:
-            content["placements"] = {"dtype": "I32", "shape": list(self._placements.shape), "data_offsets": [0, start]}
-        size = self._record.itemsize
-
-        def encoded(records: int) -> bytes:
-            steps = {"dtype": "U8", "shape": [records, size], "data_offsets": [start, start + records * size]}
-            return json.dumps({**content, "steps": steps}).encode()
-
-        room = -(-(len(encoded(0)) + _HEADER_ROOM) // 8) * 8  # the data begins at a multiple of 8
-        return struct.pack("<Q", room) + encoded(num_records).ljust(room)
-
-
 def description_of(header: SafetensorsHeader) -> TraceDescription:
     """
     Raises:
@@ -223,6 +103,15 @@ def description_of(header: SafetensorsHeader) -> TraceDescription:
     return description
 
 
+def closing_of(header: SafetensorsHeader) -> dict[str, Any] | None:
+    """What the writer added when it closed the file; None if it added nothing, or did not close it."""
+    try:
+        closing = json.loads(header.metadata.get("closing", "null"))
+    except (ValueError, RecursionError):
+        return None
+    return closing if isinstance(closing, dict) else None
+
+
 def whole_records(path: Path, header: SafetensorsHeader, dtype: np.dtype) -> np.ndarray:
     """The records up to the first that was not wholly written, memory-mapped."""
     entry = header.tensors.get("steps", {})
@@ -240,8 +129,3 @@ def whole_records(path: Path, header: SafetensorsHeader, dtype: np.dtype) -> np.
         if zlib.crc32(records[index].tobytes()[:-4]) != records["crc"][index]:
             return records[:index]
     return records
-
-
-def _seal(records: np.ndarray) -> None:
-    for index in range(len(records)):
-        records["crc"][index] = zlib.crc32(records[index].tobytes()[:-4])

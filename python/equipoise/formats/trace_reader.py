@@ -11,7 +11,7 @@ import numpy as np
 from equipoise.errors import TraceError
 from equipoise.formats.container import SafetensorsHeader, map_tensor
 from equipoise.formats.raw_trace import PHASE_NAMES, RawTrace
-from equipoise.formats.trace_file import TraceDescription, description_of, whole_records
+from equipoise.formats.trace_file import TraceDescription, closing_of, description_of, whole_records
 
 
 def read_trace(path: Path, header: SafetensorsHeader) -> RawTrace:
@@ -34,7 +34,10 @@ def read_trace(path: Path, header: SafetensorsHeader) -> RawTrace:
     if not len(records):
         raise TraceError("holds no whole step")
     placements = map_tensor(path, header, "placements") if "placements" in header.tensors else None
-    return _to_raw(records, description, placements, notes)
+    raw = _to_raw(records, description, placements, notes)
+    if (closing := closing_of(header)) is not None:
+        raw.metadata["closing"] = closing
+    return raw
 
 
 def _to_raw(

@@ -16,7 +16,8 @@ import torch
 
 from equipoise.errors import ConfigError
 from equipoise.formats.atomic_file import write_whole
-from equipoise.formats.trace_file import TraceDescription, TraceWriter
+from equipoise.formats.trace_file import TraceDescription
+from equipoise.formats.trace_writer import TraceWriter
 from equipoise.load.trace import LoadTrace
 
 _STEPS_AT_ONCE = 64

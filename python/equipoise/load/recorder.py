@@ -9,6 +9,8 @@ a recording takes the tokens of all phases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from equipoise.config import EplbConfig, LoadPhase
@@ -16,6 +18,7 @@ from equipoise.distributed.communicator import Communicator
 from equipoise.errors import LoadError, PhaseError
 from equipoise.formats.raw_trace import StepPhase
 from equipoise.load.recording import LoadSnapshot, StepRecording
+from equipoise.load.step_writer import StepWriter
 from equipoise.load.window_ring import WindowRing
 from equipoise.placement.metadata import ExpertLocationMetadata
 
@@ -36,6 +39,9 @@ class ExpertDistributionRecorder:
     Attributes:
         counts: (L, P + 1) int32 on the device, of the step under way; column ``P`` takes what has no expert. Its
             address never changes: a kernel that dispatches may count into it.
+        replicated: as given.
+        stream: takes every step that counts, of all phases; None: no streamed recording runs.
+        top_k: experts of a token, once tokens were seen.
     """
 
     def __init__(
@@ -53,7 +59,9 @@ class ExpertDistributionRecorder:
         layers, slots, experts = metadata.num_layers, metadata.num_physical_experts, metadata.num_logical_experts
         device = metadata.physical_to_logical_map.device
         self._communicator = communicator
-        self._replicated = replicated
+        self.replicated = replicated
+        self.stream: StepWriter | None = None
+        self.top_k: int | None = None
         self._num_slots = slots
         self._period = period
         self.counts = torch.zeros(layers, slots + 1, dtype=torch.int32, device=device)
@@ -111,15 +119,24 @@ class ExpertDistributionRecorder:
         """
         count_slots(self.counts[layer_id], physical_ids)
 
-    def record_part(self, layer_id: int, physical_ids: torch.Tensor) -> None:
-        """Counts what the load window takes of a batch, where that is not all of it; ``counts`` has all of it already.
+    def record_routed(
+        self, layer_id: int, topk_ids: torch.Tensor, slots: torch.Tensor, rank_bounds: Sequence[int] | None = None
+    ) -> None:
+        """Takes what else there is to a batch that is in ``counts`` already: tokens by phase, and experts of tokens.
 
         Args:
-            physical_ids: (T, ...) int64 slots of this rank's tokens, decoded ones first; -1 for "none".
+            topk_ids: (T, K) logical experts; of all ranks' tokens where ``rank_bounds``, (G + 1), says whose are which.
+            slots: (T, K) int64 slots of this rank's tokens, decoded ones first; -1 for "none".
         """
         if self._part is not None:
             assert self._part_counts is not None
-            count_slots(self._part_counts[layer_id], physical_ids[self._part])
+            count_slots(self._part_counts[layer_id], slots[self._part])
+        self.top_k = topk_ids.shape[-1]
+        if self.stream is not None:
+            if rank_bounds is not None:
+                rank = self._communicator.rank
+                topk_ids = topk_ids[rank_bounds[rank] : rank_bounds[rank + 1]]
+            self.stream.record_tokens(layer_id, topk_ids)
 
     def record_counts(self, physical_counts: torch.Tensor) -> None:
         """Adds (L, P) counts of the step under way, of any integer dtype, on the device of the maps.
@@ -155,6 +172,10 @@ class ExpertDistributionRecorder:
                 self._ring.open_row().scatter_add_(1, physical_to_logical_map, part.to(torch.int64))
             if self._recording.running:
                 self._recording.add(physical, physical_to_logical_map, forward_pass_id)
+            if self.stream is not None:
+                self.stream.add(physical, physical_to_logical_map, forward_pass_id, self._phase)
+        elif self.stream is not None:
+            self.stream.discard()
         self.counts.zero_()
         if self._part is not None:
             assert self._part_counts is not None
@@ -173,7 +194,7 @@ class ExpertDistributionRecorder:
 
     def sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
         """Collective. Counts of all ranks, on the CPU."""
-        if not self._replicated and counts.numel():
+        if not self.replicated and counts.numel():
             self._communicator.all_reduce_sum_(counts)
         return counts.cpu()
 
@@ -191,6 +212,10 @@ class ExpertDistributionRecorder:
     def start_record(self) -> None:
         """Begins a recording; an earlier one is dropped."""
         self._recording.start()
+
+    def drop_record(self) -> None:
+        """Forgets the recording."""
+        self._recording.drop()
 
     def stop_record(self) -> None:
         """Ends the recording, which can still be dumped.

@@ -69,6 +69,11 @@ class StepRecording:
         self._next_row = 0
         self.running = True
 
+    def drop(self) -> None:
+        """Ends, and forgets what was held."""
+        self._forward_pass_ids.clear()
+        self.running = False
+
     def stop(self) -> None:
         """Ends; what is held can still be read."""
         self.running = False

@@ -9,7 +9,9 @@ import torch
 
 from equipoise.algorithms.registry import available_algorithms
 from equipoise.config import EplbConfig
+from equipoise.distributed.communicator import Communicator
 from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.load.operator_recording import OperatorRecording
 from equipoise.load.recorder import ExpertDistributionRecorder
 from equipoise.load.recording import write_dump
 from equipoise.manager.commands import (
@@ -18,6 +20,7 @@ from equipoise.manager.commands import (
     DumpReply,
     ExpertLocationReply,
     GetExpertLocation,
+    GetRecording,
     GetStatus,
     Pause,
     Rebalance,
@@ -67,7 +70,7 @@ class CommandHandler:
         recorder: what is recorded.
         rebalancing: the rebalance under way, and the next one.
         reporter: those that have ended.
-        rank: this one; rank 0 writes dumps.
+        communicator: of the serving thread.
         is_compiling: whether kernels are being compiled.
     """
 
@@ -78,7 +81,7 @@ class CommandHandler:
         recorder: ExpertDistributionRecorder,
         rebalancing: Rebalancing,
         reporter: Reporter,
-        rank: int,
+        communicator: Communicator,
         is_compiling: Callable[[], bool],
     ) -> None:
         self._config = config
@@ -86,7 +89,8 @@ class CommandHandler:
         self._recorder = recorder
         self._rebalancing = rebalancing
         self._reporter = reporter
-        self._rank = rank
+        self._recording = OperatorRecording(config, recorder, placement.metadata, placement.layer_ids, communicator)
+        self._rank = communicator.rank
         self._is_compiling = is_compiling
 
     def submit(self, command: Command[R], *, forward_pass_id: int, wall_clock: float) -> PendingReply[R]:
@@ -112,14 +116,18 @@ class CommandHandler:
             pending.resolve(EquipoiseError(f"an error inside Equipoise: {type(error).__name__}: {error}"))
         return pending
 
+    def close(self) -> None:
+        """Ends the threads."""
+        self._recording.close()
+
     def _answer(self, command: Command[Any], forward_pass_id: int, wall_clock: float) -> object:
         match command:
             case StartRecording():
-                self._recorder.start_record()
-                return None
+                return self._recording.start(command.stream, command.directory, command.name)
             case StopRecording():
-                self._recorder.stop_record()
-                return None
+                return self._recording.stop()
+            case GetRecording():
+                return self._recording.describe()
             case DumpRecording():
                 return self._dump(command.directory, wall_clock)
             case Resume():
@@ -132,7 +140,7 @@ class CommandHandler:
         raise ConfigError(f"unknown command {command!r}", field="command")
 
     def _dump(self, directory: str, wall_clock: float) -> DumpReply | None:
-        snapshot = self._recorder.snapshot()
+        snapshot = self._recording.snapshot()
         if self._rank != 0:
             return None
         path = write_dump(snapshot, self._placement.committed, self._placement.layer_ids, directory, wall_clock)
@@ -147,7 +155,7 @@ class CommandHandler:
         return StatusReply(
             phase=rebalancing.phase,
             enable_eplb=self._config.enable_eplb,
-            recording=self._recorder.recording,
+            recording=self._recording.running,
             compiling=self._is_compiling(),
             algorithm=self._config.eplb_algorithm,
             available_algorithms=available_algorithms(),

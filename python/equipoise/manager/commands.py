@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from equipoise.config import LoadPhase
+from equipoise.config import LoadPhase, StreamMode
+from equipoise.load.stream_report import RecordingReply
 from equipoise.manager.reports import BalanceSummary, Phase, RebalanceReport, RebalanceTotals
 
 R = TypeVar("R")
@@ -31,18 +32,36 @@ class DumpReply:
 
 
 @dataclass(frozen=True)
-class StartRecording(Command[None]):
-    """Begin a recording for a dump; an earlier one is dropped."""
+class StartRecording(Command[RecordingReply]):
+    """Begin a recording. One for a dump that was there is dropped; a streamed one that runs is stopped.
+
+    With ``stream``, steps go to files in a new folder ``name`` of ``directory`` as they come, a file for each rank.
+    """
+
+    stream: StreamMode | None = None  # None: keep the last steps in memory, for a dump
+    directory: str = "."
+    name: str = ""
 
 
 @dataclass(frozen=True)
-class StopRecording(Command[None]):
-    """End the recording; what it holds can still be dumped. PhaseError if none runs."""
+class StopRecording(Command[RecordingReply]):
+    """End the recording; what it holds can still be dumped. PhaseError if none runs.
+
+    A streamed one is written to its end meanwhile: ask with :class:`GetRecording` until it is finished.
+    """
+
+
+@dataclass(frozen=True)
+class GetRecording(Command[RecordingReply]):
+    """Ask whether a recording runs, and what a streamed one has written and dropped."""
 
 
 @dataclass(frozen=True)
 class DumpRecording(Command[DumpReply | None]):
-    """Write what was recorded, reduced over all ranks, to a new file in ``directory``. Rank 0 replies."""
+    """Write what was recorded, reduced over all ranks, to a new file in ``directory``. Rank 0 replies.
+
+    PhaseError if nothing was recorded, or it was streamed.
+    """
 
     directory: str
 

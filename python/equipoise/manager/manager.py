@@ -92,7 +92,7 @@ class EplbManager:
         dispatch = host.planned_dispatch(config)
         check_algorithm(config.eplb_algorithm, field="eplb_algorithm", dispatch=dispatch)
         host.check(config)
-        self._rank = rank = communicator.rank
+        self._rank = communicator.rank
         self.forward_pass_id = 0
         self._wall_clock = wall_clock
         self._stepped = False
@@ -133,7 +133,7 @@ class EplbManager:
         )
         self._rebalancing = Rebalancing(config, self.placement, planner, self._migration, failures, reporter, timer)
         self._handler = CommandHandler(
-            config, self.placement, self.recorder, self._rebalancing, reporter, rank, self._is_compiling
+            config, self.placement, self.recorder, self._rebalancing, reporter, communicator, self._is_compiling
         )
 
     def warm_up(self) -> None:
@@ -174,7 +174,7 @@ class EplbManager:
         assert self._dispatcher is not None, "this host dispatches itself"
         row = self._row_of[layer_id]
         slots = self._dispatcher.dispatch(row, topk_ids, rank_bounds=rank_bounds, counts=self.recorder.counts)
-        self.recorder.record_part(row, slots)
+        self.recorder.record_routed(row, topk_ids, slots, rank_bounds)
         return slots
 
     def record_counts(self, physical_counts: torch.Tensor) -> None:
@@ -245,5 +245,6 @@ class EplbManager:
         """Ends the threads."""
         if self._compiling is not None:
             self._compiling.cancel()
+        self._handler.close()
         self._background.close()
         self._migration.close()

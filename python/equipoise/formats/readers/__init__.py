@@ -2,7 +2,8 @@
 
 Public modules, which other rooms import::
 
-    own.py             Equipoise's trace file and the .npz of a server's dump
+    own.py             The .npz of a server's dump
+    own_ranks.py       Equipoise's trace files, those of the ranks of a recording put together
     placements.py      Placements of every kind, and whatever else an engine may start with
     registry.py        Which reader takes a file, and which files are one recording
     tensorrt_llm.py    TensorRT-LLM: statistics of ranks, YAML assignments

@@ -1,4 +1,4 @@
-"""Equipoise's own recordings: the trace file, and the .npz that a server dumps."""
+"""The .npz of a recording that a server of ours dumps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from equipoise.errors import TraceError
 from equipoise.formats.archive import array_names, read_array, read_json
 from equipoise.formats.container import Container
 from equipoise.formats.raw_trace import RawTrace, ReadOptions
-from equipoise.formats.trace_file import FORMAT
-from equipoise.formats.trace_reader import read_trace
 
 NPZ_FORMAT = "equipoise.load_trace"
 NPZ_VERSION = 1
-
-
-def is_trace_file(container: Container) -> bool:
-    return container.kind == "safetensors" and container.content.metadata.get("format") == FORMAT
-
-
-def read_trace_file(container: Container, _options: ReadOptions) -> RawTrace:
-    return read_trace(container.path, container.content)
 
 
 def is_npz_trace(container: Container) -> bool:

@@ -19,6 +19,7 @@ from equipoise.formats.raw_trace import RawTrace, ReadOptions
 from equipoise.formats.readers import (
     arrays,
     own,
+    own_ranks,
     sglang,
     sglang_records,
     tensorrt_llm,
@@ -52,7 +53,12 @@ def _same_folder(left: Container, right: Container) -> bool:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("Equipoise trace (.safetensors)", own.is_trace_file, own.read_trace_file),
+    Reader(
+        "Equipoise trace (.safetensors)",
+        own_ranks.is_trace_file,
+        read_all=own_ranks.read_trace_files,
+        joins=own_ranks.same_recording,
+    ),
     Reader("Equipoise dump (.npz)", own.is_npz_trace, own.read_npz_trace),
     Reader("SGLang stat dump", sglang.is_stat, sglang.read_stat),
     Reader(
@@ -80,7 +86,7 @@ READERS: tuple[Reader, ...] = (
 def read_recordings(paths: Sequence[Path], options: ReadOptions) -> list[tuple[list[Path], RawTrace]]:
     """Reads files and folders; files that are parts of one recording become one trace.
 
-    A folder stands for the dumps in it. Ranks of one SGLang or TensorRT-LLM recording are put together. Two or more
+    A folder stands for the dumps in it. Ranks of one recording are put together. Two or more
     files of a single step each play as the steps of one recording, in the order in which they were named.
 
     Returns:
@@ -111,11 +117,11 @@ def reader_of(container: Container) -> Reader | None:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = tensorrt_llm.files_of_folder(path) or sorted(path.glob("*.pt"))
+    found = tensorrt_llm.files_of_folder(path) or sorted(path.glob("*.pt")) or own_ranks.files_of_folder(path)
     if not found:
         raise TraceError(
-            f"trace {path}: is a directory without .pt files or meta_info.json; name a file, or a directory of "
-            "SGLang dumps or TensorRT-LLM statistics",
+            f"trace {path}: is a directory without rank_*.safetensors, .pt files or meta_info.json; name a file, or "
+            "a directory of a streamed recording, of SGLang dumps or of TensorRT-LLM statistics",
             field="trace",
         )
     return found

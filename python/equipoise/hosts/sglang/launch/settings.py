@@ -28,7 +28,12 @@ _FROM_SGLANGS_FLAGS = (
     "expert_distribution_recorder_mode",
     "expert_distribution_recorder_buffer_size",
 )
-_NOT_HERE = ("eplb_load_phase",)  # ranks may run passes of different phases at once, and load windows must agree
+_NOT_HERE = (
+    "eplb_load_phase",  # ranks may run passes of different phases at once, and load windows must agree
+    "expert_distribution_stream_buffer_size",  # recordings are SGLang's own
+    "expert_distribution_stream_buffer_tokens",
+    "expert_distribution_stream_max_bytes",
+)
 OWN_OPTIONS = tuple(
     option.name for option in fields(EplbConfig) if option.name not in (*_FROM_SGLANGS_FLAGS, *_NOT_HERE)
 )
