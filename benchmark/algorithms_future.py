@@ -24,6 +24,7 @@ from algorithms_bars_future import Bars, show_table
 from algorithms_generators import one_window_problems, stationary, weak_spots
 from algorithms_plot import draw_recourse
 from algorithms_policies import Policy, baselines, never, ours
+from algorithms_published import published_cases
 from algorithms_recourse import batch_dispatch
 from algorithms_scaling import planning_times_by_scale
 from algorithms_workloads import (
@@ -107,6 +108,10 @@ def even_split(traces: Path, others: dict[str, Policy], quick: bool, bars: Bars)
     show_table(bars.console, "even: same window", report["same"])
     lead = min((row["even"] - row["published"], name) for name, row in report["same"].items())
     bars.at_least("2 even, same window, worst lead over the published planner", lead[0], 0.0, lead[1])
+    report["published"] = published_cases()
+    show_table(bars.console, "even: peak-to-average ratio of cases that others publish", report["published"])
+    for name, row in report["published"].items():
+        bars.at_most(f"2 even, PAR over the published one, {name}", row["even"] / row["as published"], 1.0)
     if real and "vllm" in others:
         for sequence in real[::4] if quick else real:
             (own, moves), (theirs, their_moves) = (

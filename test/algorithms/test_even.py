@@ -56,3 +56,10 @@ def test_moves_are_priced_and_the_next_window_gains() -> None:
     assert balancedness(windows[5], plan).mean() > balancedness(windows[5], current).mean() + 0.1
     again = rebalance_experts(windows[1:5], topology, dispatch="even", current=plan)
     assert plan.diff(again).moves.sum() <= 4
+
+
+def test_hot_experts_give_up_replicas_that_fit_nowhere() -> None:
+    """FlashLB's example (vllm-ascend, pull request 3042): it reaches 1.13, counts of replicas by load alone 1.28."""
+    load = np.array([[600.0, 560.0, 120.0, 120.0, 20.0, 10.0, 10.0, 10.0]])
+    plan = rebalance_experts(load, EpTopology(8, 1, 2), dispatch="even")
+    assert 1.0 / float(balancedness(load, plan)[0]) < 1.11

@@ -12,16 +12,21 @@ from equipoise.algorithms.search.lpt_packing import pack, pack_groups, risk_load
 from equipoise.algorithms.task import Layers, Task
 from equipoise.jit.compile import int_zeros, kernel
 
+NUM_FLATNESS = 3  # ways to count replicas: by load, by its power .75, by its root
 
-def pack_from_scratch(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """(L, P) experts, packed from scratch; (L,) bool, False where a node has too few live slots for its groups."""
+
+def pack_from_scratch(task: Task, flatness: int) -> tuple[np.ndarray, np.ndarray]:
+    """(L, P) experts, packed from scratch; (L,) bool, False where a node has too few live slots for its groups.
+
+    ``flatness``, up to :data:`NUM_FLATNESS`, gives fewer replicas to the hottest experts and more to the next.
+    """
     fresh, enough = task.old.copy(), np.zeros(len(task.old), dtype=np.bool_)
-    task.run(_pack_layers, fresh, enough, task.layers)
+    task.run(_pack_layers, fresh, enough, task.layers, flatness)
     return fresh, enough
 
 
 @kernel
-def _pack_layers(first: int, last: int, placed: np.ndarray, enough: np.ndarray, layers: Layers) -> None:
+def _pack_layers(first: int, last: int, placed: np.ndarray, enough: np.ndarray, layers: Layers, flatness: int) -> None:
     """Packs rows first..last-1 of ``placed`` from scratch; ``enough`` is False where a node has too few live slots."""
     experts, inverse_speed, num_groups = layers.experts, layers.inverse_speed, layers.num_groups
     num_experts, num_ranks = experts.shape[1], inverse_speed.shape[0]
@@ -59,6 +64,7 @@ def _pack_layers(first: int, last: int, placed: np.ndarray, enough: np.ndarray, 
                         ranks[:num_live],
                         inverse_speed,
                         size,
+                        flatness,
                         peaks == 1,
                         out,
                     )

@@ -17,12 +17,12 @@ from equipoise.algorithms import deepseek
 from equipoise.algorithms.batch_plan import plan_for_batches
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.guard import Plan, keep_what_is_better, what_is_worth_a_search
-from equipoise.algorithms.packing import pack_from_scratch
+from equipoise.algorithms.packing import NUM_FLATNESS, pack_from_scratch
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.reweight import better_shares, solve_shares
 from equipoise.algorithms.search.even_split import split_evenly
 from equipoise.algorithms.search.layer_state import new_state
-from equipoise.algorithms.search.local_search import NUM_COOL, SearchOptions, search
+from equipoise.algorithms.search.local_search import SearchOptions, search
 from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins_of, spent
 from equipoise.algorithms.search.repair import home_of_experts, restore_lost_experts, split_colocated, spread_shares
 from equipoise.algorithms.task import NODE_PRICE, Layers, Task
@@ -34,7 +34,8 @@ STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, th
 SINGLE_STAGES = (3, 6)  # the same where there is one window
 MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
-MAX_COOL = 24  # ranks to put load on that a step looks at; as many then, otherwise a quarter of all at most
+NUM_COOL, COOL_SLOTS = 6, 36  # ranks to put load on that a step tries at first: so many, or as hold so many slots
+MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
 NO_LIMIT = 1 << 60
 
 
@@ -65,20 +66,8 @@ def _plan(task: Task) -> Plan:
     placed, share = task.old.copy(), task.old_share.copy()
     if problem.current is not None:
         _improve(task, placed, share, value)
-        # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
-        retried = np.flatnonzero(value < 1.0 - 0.5 * problem.move_price)
-    else:
-        retried = np.arange(len(value))
-    if retried.size:
-        part = task.take(retried)
-        fresh, enough = pack_from_scratch(part)
-        if problem.current is not None:
-            _rename_ranks(part, fresh, enough, value[retried])
-        fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
-        _improve(part, fresh, fresh_share, fresh_value)
-        better = enough & (fresh_value > value[retried])
-        chosen = retried[better]
-        placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
+    for flatness in range(NUM_FLATNESS if problem.dispatch == "even" else 1):
+        _improve_packed(task, placed, share, value, flatness)
     if problem.dispatch == "even" and problem.current is None and (task.layers.inverse_speed == 1.0).all():
         _improve_published(task, placed, share, value)
     if (value == -np.inf).any():
@@ -94,6 +83,24 @@ def _plan(task: Task) -> Plan:
     if problem.current is not None:
         placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
     return placed, share
+
+
+def _improve_packed(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray, flatness: int) -> None:
+    """Searches from a packing from scratch as well, in place; taken where it is worth more than ``value`` (L,)."""
+    problem = task.problem
+    # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
+    retried = np.flatnonzero(value < (1.0 if problem.current is None else 1.0 - 0.5 * problem.move_price))
+    if not retried.size:
+        return
+    part = task.take(retried)
+    fresh, enough = pack_from_scratch(part, flatness)
+    if problem.current is not None:
+        _rename_ranks(part, fresh, enough, value[retried])
+    fresh_share, fresh_value = np.zeros_like(part.old_share), np.where(enough, value[retried], np.inf)
+    _improve(part, fresh, fresh_share, fresh_value)
+    better = enough & (fresh_value > value[retried])
+    chosen = retried[better]
+    placed[chosen], share[chosen], value[chosen] = fresh[better], fresh_share[better], fresh_value[better]
 
 
 def _rename_ranks(task: Task, fresh: np.ndarray, enough: np.ndarray, to_beat: np.ndarray) -> None:
@@ -158,7 +165,7 @@ def compile_search(problem: PlacementProblem) -> None:
 def compile_packing(problem: PlacementProblem) -> None:
     """Compiles the packing from scratch and its names, scenarios, plans for batches and the guard, not the search."""
     task = Task.of(problem)
-    pack_from_scratch(task)
+    pack_from_scratch(task, 0)
     compile_relabelling()
     plan_for_batches(task, task.old, _move_terms(task))
     keep_what_is_better(task, (task.old, task.old_share))
@@ -170,12 +177,14 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
     topology = problem.topology
     several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
     moves = _move_terms(task)
+    num_cool = max(NUM_COOL, COOL_SLOTS // topology.slots_per_rank)
     options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
         max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
         MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
-        max(NUM_COOL, min(MAX_COOL, topology.num_ranks // 4) if several or not from_nothing else MAX_COOL),
+        num_cool,
+        max(num_cool, min(MAX_COOL, topology.num_ranks // 4) if several or not from_nothing else MAX_COOL),
         problem.dispatch == "even",
         topology.ranks_per_node if task.num_groups else topology.num_ranks,
     )

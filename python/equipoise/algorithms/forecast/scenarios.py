@@ -35,7 +35,8 @@ from equipoise.jit.compile import helper, kernel, number, zeros
 
 NUM_SCENARIOS = 4  # fixed, so that the inner loops are one vector instruction
 NEWEST = 0.5  # weight of a newest window that may be a burst
-PAIR_DECAY = 0.5  # at least, of two windows: whether they drift or go back and forth cannot be told
+PAIR_DECAY = 0.75  # at least, of two windows: whether they drift or go back and forth cannot be told
+BURST_DECAY = 0.5  # the same where the newer one may be a burst: it is judged by each alone as well (guard.py)
 STEADY = 1.1  # times what counting alone would change: load that changes no more is steady
 MAX_WINDOWS = 16  # older ones are left out
 LARGEST_COUNT = 2.0**53  # up to which a float tells counts from other loads: beyond it all are whole numbers
@@ -95,9 +96,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         decay, weight = 1.0, [(1.0 - NEWEST) / first] * first + [NEWEST]
     else:
         share, distance = share[first:], [row[first:] for row in distance[first:]]
-        decay = best_decay(
-            distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else PAIR_DECAY if len(share) == 2 else 0.0
-        )
+        of_two = (BURST_DECAY if unsure else PAIR_DECAY) if len(share) == 2 else 0.0
+        decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else of_two)
         weight = decayed(len(share), decay)
     tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
     for scenario, group in enumerate(_group(weight, distance)):

@@ -33,7 +33,6 @@ from equipoise.algorithms.search.move_price import ON_RANK, MoveTerms, spent
 from equipoise.algorithms.search.shares import optimise_shares
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 
-NUM_COOL = 6  # ranks a step tries to put load on, at first; then twice as many, as long as they offer nothing
 PATIENCE = 8  # steps without a new best before a stage ends; one for every four ranks where those are more
 WORTH = 0.3  # of what a change must gain to pay: below, it is not even walked through
 MANY_RANKS = 32  # beyond, one step is a smaller part of the whole, and may gain as much less
@@ -45,7 +44,8 @@ class SearchOptions(NamedTuple):
     stages: np.ndarray  # int64, exponents of the surrogate, one after the other, as doublings (3 is q = 8)
     max_steps: int  # most changes tried
     min_gain: float  # part of the cost that a step must gain, even for free; for many ranks less, as it is of any step
-    max_cool: int  # ranks to put load on that a step looks at when the NUM_COOL coolest offer nothing, at least as many
+    num_cool: int  # ranks a step tries to put load on, the coolest; then twice as many, as long as they offer nothing
+    max_cool: int  # up to so many, at least ``num_cool``
     even: bool  # replicas share alike, no shares are solved
     ranks_per_domain: int  # experts stay within such a block of ranks: all of them, or a node
 
@@ -150,7 +150,7 @@ def _step(
         heat[hottest] = -1.0
         first, last = hottest * size, (hottest + 1) * size
         num_hot = _pick_ranks(ranks, first, last, hot, hot.shape[0], 1.0)
-        num_tried, limit = number(0), number(NUM_COOL)
+        num_tried, limit = number(0), options.num_cool
         while limit <= options.max_cool:
             num_cool = _pick_ranks(ranks, first, last, cool, min(limit, size), -1.0)
             found = best_change(

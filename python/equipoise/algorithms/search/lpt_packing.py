@@ -89,6 +89,7 @@ def pack(
     ranks: np.ndarray,
     inverse_speed: np.ndarray,
     slots_per_rank: int,
+    flatness: int,
     peaks: bool,
     out: np.ndarray,
 ) -> None:
@@ -98,17 +99,20 @@ def pack(
         load: (E,) load of each expert, indexed by its id.
         tokens: (E, NUM_SCENARIOS + 1) its load in each scenario, of the weights ``weight``.
         inverse_speed: (G,) 1 / speed.
+        flatness: replicas are counted by load, or by its power .75 (1) or .5 (2). Where all share alike, one replica
+            too many for the hottest expert may fit nowhere beside another one's.
         peaks: put each replica where the soft maximum over the scenarios grows least, so that experts which peak
             together come apart; otherwise on the rank with the least load.
         out: (P,) expert of each slot; the slots of ``ranks`` are filled.
     """
     num_slots = ranks.shape[0] * slots_per_rank
     unit = zeros(experts.shape[0])
-    for i in range(experts.shape[0]):
-        unit[i] = load[experts[i]]
+    for i in range(experts.shape[0]):  # square roots are the same on any machine, powers are not
+        root = np.sqrt(load[experts[i]])
+        unit[i] = load[experts[i]] if flatness == 0 else np.sqrt(load[experts[i]] * root) if flatness == 1 else root
     count = count_replicas(unit, num_slots, ranks.shape[0])
     for i in range(experts.shape[0]):
-        unit[i] /= count[i]
+        unit[i] = load[experts[i]] / count[i]
     taken, rank_load = int_zeros(ranks.shape[0]), zeros(ranks.shape[0])
     by_scenario = np.empty((ranks.shape[0], weight.shape[0]))
     for r in range(ranks.shape[0]):
