@@ -39,6 +39,7 @@ from equipoise.load.synthetic import SyntheticLoad, synthetic_trace
 from equipoise.placement.balancedness import balancedness, mean_balancedness
 
 HISTORIES = (2, 3, 4, 8)
+LARGE_WINDOW, SETTLED = 65536, 4  # tokens; replans until load that alternates has been seen to
 SECTIONS = ("batch", "even", "weights", "one", "steady", "time")
 
 
@@ -154,10 +155,12 @@ def planned_weights(traces: Path, others: dict[str, Policy], quick: bool, bars: 
     bars.at_least("3 weights, worst against never replanning", worst[0], -0.005, worst[1])
     worst = min((row[f"first of {n}"], f"{name}, {n} windows") for name, row in rows.items() for n in HISTORIES)
     bars.at_least("3 weights, first replan, worst against none", worst[0], -0.005, worst[1])
-    for shape, wanted in (("288/32", 0.97),):
-        if f"alternating {shape}" in rows:
-            best = max(rows[f"alternating {shape}"][f"{n} windows"] for n in HISTORIES[2:])
-            bars.at_least(f"3 weights, alternating load at {shape}", best, wanted)
+    # At 8192 tokens a window counting noise alone leaves .96 of a placement that knows both workloads.
+    large = next(s for s in weak_spots(14, num_layers, window_tokens=LARGE_WINDOW) if s.name == "alternating 288/32")
+    settled = float(run(large, ours())[0][SETTLED:].mean())
+    bars.at_least(
+        f"3 weights, alternating load at 288/32, {LARGE_WINDOW} tokens, after {SETTLED} replans", settled, 0.97
+    )
     for name, row in rows.items():
         if "288/144" in name and "flashlb" in row:
             bars.at_least(f"3 weights, {name}, lead over flashlb", row["8 windows"] - row["flashlb"], 0.0)

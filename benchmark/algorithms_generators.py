@@ -48,14 +48,14 @@ def counted(rng: np.random.Generator, share: np.ndarray, assignments: float) -> 
     return rng.poisson(share * assignments).astype(np.float64)
 
 
-def weak_spots(num_windows: int, num_layers: int, seed: int = 0) -> list[Sequence]:
-    """Two workloads that alternate, mix, shift; one with bursts: 8192 tokens a window, in every shape."""
+def weak_spots(num_windows: int, num_layers: int, seed: int = 0, window_tokens: int = WINDOW_TOKENS) -> list[Sequence]:
+    """Two workloads that alternate, mix, shift; one with bursts, in every shape."""
     found = []
     for name, (topology, num_experts, top_k) in SHAPES.items():
         rng = np.random.default_rng([seed, topology.num_slots, topology.num_ranks])
         one, other = (popularity(rng, num_layers, num_experts, top_k, 0.6) for _ in range(2))
         for kind, share_of in _kinds(one, other, num_windows, rng).items():
-            windows = np.stack([counted(rng, share_of(step), WINDOW_TOKENS * top_k) for step in range(num_windows)])
+            windows = np.stack([counted(rng, share_of(step), window_tokens * top_k) for step in range(num_windows)])
             found.append(Sequence(f"{kind} {name}", windows, topology, "weak spot"))
     return found
 

@@ -36,6 +36,7 @@ MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are fre
 SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
 NUM_COOL, COOL_SLOTS = 6, 36  # ranks to put load on that a step tries at first: so many, or as hold so many slots
 MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
+RECURRING_LASTS = 8.0  # windows that moves for kinds of load that come back serve, as those for batches do
 NO_LIMIT = 1 << 60
 
 
@@ -78,7 +79,7 @@ def _plan(task: Task) -> Plan:
             field="rank_capacity",
         )
     if problem.dispatch == "batch" and not task.num_groups:
-        planned = plan_for_batches(task, placed, _move_terms(task))
+        planned = plan_for_batches(task, placed, _move_terms(task, problem.move_price))
         return planned, solve_shares(task.at(planned))
     if problem.current is not None:
         placed, share = keep_what_is_better(task, *_with_old_slots(task), (placed, share))
@@ -89,7 +90,7 @@ def _improve_packed(task: Task, placed: np.ndarray, share: np.ndarray, value: np
     """Searches from a packing from scratch as well, in place; taken where it is worth more than ``value`` (L,)."""
     problem = task.problem
     # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
-    retried = np.flatnonzero(value < (1.0 if problem.current is None else 1.0 - 0.5 * problem.move_price))
+    retried = np.flatnonzero(value < (1.0 if problem.current is None else 1.0 - 0.5 * _price_of_moves(task)))
     if not retried.size:
         return
     part = task.take(retried)
@@ -108,7 +109,7 @@ def _rename_ranks(task: Task, fresh: np.ndarray, enough: np.ndarray, to_beat: np
 
     ``enough`` (L,) becomes False where its moves cost more than perfect balance is worth over ``to_beat`` (L,).
     """
-    problem, slot_price = task.problem, _move_terms(task).slot_price
+    problem, slot_price = task.problem, _price_of_moves(task) / task.problem.topology.num_slots
     for layer in np.flatnonzero(enough):
         renamed = relabel(
             fresh[layer],
@@ -167,7 +168,7 @@ def compile_packing(problem: PlacementProblem) -> None:
     task = Task.of(problem)
     pack_from_scratch(task, 0)
     compile_relabelling()
-    plan_for_batches(task, task.old, _move_terms(task))
+    plan_for_batches(task, task.old, _move_terms(task, problem.move_price))
     keep_what_is_better(task, (task.old, task.old_share))
 
 
@@ -176,7 +177,7 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
     problem, from_nothing = task.problem, task.problem.current is None
     topology = problem.topology
     several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
-    moves = _move_terms(task)
+    moves = _move_terms(task, _price_of_moves(task))
     num_cool = max(NUM_COOL, COOL_SLOTS // topology.slots_per_rank)
     options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
@@ -191,12 +192,15 @@ def _improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarra
     task.run(_improve_layers, task.old, placed, share, value, task.layers, moves, options)
 
 
-def _move_terms(task: Task) -> MoveTerms:
+def _price_of_moves(task: Task) -> float:
+    """Balance that moving all of a layer's slots within their nodes must gain: less where it serves for long."""
+    return task.problem.move_price / (RECURRING_LASTS if task.scenarios.recurring else 1.0)
+
+
+def _move_terms(task: Task, move_price: float) -> MoveTerms:
     problem, limit = task.problem, task.problem.max_moves_per_layer
     unlimited = limit is None or problem.current is None
-    return MoveTerms(
-        task.prices, problem.move_price / problem.topology.num_slots, NO_LIMIT if unlimited else int(limit or 0)
-    )
+    return MoveTerms(task.prices, move_price / problem.topology.num_slots, NO_LIMIT if unlimited else int(limit or 0))
 
 
 @kernel
