@@ -14,9 +14,7 @@ from scipy.sparse.csgraph import maximum_flow
 
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.placement.metadata import ExpertLocationMetadata
-from neighbours import Package, load_file, stand_in
-
-LPLB = Package("sglang==0.5.23", ("sglang/srt/eplb/", "sglang/test/kernels/lplb.py"))
+from neighbours import SGLANG, load_file, stand_in
 
 
 class Layer:
@@ -88,7 +86,7 @@ def load_lplb(cache: Path) -> Callable[[ExpertLocationMetadata, int], Callable[[
     the singles' load on the right-hand side, the artificial column. Returns, per layer, a function from counts to rank
     loads; where the interior point does not converge it answers 0.5 everywhere, and replicas then share alike.
     """
-    root = LPLB.fetch(cache)
+    root = SGLANG.fetch(cache)
     stand_in("sglang", "sglang.srt", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.lplb")
     stand_in("sglang.srt.runtime_context", get_resources=lambda: None)
     stand_in("sglang.kernels.ops.lplb.torch_solver", warmup=lambda *_args, **_kwargs: None)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Package:
             Unavailable: no network, or no wheel for this Python and machine.
         """
         name, version = self.requirement.split("==")
-        folder = cache / f"{name.replace('-', '_')}-{version}"
+        # Named after what is wanted too: a cache that was filled for less is none.
+        wanted = zlib.crc32("\n".join(self.wanted).encode())
+        folder = cache / f"{name.replace('-', '_')}-{version}-{wanted:08x}"
         if folder.is_dir():
             return folder
         cache.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ class Package:
         return folder
 
 
-SGLANG = Package("sglang==0.5.23", ("sglang/srt/eplb/", "sglang/srt/environ.py"))
+SGLANG = Package("sglang==0.5.23", ("sglang/srt/eplb/", "sglang/srt/environ.py", "sglang/test/kernels/lplb.py"))
 # DeepSeek's EPLB is in no registry. This release carries its functions verbatim, but for the switch between the global
 # and the hierarchical policy, which is an argument; later ones (0.5.23) pack with Python floats instead of tensors.
 SGLANG_WITH_DEEPSEEKS_EPLB = Package("sglang==0.4.9", ("sglang/srt/eplb/eplb_algorithms/",))
