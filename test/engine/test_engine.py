@@ -19,6 +19,7 @@ from equipoise.engine.engine import Engine
 from equipoise.engine.requests import GenerateRequest, SamplingParams, TokenEvent
 from equipoise.engine.step_log import GetSteps, GetStepTotals
 from equipoise.errors import ConfigError, EngineDeadError, PhaseError
+from equipoise.load.stream_report import RecordingReply
 from equipoise.load.trace import LoadTrace
 from equipoise.manager.commands import DumpRecording, GetStatus, Rebalance, StartRecording, StopRecording
 from helpers.engine_loop import plain_greedy, serve_config
@@ -184,7 +185,7 @@ class TestControl:
     def test_errors_of_commands_come_back(self, engine: Engine) -> None:
         with pytest.raises(PhaseError):
             asyncio.run(engine.control(StopRecording()))
-        assert asyncio.run(engine.control(StartRecording())) is None
+        assert asyncio.run(engine.control(StartRecording())) == RecordingReply(recording=True, stream=None)
         assert asyncio.run(engine.control(GetStatus())).recording
         asyncio.run(engine.control(StopRecording()))
 
