@@ -129,7 +129,9 @@ def test_a_full_disk_ends_the_writing_and_what_was_lost_is_told() -> None:
     add(stream, 3, 4)
     report = end(stream)
     assert report.error == "OSError: [Errno 28] No space left on device"
-    assert (report.num_written, report.num_dropped, report.dropped) == (1, 4, [[1, 2], [3, 4]])
+    assert (report.num_written, report.num_dropped) == (1, 4)
+    # Whether the writer had taken step 2 when step 1 failed is a matter of moments.
+    assert report.dropped in ([[1, 2], [3, 4]], [[1, 1], [2, 4]])
     assert list(disk.steps) == [0], "a step behind a broken one was written"
 
 
