@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise import EpTopology, ExpertLocationMetadata
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, weyl_uniform
@@ -184,7 +185,9 @@ def test_the_compiled_turns_are_those_of_torch(case: TurnCase) -> None:
     for step in case.steps:
         counts = [torch.zeros(2, metadata.num_physical_experts + 1, dtype=torch.int32) for _ in ways]
         slots = [
-            way.dispatch(case.layer, step.ids.flatten(), step.ids.shape[1], step.bounds, counted, step.num_unpadded)
+            way.dispatch(
+                Batch(case.layer, step.ids.flatten(), step.ids.shape[1], step.bounds, counted, step.num_unpadded)
+            )
             for way, counted in zip(ways, counts, strict=True)
         ]
         assert torch.equal(*slots)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from equipoise.dispatch.batch_cpu import CpuBatchDispatch
 from equipoise.dispatch.batch_gpu import BLOCK, TritonBatchDispatch
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.solver.assign import assign_slots
 from equipoise.dispatch.solver.controls import ROTATION
 from equipoise.dispatch.solver.quotas import solve_quotas
@@ -53,7 +54,7 @@ def check(case: DispatchCase, first_part: int) -> None:
         expected = assign_slots(seen, quotas, host, int(controls[ROTATION]), rows[:own].sum(0))
         recorded = torch.ones(1, metadata.num_physical_experts + 1, dtype=torch.int32, device=DEVICE)
         padding_from = torch.tensor(unpadded, dtype=torch.int32, device=DEVICE)
-        slots = kernels.dispatch(0, ids.flatten(), ids.shape[1], None, recorded, padding_from)
+        slots = kernels.dispatch(Batch(0, ids.flatten(), ids.shape[1], None, recorded, padding_from))
         assert torch.equal(kernels.quotas.cpu(), quotas)
         assert slots.dtype == case.ids.dtype
         assert torch.equal(slots.cpu(), expected.flatten())
@@ -62,12 +63,12 @@ def check(case: DispatchCase, first_part: int) -> None:
         assert torch.equal(recorded.cpu(), counted)
         kernels.advance(len(ids))
     bounds = [0, *accumulate(len(part) for part in case.ids.tensor_split(topology.num_ranks))]
-    rest = (ids.shape[1], bounds, None)
     in_sight = TritonBatchDispatch(tables, policy, topology, case.rank, None)
     on_host = CpuBatchDispatch(DispatchTables(case.metadata), policy, topology, case.rank, None)
     padding_from = torch.tensor((bounds[case.rank] + bounds[case.rank + 1]) // 2)  # in the middle of the own part
-    found = in_sight.dispatch(0, ids.flatten(), *rest, padding_from.to(DEVICE))
-    assert torch.equal(found.cpu(), on_host.dispatch(0, case.ids.flatten(), *rest, padding_from))
+    batch = Batch(0, case.ids.flatten(), ids.shape[1], bounds, None, padding_from)
+    found = in_sight.dispatch(batch._replace(ids=ids.flatten(), num_unpadded=padding_from.to(DEVICE)))
+    assert torch.equal(found.cpu(), on_host.dispatch(batch))
 
 
 def main() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
 from equipoise.dispatch.tables import DispatchTables
-from equipoise.dispatch.turns import NOBODY_COUNTS, without_padding
+from equipoise.dispatch.turns import NOBODY_COUNTS
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
 
@@ -46,24 +45,14 @@ class CpuBatchDispatch:
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
 
-    def dispatch(
-        self,
-        layer_id: int,
-        ids: torch.Tensor,
-        width: int,
-        bounds: Sequence[int] | None,
-        counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See ``dispatcher.Choice``."""
-        ids = without_padding(ids, width, num_unpadded)
-        if bounds is None:
-            gathered, row, first, last = self._counts_of_scope(ids), self._rank - self._ranks.start, 0, ids.numel()
+    def dispatch(self, batch: Batch) -> torch.Tensor:
+        """See ``choice.Choice``."""
+        scope, own = batch.span(self._ranks), batch.span_of_rank(self._rank)
+        ids, first, last = batch.without_padding()[scope], own.start - scope.start, own.stop - scope.start
+        if batch.bounds is None:
+            gathered, row = self._counts_of_scope(ids), self._rank - self._ranks.start
         else:
             gathered, row = self._alone, 0
-            begin = bounds[self._ranks.start]
-            first, last = (bounds[self._rank] - begin) * width, (bounds[self._rank + 1] - begin) * width
-            ids = ids[begin * width : bounds[self._ranks.stop] * width]
         array = ids.numpy()
         if array.size > self._most_ids:
             raise ConfigError(
@@ -72,8 +61,9 @@ class CpuBatchDispatch:
                 field="ep_dispatch_algorithm",
             )
         slots = np.empty(last - first, dtype=array.dtype)
-        recorded = NOBODY_COUNTS if counts is None else counts.numpy()
-        dispatch_batch(layer_id, array, first, last, gathered, row, self._tables.host, self._controls, recorded, slots)
+        recorded = NOBODY_COUNTS if batch.counts is None else batch.counts.numpy()
+        tables, controls = self._tables.host, self._controls
+        dispatch_batch(batch.layer_id, array, first, last, gathered, row, tables, controls, recorded, slots)
         return torch.from_numpy(slots)
 
     def advance(self, _num_tokens: int) -> None:

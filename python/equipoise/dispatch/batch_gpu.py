@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
@@ -66,33 +65,22 @@ class TritonBatchDispatch:
         self._totals, self._before, self._finished = zeros(self._sizes["EP"]), zeros(self._sizes["EP"]), zeros(1)
         self.quotas, self._inverses, self._starts = zeros(rows, width), zeros(rows, width), zeros(2, rows)
 
-    def dispatch(
-        self,
-        layer_id: int,
-        ids: torch.Tensor,
-        width: int,
-        bounds: Sequence[int] | None,
-        counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See ``dispatcher.Choice``."""
-        first, last = 0, ids.numel()
-        if bounds is not None:
-            begin = bounds[self._ranks.start]
-            first, last = (bounds[self._rank] - begin) * width, (bounds[self._rank + 1] - begin) * width
-            ids = ids[begin * width : bounds[self._ranks.stop] * width]
-            if num_unpadded is not None and begin:
-                num_unpadded = num_unpadded - begin
-        ids = ids.contiguous()
+    def dispatch(self, batch: Batch) -> torch.Tensor:
+        """See ``choice.Choice``."""
+        scope, own, width = batch.span(self._ranks), batch.span_of_rank(self._rank), batch.width
+        ids, first, last = batch.ids[scope].contiguous(), own.start - scope.start, own.stop - scope.start
+        counts, num_unpadded = batch.counts, batch.num_unpadded
+        if num_unpadded is not None and scope.start:
+            num_unpadded = num_unpadded - scope.start // width
         num_blocks = max(triton.cdiv(ids.numel(), BLOCK), 1)
         if num_blocks > len(self._block_counts):
             self._block_counts = self._block_counts.new_zeros(num_blocks, self._sizes["EP"])
         unpadded = self._everything if num_unpadded is None else num_unpadded
-        layer = self._tables.layer(layer_id)
+        layer = self._tables.layer(batch.layer_id)
         solved = (layer.expert, layer.num_choices, layer.rank, layer.weight, layer.colour, layer.step,
                   layer.choices_of_rank, layer.singles_of_rank, layer.sizes, self._controls, self._momentum,
                   self.quotas, self._inverses, self._starts)  # fmt: skip
-        alone = bounds is not None or len(self._ranks) == 1
+        alone = batch.bounds is not None or len(self._ranks) == 1
         count_and_solve[(num_blocks,)](
             ids, ids.numel(), width, unpadded, self._block_counts, self._totals, self._finished, *solved,
             **self._sizes, **self._solve_sizes, BLOCK=BLOCK, SOLVE=alone, num_warps=self._warps,
@@ -108,7 +96,7 @@ class TritonBatchDispatch:
         assign[(num_blocks,)](
             ids, slots, ids.numel(), width, unpadded, self._block_counts, self._before, layer.row_of_expert,
             layer.slot_of_expert, layer.slot, self._inverses, self._starts,
-            self._finished if counts is None else counts[layer_id], 0 if counts is None else counts.shape[1] - 1,
+            self._finished if counts is None else counts[batch.layer_id], 0 if counts is None else counts.shape[1] - 1,
             first, last, **self._sizes, BLOCK=BLOCK, ROWS=_BLOCKS_AT_ONCE, GATHERED=not alone,
             RECORD=counts is not None,
         )  # fmt: skip

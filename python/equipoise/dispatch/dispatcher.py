@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 import torch
 
 from equipoise.config import EplbConfig
 from equipoise.dispatch.batch_cpu import CpuBatchDispatch
+from equipoise.dispatch.choice import Batch, Choice
 from equipoise.dispatch.cost import active_expert_cost
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts, gather_by_sum
@@ -22,36 +22,6 @@ from equipoise.dispatch.tables import DispatchTables
 from equipoise.dispatch.turns import CpuTurns, TurnsTables
 from equipoise.distributed.communicator import Communicator
 from equipoise.placement.metadata import ExpertLocationMetadata
-
-
-class Choice(Protocol):
-    """One way to choose replicas, on one kind of device."""
-
-    def dispatch(
-        self,
-        layer_id: int,
-        ids: torch.Tensor,
-        width: int,
-        bounds: Sequence[int] | None,
-        counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Slots of this rank's part of ``ids``.
-
-        Args:
-            ids: (N,) logical experts, ``width`` of a token: this rank's own; with ``bounds`` those of all ranks.
-            bounds: (G + 1) where each rank's tokens begin and end.
-            counts: as for :meth:`ExpertDispatcher.dispatch`.
-            num_unpadded: one integer on the device of ``ids``: tokens of ``ids`` from this number on are padding.
-
-        Returns:
-            (N,) in the dtype of ``ids``; -1 for none.
-        """
-        ...
-
-    def advance(self, num_tokens: int, /) -> None:
-        """Ends a step of so many tokens."""
-        ...
 
 
 class ExpertDispatcher:
@@ -143,8 +113,8 @@ class ExpertDispatcher:
         """
         with _profiler_range():
             width = topk_ids.shape[-1] if topk_ids.ndim > 1 else 1
-            ids = topk_ids.reshape(-1)
-            slots = self._choice.dispatch(layer_id, ids, width, rank_bounds, counts, self._on_device(num_unpadded))
+            batch = Batch(layer_id, topk_ids.reshape(-1), width, rank_bounds, counts, self._on_device(num_unpadded))
+            slots = self._choice.dispatch(batch)
             return slots.view(topk_ids.shape if rank_bounds is None else (-1, *topk_ids.shape[1:]))
 
     def _on_device(self, number: torch.Tensor | int | None) -> torch.Tensor | None:

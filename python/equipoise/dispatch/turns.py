@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, usable_weights
 from equipoise.dispatch.turns_numba import take_nearest, take_turns
 from equipoise.errors import PlacementError
@@ -71,17 +72,10 @@ class CpuTurns:
         self._nearest = None if tables.nearest is None else tables.nearest.numpy()
         self._next_token = 0
 
-    def dispatch(
-        self,
-        layer_id: int,
-        ids: torch.Tensor,
-        width: int,
-        bounds: Sequence[int] | None,
-        counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See ``dispatcher.Choice``."""
-        mine = own_part(without_padding(ids, width, num_unpadded), width, bounds, self._tables.rank).numpy()
+    def dispatch(self, batch: Batch) -> torch.Tensor:
+        """See ``choice.Choice``."""
+        layer_id, width, counts = batch.layer_id, batch.width, batch.counts
+        mine = batch.without_padding()[batch.span_of_rank(self._tables.rank)].numpy()
         slots = np.empty_like(mine)
         recorded = NOBODY_COUNTS if counts is None else counts.numpy()
         if self._nearest is not None:
@@ -94,18 +88,6 @@ class CpuTurns:
     def advance(self, num_tokens: int) -> None:
         """Ends a step of so many tokens."""
         self._next_token += num_tokens
-
-
-def own_part(ids: torch.Tensor, width: int, bounds: Sequence[int] | None, rank: int) -> torch.Tensor:
-    """The ids of this rank's tokens; a view."""
-    return ids if bounds is None else ids[bounds[rank] * width : bounds[rank + 1] * width]
-
-
-def without_padding(ids: torch.Tensor, width: int, num_unpadded: torch.Tensor | None) -> torch.Tensor:
-    """(N,) ids, those of tokens from ``num_unpadded`` on -1."""
-    if num_unpadded is None:
-        return ids
-    return torch.where(torch.arange(len(ids), device=ids.device) < num_unpadded * width, ids, -1)
 
 
 def _index_on(device: torch.device, layer_ids: Sequence[int]) -> torch.Tensor:

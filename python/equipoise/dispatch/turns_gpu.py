@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 
+from equipoise.dispatch.choice import Batch
 from equipoise.dispatch.turns import TurnsTables
 from equipoise.dispatch.turns_kernel import choose
 
@@ -29,27 +28,20 @@ class TritonTurns:
         self._sizes = {"E": metadata.num_logical_experts, "X": metadata.max_replicas}
         self._next_token = torch.zeros(1, dtype=torch.int64, device=tables.cdf.device)
 
-    def dispatch(
-        self,
-        layer_id: int,
-        ids: torch.Tensor,
-        width: int,
-        bounds: Sequence[int] | None,
-        counts: torch.Tensor | None,
-        num_unpadded: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See ``dispatcher.Choice``."""
-        rank, ids = self._tables.rank, ids.contiguous()
-        first, last = (0, ids.numel() // width) if bounds is None else (bounds[rank], bounds[rank + 1])
-        num_ids = (last - first) * width
+    def dispatch(self, batch: Batch) -> torch.Tensor:
+        """See ``choice.Choice``."""
+        rank, ids, width, counts = self._tables.rank, batch.ids.contiguous(), batch.width, batch.counts
+        unpadded = self._next_token if batch.num_unpadded is None else batch.num_unpadded
+        own = batch.span_of_rank(rank)
+        first, num_ids = own.start // width, own.stop - own.start
         slots = ids.new_empty(num_ids)
         if num_ids:
             choose[(triton.cdiv(num_ids, BLOCK),)](
-                ids, slots, num_ids, first, self._next_token if num_unpadded is None else num_unpadded, layer_id, rank,
+                ids, slots, num_ids, first, unpadded, batch.layer_id, rank,
                 self._next_token, self._table, self._tables.cdf,
-                self._next_token if counts is None else counts[layer_id],
+                self._next_token if counts is None else counts[batch.layer_id],
                 0 if counts is None else counts.shape[1] - 1,
-                **self._sizes, K=width, BLOCK=BLOCK, TURNS=self._turns, PADDED=num_unpadded is not None,
+                **self._sizes, K=width, BLOCK=BLOCK, TURNS=self._turns, PADDED=batch.num_unpadded is not None,
                 RECORD=counts is not None, num_warps=1,
             )  # fmt: skip
         return slots
