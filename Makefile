@@ -52,9 +52,10 @@ test-sglang: $(READY) $(SGLANG_READY)  ## the plugin in the real SGLang server, 
 test-gpu: $(READY)  ## what only a GPU can settle, with a report; without one, the part that needs none
 	$(BIN)/python scripts/test_gpu.py $(ARGS)
 
-check: $(READY)  ## lint, format and types
+check: $(READY)  ## lint, format, types, and that docs/api.md is what the docstrings say
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/make_api_page.py --check
 	$(BIN)/mypy
 
 format: $(READY)  ## let ruff mend what it can

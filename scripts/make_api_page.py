@@ -169,7 +169,13 @@ def page() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "api.md")
-    path = parser.parse_args().out
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    arguments = parser.parse_args()
+    path = arguments.out
+    if arguments.check:
+        if not path.exists() or path.read_text() != page():
+            raise SystemExit(f"out of date: {path}; run `make api`")
+        return
     path.write_text(page())
     print(f"written: {path}")
 
