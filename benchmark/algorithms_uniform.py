@@ -10,8 +10,9 @@ import numba
 import numpy as np
 
 from equipoise.algorithms.forecast.scenarios import make_scenarios
-from equipoise.algorithms.priced_search import MIN_GAIN, NODE_PRICE, STAGES
+from equipoise.algorithms.improve import MIN_GAIN, STAGES
 from equipoise.algorithms.search.local_search import MANY_RANKS, WORTH
+from equipoise.algorithms.task import NODE_PRICE
 from equipoise.placement.metadata import ExpertLocationMetadata
 from equipoise.topology import EpTopology
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from equipoise.algorithms.forecast.outlook import gaps_between_replicas
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.placement.balancedness import balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -142,3 +143,44 @@ def test_a_level_placement_is_in_force_as_it_is_and_not_shared(algorithm: str) -
     assert (plan.dispatch_weights == current.dispatch_weights).all()
     plan.dispatch_weights[:] = 0.0
     assert float(current.dispatch_weights.sum()) == pytest.approx(4 * 64)
+
+
+@pytest.mark.parametrize("algorithm", ["equipoise", "reweight"])
+def test_shares_stay_where_others_would_level_nothing(algorithm: str) -> None:
+    """Two slots a rank leave ranks uneven, whatever the shares; those that share no expert, no share can level."""
+    rng = np.random.default_rng(10)
+    topology = EpTopology(24, 2, 2)
+    share = popularity(rng, 4, 40, 0.6)
+    current = rebalance_experts(share * 1e7, topology)
+    windows = counted(rng, share, 40 * 5000.0, 8)
+    assert expected_balance(current, windows) < 0.9
+    plan = rebalance_experts(windows, topology, algorithm=algorithm, current=current)
+    assert (plan.dispatch_weights == current.dispatch_weights).all()
+    alike = ExpertLocationMetadata.from_physical_to_logical(current.physical_to_logical_map, 40, topology)
+    plan = rebalance_experts(windows, topology, algorithm=algorithm, current=alike)
+    assert expected_balance(plan, windows) > expected_balance(alike, windows) + 0.02
+
+
+def test_gaps_between_replicas_are_those_that_shares_can_level() -> None:
+    """Ranks of two slots; expert 0 on ranks 0 and 1, expert 1 on ranks 1 and 2, experts 2 and 3 alone."""
+    placed, error = np.array([[0, 2, 0, 1, 1, 3]]), np.full((1, 4), 0.01)
+    excess, width = np.empty((2, 1))
+
+    def measured(loads: list[float], shares: list[float]) -> tuple[float, float]:
+        gaps_between_replicas(0, 1, placed, np.array([shares]), np.array([loads]), error, 3, excess, width)
+        return float(excess[0]), float(width[0])
+
+    level = measured([1.0, 1.0, 0.5, 0.5], [0.5, 1.0, 0.5, 0.5, 0.5, 1.0])
+    assert level == pytest.approx((0.0, 0.0))
+    # Ranks are at 1.1, .9 and 1: each expert's two are off their mean by .1 and .05.
+    off = 2 * 0.1**2 + 2 * 0.05**2
+    noise = [0.25 * 0.01 + 0.01, 0.25 * 0.01 * 2, 0.25 * 0.01 + 0.01]
+    expected = 0.5 * (noise[0] + noise[1]) + 0.5 * (noise[1] + noise[2])
+    assert measured([1.0, 0.8, 0.6, 0.6], [0.5, 1.0, 0.5, 0.5, 0.5, 1.0]) == pytest.approx(
+        (off / expected, np.sqrt(off / 2)), rel=1e-6
+    )
+    # The hot rank has no share of expert 0 to give away; the same rank, cold, could take some.
+    hot = measured([0.5, 0.5, 1.5, 0.5], [0.0, 1.0, 1.0, 0.5, 0.5, 1.0])
+    cold = measured([0.5, 0.5, 0.2, 0.5], [0.0, 1.0, 1.0, 0.5, 0.5, 1.0])
+    assert hot == pytest.approx((0.0, 0.0))
+    assert cold[0] > 1.0

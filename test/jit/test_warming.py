@@ -57,7 +57,8 @@ def test_every_kernel_that_a_plan_needs_is_warm():
         topology = EpTopology(8, 2, 4)
         for algorithm in available_algorithms():
             current = None
-            for load in (np.ones((3, 16), dtype=np.int32), np.random.default_rng(0).random((5, 3, 16))):
+            steady = np.random.default_rng(0).poisson(200.0 * np.arange(1, 17), (8, 3, 16))
+            for load in (np.ones((3, 16), dtype=np.int32), np.random.default_rng(0).random((5, 3, 16)), steady):
                 current = rebalance_experts(
                     load, topology, algorithm=algorithm, current=current, num_groups=4, max_moves_per_layer=3
                 )

@@ -16,6 +16,7 @@ Private to this room::
     batch_plan.py     Plans for dispatch that solves its shares on each batch
     deepseek.py       `deepseek` and `deepseek_hierarchical`: DeepSeek's published planner
     guard.py          Keeps the placement in force where a plan cannot be expected to do better on what comes
+    improve.py        Improves placements layer by layer: repairs them, then searches for moves and shares that pay
     packing.py        Packs all layers from scratch, for the priced search to start from
     priced_search.py  `equipoise`, the default: placement and dispatch weights by a local search with priced moves
     reweight.py       `reweight`: dispatch weights for the placement in force; no slot changes

@@ -5,7 +5,7 @@ batches get replicas that are useful often, and large ones connectivity. Two sta
 and what the priced search made of it, and each layer takes the one that is worth more after its moves are paid for.
 
 What a connection gains does not hang on the forecast of any one expert, so it lasts, where shares that are planned for
-a forecast are worth what the next window is like: its moves are priced as serving ``LASTS`` windows.
+a forecast are worth what the next window is like: its moves are priced as serving :data:`LASTS` windows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.algorithms.forecast.outlook import lanes_of_draws, normal_numbers
-from equipoise.algorithms.forecast.scenarios import mean_load
+from equipoise.algorithms.improve import LASTS
 from equipoise.algorithms.search.move_price import MoveTerms
 from equipoise.algorithms.search.recourse import improve_for_batches
 from equipoise.algorithms.task import Task
 
 NUM_BATCHES = 24  # draws that a placement is made for
 MAX_STEPS = 96
-LASTS = 8.0  # windows that a move is priced for
 
 
 def plan_for_batches(task: Task, placed: np.ndarray, moves: MoveTerms) -> np.ndarray:
@@ -44,7 +43,7 @@ def plan_for_batches(task: Task, placed: np.ndarray, moves: MoveTerms) -> np.nda
 def batches(task: Task) -> np.ndarray:
     """(L, E, NUM_BATCHES) loads of batches to come, where a mean rank has 1."""
     known, tokens = task.scenarios, task.problem.tokens_per_step
-    mean = mean_load(known.tokens, known.weight)
+    mean = task.mean
     total = mean.sum(1, keepdims=True)
     noise = np.maximum(known.noise - known.error, 0.0)
     if tokens is not None:

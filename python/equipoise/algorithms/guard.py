@@ -18,13 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.forecast.outlook import NUM_DRAWS, judge, lanes_of_draws, level_prior, normal_numbers
-from equipoise.algorithms.forecast.scenarios import mean_load
+from equipoise.algorithms.forecast.outlook import (
+    NUM_DRAWS,
+    gaps_between_replicas,
+    judge,
+    lanes_of_draws,
+    level_prior,
+    normal_numbers,
+)
 from equipoise.algorithms.task import Task
 from equipoise.algorithms.twins import split_twins, twins_of
 
 MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: steady load of MANY_WINDOWS and more
 LEVEL = 2.0  # the same of a placement that is level enough
+NARROW = 0.02  # of a mean rank's load: what ranks that share experts may differ by and be level enough
 MANY_WINDOWS = 4
 HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come
 SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
@@ -65,7 +72,7 @@ class Worth(NamedTuple):
     """For what a layer is worth a search."""
 
     moves: np.ndarray  # (L,) bool
-    shares: np.ndarray  # (L,) bool, True where moves are
+    shares: np.ndarray  # (L,) bool, for other shares alone
 
 
 def what_is_worth_a_search(task: Task) -> Worth:
@@ -73,15 +80,17 @@ def what_is_worth_a_search(task: Task) -> Worth:
 
     Any could, where load is not steady or has not been for long. Otherwise ranks that are as level as counting can
     tell offer nothing: the mean square of what their loads are off is about its expected value for a level placement.
+    Nor do other shares where ranks that hold the same expert differ by no more than that.
     """
     all_layers = np.ones(len(task.old), dtype=np.bool_)
     ranks_alike = bool((task.layers.inverse_speed == 1.0).all())
-    if not (_long_and_steady(task) and ranks_alike and task.problem.dispatch != "batch"):
+    if not (long_and_steady(task) and ranks_alike and task.problem.dispatch != "batch"):
         return Worth(all_layers, all_layers)
     _, excess, highest = _level_prior(task)
     broken = ~_may_stay(task) | twins_of(task).any(1)
-    shares = broken | (excess > LEVEL) | (highest > _usual_height(task))
-    return Worth(shares & (broken | _moves_allowed(task, excess, highest)), shares)
+    uneven = (excess > LEVEL) | (highest > _usual_height(task))
+    shares = uneven & may_gain_by_shares(task) if task.problem.dispatch == "weights" else np.zeros_like(uneven)
+    return Worth(broken | (uneven & _moves_allowed(task, excess, highest)), broken | shares)
 
 
 def _worst_of_scenarios(task: Task, gain: np.ndarray) -> np.ndarray:
@@ -106,12 +115,20 @@ def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.n
 
 def _level_prior(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(L, E) factor, (L,) excess, (L,) height of the placement in force, see ``level_prior``."""
-    known = task.scenarios
-    mean = mean_load(known.tokens, known.weight)
+    mean = task.mean
     factor, (excess, highest) = np.empty_like(mean), np.empty((2, len(mean)))
     num_ranks = len(task.layers.inverse_speed)
-    task.run(level_prior, task.old, task.old_share, mean, known.error, num_ranks, factor, excess, highest)
+    error = task.scenarios.error
+    task.run(level_prior, task.old, task.old_share, mean, error, num_ranks, factor, excess, highest)
     return factor, excess, highest
+
+
+def may_gain_by_shares(task: Task) -> np.ndarray:
+    """(L,) whether ranks that hold the same expert differ by more than noise, or by much."""
+    mean, error, num_ranks = task.mean, task.scenarios.error, len(task.layers.inverse_speed)
+    excess, width = np.empty((2, len(mean)))
+    task.run(gaps_between_replicas, task.old, task.old_share, mean, error, num_ranks, excess, width)
+    return (excess > LEVEL) | (width > NARROW)
 
 
 def _usual_height(task: Task) -> float:
@@ -119,13 +136,14 @@ def _usual_height(task: Task) -> float:
     return math.sqrt(2.0 * math.log(max(len(task.layers.inverse_speed), 2))) + MIN_HEIGHT
 
 
-def _long_and_steady(task: Task) -> bool:
+def long_and_steady(task: Task) -> bool:
+    """Whether all windows differ by counting noise alone, and there are more than a few."""
     return task.scenarios.steady and task.problem.load.shape[0] > MANY_WINDOWS
 
 
 def _moves_allowed(task: Task, excess: np.ndarray, highest: np.ndarray) -> np.ndarray:
     """(L,) whether what is uneven is more than noise."""
-    if not _long_and_steady(task):
+    if not long_and_steady(task):
         return np.ones(len(excess), dtype=np.bool_)
     return (excess > MIN_EXCESS) | (highest > _usual_height(task))
 

@@ -21,6 +21,7 @@ from equipoise.errors import ConfigError
 from equipoise.jit.compile import kernel, number
 
 ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
+FINE, COARSE = 1e-6, 1e-4  # of the cost, that a round of the descent has to gain; coarse where all change is counting
 
 
 def solve(problem: PlacementProblem) -> Solution:
@@ -51,7 +52,8 @@ def solve_shares(task: Task) -> np.ndarray:
     """
     share, lost = task.old_share.copy(), np.zeros(len(task.old), dtype=np.int64)
     doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
-    task.run(_weigh_layers, task.old, share, task.layers, doublings, lost)
+    tolerance = COARSE if task.scenarios.steady else FINE
+    task.run(_weigh_layers, task.old, share, task.layers, doublings, tolerance, lost)
     if lost.any():
         raise ConfigError(
             f"rank_capacity leaves experts of layer {int(np.flatnonzero(lost)[0])} without a live rank, and weights "
@@ -69,6 +71,7 @@ def _weigh_layers(
     share: np.ndarray,
     layers: Layers,
     doublings: np.ndarray,
+    tolerance: float,
     lost: np.ndarray,
 ) -> None:
     """Re-solves rows first..last-1 of ``share`` (L, P), in place, with exponents ``2 ** doublings`` (L,).
@@ -80,4 +83,4 @@ def _weigh_layers(
         lost[layer] = lost_experts(state)
         if lost[layer] == 0:
             spread_shares(state)
-            optimise_shares(state, doublings[layer], number(40), 1e-6)
+            optimise_shares(state, doublings[layer], number(40), tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,11 @@ class Task:
     @property
     def num_groups(self) -> int:
         return self.layers.num_groups
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """(L, E) mean load over the scenarios."""
+        return mean_load(self.scenarios.tokens, self.scenarios.weight)
 
     @property
     def noise_is_known(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.algorithms.forecast.scenarios import mean_load
 from equipoise.algorithms.task import Task
 
 
@@ -23,7 +22,6 @@ def split_twins(task: Task) -> tuple[np.ndarray, np.ndarray]:
         return placed, share
     num_slots, num_experts = placed.shape[1], task.problem.num_logical_experts
     size = num_slots // len(task.layers.inverse_speed)
-    mean = mean_load(task.scenarios.tokens, task.scenarios.weight)
     node_of_slot = np.arange(num_slots) // (num_slots // task.problem.topology.num_nodes)
     group = np.arange(num_experts) * task.num_groups // num_experts
     limit = task.problem.max_moves_per_layer
@@ -33,7 +31,7 @@ def split_twins(task: Task) -> tuple[np.ndarray, np.ndarray]:
         for slot in np.flatnonzero(twins[layer])[:room]:
             e, first = placed[layer, slot], slot // size * size
             here = placed[layer, first : first + size]
-            per_replica = mean[layer] / (count + 1)
+            per_replica = task.mean[layer] / (count + 1)
             per_replica[here] = -1.0
             if task.num_groups:
                 at_node = np.isin(group, group[placed[layer, node_of_slot == node_of_slot[slot]]])
@@ -53,8 +51,11 @@ def split_twins(task: Task) -> tuple[np.ndarray, np.ndarray]:
 
 def twins_of(task: Task) -> np.ndarray:
     """(L, P) bool, slots whose expert is in an earlier slot of their rank as well."""
-    by_rank = task.old.reshape(len(task.old), len(task.layers.inverse_speed), -1)
-    twins = np.zeros(by_rank.shape, dtype=np.bool_)
-    for apart in range(1, by_rank.shape[2]):
-        twins[:, :, apart:] |= by_rank[:, :, apart:] == by_rank[:, :, :-apart]
-    return twins.reshape(task.old.shape)
+    num_layers, num_slots = task.old.shape
+    num_ranks = len(task.layers.inverse_speed)
+    # (P / G, L G): numpy compares long rows faster than the few slots of a rank.
+    by_place = np.ascontiguousarray(task.old.reshape(num_layers * num_ranks, -1).T)
+    twins = np.zeros(by_place.shape, dtype=np.bool_)
+    for apart in range(1, len(by_place)):
+        twins[apart:] |= by_place[apart:] == by_place[:-apart]
+    return twins.T.reshape(num_layers, num_slots)

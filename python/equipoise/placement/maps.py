@@ -51,8 +51,7 @@ def build_expert_maps(
     """
     # A copy: nobody else can change it.
     p2l = np.array(as_slot_map(physical_to_logical_map, "physical_to_logical_map", topology), np.int64, order="C")
-    _require_every_expert(p2l, num_logical_experts)
-    num_replicas = _sum_by_expert(p2l, num_logical_experts)
+    num_replicas = _replicas_of_every_expert(p2l, num_logical_experts)
     most = int(num_replicas.max())
     if max_replicas is not None and most > max_replicas:
         raise PlacementError(
@@ -60,24 +59,37 @@ def build_expert_maps(
         )
     weights = _checked_weights(dispatch_weights, p2l, num_replicas)
 
-    # Slots sorted by expert, and where each stands in the (L, E, X) arrays: layer, expert, n-th replica.
-    order = np.argsort(p2l, axis=1, kind="stable")
-    experts = np.take_along_axis(p2l, order, axis=1)
-    first = np.cumsum(num_replicas, axis=1) - num_replicas
-    nth_replica = np.arange(p2l.shape[1]) - np.take_along_axis(first, experts, axis=1)
-    place = (np.arange(len(p2l))[:, None], experts, nth_replica)
+    # Slots sorted by expert, layer after layer; each expert of a layer is a row of what follows, and its n-th replica
+    # a column. Numpy sorts short integers by radix.
+    keys = p2l.astype(np.int16) if num_logical_experts <= 1 << 15 else p2l
+    order = np.argsort(keys, axis=1, kind="stable")
+    num_layers, num_slots = p2l.shape
+    slot = (order + np.arange(num_layers)[:, None] * num_slots).ravel()
+    row = p2l.ravel()[slot] + np.repeat(np.arange(num_layers) * num_logical_experts, num_slots)
+    count = num_replicas.ravel()
+    first = np.cumsum(count) - count
+    nth_replica = np.arange(len(row)) - first[row]
 
-    l2p = np.full((*num_replicas.shape, max_replicas or most), -1, dtype=np.int64)
-    l2p[place] = order
-    shares = np.zeros(l2p.shape, dtype=np.float64)
-    shares[place] = np.take_along_axis(weights, order, axis=1)
-    cdf = np.cumsum(shares, axis=2)
+    shape = (*num_replicas.shape, max_replicas or most)
+    l2p = np.full((len(count), shape[2]), -1, dtype=np.int64)
+    l2p[row, nth_replica] = order.ravel()
+    cdf = np.ones(l2p.shape, dtype=np.float32)
+    several = np.flatnonzero(count > 1)  # the others have one replica, with the whole share
+    cdf[several] = _running_sums(weights.ravel()[slot], first[several], count[several], shape[2])
+    return ExpertMaps(p2l, l2p.reshape(shape), num_replicas, weights, cdf.reshape(shape))
+
+
+def _running_sums(shares: np.ndarray, first: np.ndarray, count: np.ndarray, num_columns: int) -> np.ndarray:
+    """(M, X) float64 running sums of M runs of ``shares``, each ``count`` numbers from ``first`` on."""
+    column = np.arange(num_columns)
+    inside = column < count[:, None]
+    table = np.where(inside, shares[np.where(inside, first[:, None] + column, 0)], 0.0).astype(np.float64)
+    sums = np.cumsum(table, axis=1)
     # From the last replica with a share on the sum is 1 by definition: rounding must leave no gap above it, nor below 1
     # for a replica without one.
-    replica = np.arange(l2p.shape[2])
-    last = np.where(shares > 0, replica, 0).max(axis=2)
-    cdf[replica >= last[:, :, None]] = 1.0
-    return ExpertMaps(p2l, l2p, num_replicas, weights, cdf.astype(np.float32))
+    last = np.where(table > 0, column, 0).max(axis=1)
+    sums[column >= last[:, None]] = 1.0
+    return sums
 
 
 def as_slot_map(value: IntMap, name: str, topology: EpTopology) -> np.ndarray:
@@ -96,26 +108,26 @@ def as_slot_map(value: IntMap, name: str, topology: EpTopology) -> np.ndarray:
     return array
 
 
-def _require_every_expert(p2l: np.ndarray, num_logical_experts: int) -> None:
-    outside = (p2l < 0) | (p2l >= num_logical_experts)
-    if outside.any():
-        layer, slot = (int(i) for i in np.argwhere(outside)[0])
+def _replicas_of_every_expert(p2l: np.ndarray, num_logical_experts: int) -> np.ndarray:
+    """(L, E) int64 replicas of each expert, all at least 1."""
+    if p2l.min() < 0 or p2l.max() >= num_logical_experts:
+        layer, slot = (int(i) for i in np.argwhere((p2l < 0) | (p2l >= num_logical_experts))[0])
         raise PlacementError(
             f"physical_to_logical_map[{layer}][{slot}] is {p2l[layer, slot]}, "
             f"outside [0, {num_logical_experts}) logical experts",
             field="physical_to_logical_map",
         )
-    present = np.zeros((p2l.shape[0], num_logical_experts), dtype=bool)
-    np.put_along_axis(present, p2l, True, axis=1)
-    if not present.all():
-        layer = int(np.flatnonzero(~present.all(1))[0])
-        missing = np.flatnonzero(~present[layer]).tolist()
+    num_replicas = _sum_by_expert(p2l, num_logical_experts)
+    if not num_replicas.all():
+        layer = int(np.flatnonzero(~num_replicas.all(1))[0])
+        missing = np.flatnonzero(num_replicas[layer] == 0).tolist()
         shown = str(missing) if len(missing) <= 8 else f"{str(missing[:8])[:-1]}, ...] ({len(missing)} in all)"
         raise PlacementError(
             f"physical_to_logical_map misses experts {shown} in layer {layer}: each of the {num_logical_experts} "
             f"logical experts needs at least one of the {p2l.shape[1]} slots",
             field="physical_to_logical_map",
         )
+    return num_replicas
 
 
 def _checked_weights(

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
-from equipoise.jit.compile import kernel, zeros
+from equipoise.jit.compile import helper, kernel, zeros
 
 NUM_DRAWS = 32  # half of them mirror the others: what is linear in the errors cancels
 
@@ -112,12 +112,8 @@ def level_prior(
     gap, spread = zeros(num_ranks), zeros(num_ranks)
     for layer in range(first, last):
         squares, errors, highest[layer] = 0.0, 0.0, 0.0
+        _off_the_mean(placed[layer], share[layer], mean[layer], error[layer], gap, spread)
         for rank in range(num_ranks):
-            gap[rank], spread[rank] = -1.0, 1e-12
-            for slot in range(rank * size, (rank + 1) * size):
-                part, e = share[layer, slot], placed[layer, slot]
-                gap[rank] += part * mean[layer, e]
-                spread[rank] += part * part * error[layer, e]
             squares += gap[rank] * gap[rank] / num_ranks
             errors += spread[rank] / num_ranks
             highest[layer] = max(highest[layer], gap[rank] / np.sqrt(2.0 * spread[rank]))
@@ -131,3 +127,60 @@ def level_prior(
         for e in range(mean.shape[1]):
             known = mean[layer, e]
             factor[layer, e] = max(factor[layer, e] / known, 0.1) if known > 0.0 else 1.0
+
+
+@kernel
+def gaps_between_replicas(
+    first: int,
+    last: int,
+    placed: np.ndarray,
+    share: np.ndarray,
+    mean: np.ndarray,
+    error: np.ndarray,
+    num_ranks: int,
+    excess: np.ndarray,
+    width: np.ndarray,
+) -> None:
+    """Measures what other shares could level: ranks that hold a replica of the same expert, and no others.
+
+    Of each expert it is what the loads of its ranks are off their mean (but for hotter ones where it has no share to
+    give away). Fills rows first..last-1 of ``width`` (L,), the root mean square, and ``excess`` (L,), the sum of
+    squares over its expected value where the forecast's error alone makes them differ (analysis of variance).
+    """
+    num_experts, size = mean.shape[1], placed.shape[1] // num_ranks
+    gap, spread = zeros(num_ranks), zeros(num_ranks)
+    level, serving = zeros(num_experts), zeros(num_experts)
+    for layer in range(first, last):
+        _off_the_mean(placed[layer], share[layer], mean[layer], error[layer], gap, spread)
+        level[:], serving[:] = 0.0, 0.0
+        for slot in range(placed.shape[1]):
+            if share[layer, slot] > 0.0:
+                level[placed[layer, slot]] += gap[slot // size]
+                serving[placed[layer, slot]] += 1.0
+        squares, expected, freedom = 0.0, 1e-12, 1e-12
+        for slot in range(placed.shape[1]):
+            e, rank = placed[layer, slot], slot // size
+            off = gap[rank] - level[e] / max(serving[e], 1.0)
+            if share[layer, slot] > 0.0:
+                squares += off * off
+                expected += spread[rank] * (1.0 - 1.0 / serving[e])
+                freedom += 1.0 - 1.0 / serving[e]
+            elif off < 0.0:
+                squares += off * off
+                expected += spread[rank]
+                freedom += 1.0
+        excess[layer], width[layer] = squares / expected, np.sqrt(squares / freedom)
+
+
+@helper
+def _off_the_mean(
+    placed: np.ndarray, share: np.ndarray, mean: np.ndarray, error: np.ndarray, gap: np.ndarray, spread: np.ndarray
+) -> None:
+    """Fills ``gap`` (G,), what rank loads of one layer are off 1, and ``spread`` (G,), the variance of their error."""
+    size = placed.shape[0] // gap.shape[0]
+    for rank in range(gap.shape[0]):
+        gap[rank], spread[rank] = -1.0, 1e-12
+        for slot in range(rank * size, (rank + 1) * size):
+            part, e = share[slot], placed[slot]
+            gap[rank] += part * mean[e]
+            spread[rank] += part * part * error[e]

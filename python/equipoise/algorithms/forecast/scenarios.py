@@ -99,13 +99,16 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         of_two = (BURST_DECAY if unsure else PAIR_DECAY) if len(share) == 2 else 0.0
         decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else of_two)
         weight = decayed(len(share), decay)
-    tokens, lanes = np.zeros((num_layers, num_experts, NUM_SCENARIOS)), np.zeros(NUM_SCENARIOS)
+    by_scenario, lanes = np.zeros((NUM_SCENARIOS, num_layers, num_experts)), np.zeros(NUM_SCENARIOS)
     for scenario, group in enumerate(_group(weight, distance)):
         lanes[scenario] = sum(weight[window] for window in group)
         if len(group) == 1:
-            tokens[..., scenario] = share[group[0]]
+            by_scenario[scenario] = share[group[0]]
         else:  # not a matrix product: its order of additions, and so its last bits, depend on the machine
-            tokens[..., scenario] = sum(weight[window] * share[window] for window in group) / lanes[scenario]
+            for window in group:
+                by_scenario[scenario] += weight[window] * share[window]
+            by_scenario[scenario] /= lanes[scenario]
+    tokens = np.ascontiguousarray(by_scenario.transpose(1, 2, 0))
     mean = mean_load(tokens, lanes)
     # A forecast from several windows has less Poisson noise of its own, and as much relative noise as one.
     own = sum(w * w for w in weight)
