@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,15 @@ SCALES = {
     "64x1024 -> 1536/512": (64, 1024, EpTopology(512, 64, 3), 8),
 }
 
+NUM_ROUNDS = 9
+
 
 def planning_times_by_scale(others: dict[str, Policy], quick: bool, bars: Bars) -> dict[str, Any]:
-    """CPU seconds of one thread, the best of three: four windows from another workload's placement, and steady.
+    """CPU seconds of one thread: four windows from another workload's placement, and steady; medians of rounds.
 
     Steady load is planned for on eight windows, which a planner has at hand by then, and on four, soon after the shift.
+    Each round runs every planner once, so that what slows the machine down slows all of them: ratios are those of a
+    round, and their median counts.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, (layers, experts, topology, top_k) in list(SCALES.items())[: 2 if quick else None]:
@@ -37,22 +43,31 @@ def planning_times_by_scale(others: dict[str, Policy], quick: bool, bars: Bars) 
         settled = rebalance_experts(windows[:4], topology, current=shifted)
         for _ in range(2):
             settled = rebalance_experts(windows[:4], topology, current=settled)
-        plan = ours()(topology)
+        plan, even = ours()(topology), ours(dispatch="even")(topology)
         long_settled = rebalance_experts(windows[:8], topology, current=settled)
-        row = {
-            "shift": best_of(3, lambda p=plan, w=windows, c=shifted: p(w[:4], c)),
-            "steady": best_of(3, lambda p=plan, w=windows, c=long_settled: p(w[1:], c)),
-            "steady, 4 windows": best_of(3, lambda p=plan, w=windows, c=settled: p(w[1:5], c)),
-            "even": best_of(2, lambda w=windows, t=topology, c=settled: ours(dispatch="even")(t)(w[1:5], c)),
-            "moves when steady": float(long_settled.diff(plan(windows[1:], long_settled)).moves.sum() / layers),
+        work = {
+            "shift": partial(plan, windows[:4], shifted),
+            "steady": partial(plan, windows[1:], long_settled),
+            "steady, 4 windows": partial(plan, windows[1:5], settled),
+            "even": partial(even, windows[1:5], settled),
         }
         if "vllm" in others:
-            theirs = others["vllm"](topology)
-            theirs(windows[:4], shifted)
-            row["vllm"] = best_of(3, lambda p=theirs, w=windows, c=shifted: p(w[:4], c))
+            work["vllm"] = partial(others["vllm"](topology), windows[:4], shifted)
+        seconds = seconds_by_round(3 if quick else NUM_ROUNDS, work)
+        rows[name] = {each: float(np.median(found)) for each, found in seconds.items()}
+        rows[name]["moves when steady"] = float(long_settled.diff(plan(windows[1:], long_settled)).moves.sum() / layers)
+        if "vllm" in others:
             most = 1.0 if topology.num_ranks <= 144 else 2.0
-            bars.at_most(f"6 planning time {name}, shift, ratio to vLLM", row["shift"] / row["vllm"], most)
-            bars.at_most(f"6 planning time {name}, steady, ratio to vLLM", row["steady"] / row["vllm"], 0.1)
-        rows[name] = row
+            for kind, bar in (("shift", most), ("steady", 0.1)):
+                ratio = float(np.median(seconds[kind] / seconds["vllm"]))
+                bars.at_most(f"6 planning time {name}, {kind}, ratio to vLLM", ratio, bar)
     show_table(bars.console, "planning, CPU seconds of one thread", rows)
     return rows
+
+
+def seconds_by_round(num_rounds: int, work: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    """(num_rounds,) CPU seconds of each kind of ``work``, by its name; each has run once before."""
+    for each in work.values():
+        each()
+    rounds = [[best_of(1, each) for each in work.values()] for _ in range(num_rounds)]
+    return dict(zip(work, np.array(rounds).T, strict=True))

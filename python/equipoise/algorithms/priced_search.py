@@ -85,8 +85,12 @@ def _plan(task: Task) -> Plan:
 def _improve_packed(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray, flatness: int) -> None:
     """Searches from a packing from scratch as well, in place; taken where it is worth more than ``value`` (L,)."""
     problem = task.problem
-    # A packing from scratch moves more than half of the slots: below, it could win nevertheless.
-    retry = value < (1.0 if problem.current is None else 1.0 - 0.5 * price_of_moves(task))
+    limit = 1.0
+    if problem.current is not None:
+        # A packing from scratch moves more than half of the slots, to any node: below, it could win nevertheless.
+        elsewhere = 1.0 - 1.0 / problem.topology.num_nodes
+        limit -= 0.5 * price_of_moves(task) * (1.0 + (NODE_PRICE - 1.0) * elsewhere)
+    retry = value < limit
     if problem.current is not None and long_and_steady(task):
         # Where there is nothing to do for a search from the placement in force, packings were tried in vain before.
         retry &= (placed != task.old).any(1) | (value == -np.inf)
