@@ -29,10 +29,9 @@ from equipoise.algorithms.forecast.outlook import (
 from equipoise.algorithms.task import Task
 from equipoise.algorithms.twins import split_twins, twins_of
 
-MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: steady load of MANY_WINDOWS and more
+MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: where load has been steady for long
 LEVEL = 2.0  # the same of a placement that is level enough
 NARROW = 0.02  # of a mean rank's load: what ranks that share experts may differ by and be level enough
-MANY_WINDOWS = 4
 HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come
 SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
 MIN_HEIGHT = 3.0  # standard deviations above sqrt(2 ln G), the expected largest of G: such a rank is hot all the same
@@ -84,7 +83,7 @@ def what_is_worth_a_search(task: Task) -> Worth:
     """
     all_layers = np.ones(len(task.old), dtype=np.bool_)
     ranks_alike = bool((task.layers.inverse_speed == 1.0).all())
-    if not (long_and_steady(task) and ranks_alike and task.problem.dispatch != "batch"):
+    if not (task.steady_for_long and ranks_alike and task.problem.dispatch != "batch"):
         return Worth(all_layers, all_layers)
     _, excess, highest = _level_prior(task)
     broken = ~_may_stay(task) | twins_of(task).any(1)
@@ -136,14 +135,9 @@ def _usual_height(task: Task) -> float:
     return math.sqrt(2.0 * math.log(max(len(task.layers.inverse_speed), 2))) + MIN_HEIGHT
 
 
-def long_and_steady(task: Task) -> bool:
-    """Whether all windows differ by counting noise alone, and there are more than a few."""
-    return task.scenarios.steady and task.problem.load.shape[0] > MANY_WINDOWS
-
-
 def _moves_allowed(task: Task, excess: np.ndarray, highest: np.ndarray) -> np.ndarray:
     """(L,) whether what is uneven is more than noise."""
-    if not long_and_steady(task):
+    if not task.steady_for_long:
         return np.ones(len(excess), dtype=np.bool_)
     return (excess > MIN_EXCESS) | (highest > _usual_height(task))
 

@@ -19,7 +19,6 @@ from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS, Scenarios
 from equipoise.algorithms.guard import (
     Plan,
     keep_what_is_better,
-    long_and_steady,
     may_gain_by_shares,
     what_is_worth_a_search,
 )
@@ -91,7 +90,7 @@ def _improve_packed(task: Task, placed: np.ndarray, share: np.ndarray, value: np
         elsewhere = 1.0 - 1.0 / problem.topology.num_nodes
         limit -= 0.5 * price_of_moves(task) * (1.0 + (NODE_PRICE - 1.0) * elsewhere)
     retry = value < limit
-    if problem.current is not None and long_and_steady(task):
+    if problem.current is not None and task.steady_for_long:
         # Where there is nothing to do for a search from the placement in force, packings were tried in vain before.
         retry &= (placed != task.old).any(1) | (value == -np.inf)
     retried = np.flatnonzero(retry)

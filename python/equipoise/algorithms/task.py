@@ -22,6 +22,7 @@ from equipoise.placement.relabel import align
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails
+FEW_WINDOWS = 4  # up to which a placement may not have settled yet
 SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 
 
@@ -98,6 +99,11 @@ class Task:
     def noise_is_known(self) -> bool:
         """Whether it is known how far the forecast is off: of several windows, and of one that holds counts."""
         return self.problem.load.shape[0] > 1 or bool(self.scenarios.noise.any())
+
+    @property
+    def steady_for_long(self) -> bool:
+        """Whether all windows differ by counting noise alone, and there are more than :data:`FEW_WINDOWS`."""
+        return self.scenarios.steady and self.problem.load.shape[0] > FEW_WINDOWS
 
     def take(self, chosen: np.ndarray) -> Task:
         """The same for the layers ``chosen`` alone."""
