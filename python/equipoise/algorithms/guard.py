@@ -29,7 +29,7 @@ from equipoise.algorithms.forecast.outlook import (
 from equipoise.algorithms.task import Task
 from equipoise.algorithms.twins import split_twins, twins_of
 
-MIN_EXCESS = 7.0  # of rank loads' variance over the forecast's error, for moves: where load has been steady for long
+MIN_EXCESS = 8.0  # of rank loads' variance over the forecast's error, for moves: where load has been steady for long
 LEVEL = 2.0  # the same of a placement that is level enough
 NARROW = 0.02  # of a mean rank's load: what ranks that share experts may differ by and be level enough
 HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come

@@ -20,9 +20,9 @@ STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, th
 SINGLE_STAGES = (3, 6)  # the same where there is one window
 MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
-NUM_HOT = 2  # ranks to take load off that a step tries
-NUM_COOL, COOL_SLOTS = 6, 40  # ranks to put load on that it tries at first: so many, or as hold so many slots
-CROWD = 256  # ranks, of which more are as hot as the hottest and as cool as the coolest: one more hot one, no more cool
+NUM_COOL, COOL_SLOTS = 5, 36  # ranks to put load on that a step tries at first: so many, or as hold so many slots
+CROWD = 64  # ranks, of which more are as cool as the coolest: there so many as make CROWD_PAIRS pairs of slots with one
+CROWD_COOL, CROWD_PAIRS = 4, 64  # hot rank are enough, and at least CROWD_COOL
 MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
 LASTS = 8.0  # windows served by moves that do not hang on one forecast: for load that comes back, and for batches
 NO_LIMIT = 1 << 60
@@ -34,14 +34,15 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
     topology = problem.topology
     several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
     moves = move_terms(task, price_of_moves(task))
-    crowd = topology.num_ranks >= CROWD
-    num_cool = NUM_COOL if crowd else max(NUM_COOL, COOL_SLOTS // topology.slots_per_rank)
+    size = topology.slots_per_rank
+    num_cool = max(NUM_COOL, COOL_SLOTS // size)
+    if topology.num_ranks >= CROWD:
+        num_cool = max(CROWD_COOL, CROWD_PAIRS // size**2)
     options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
         max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
         MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
-        NUM_HOT + 1 if crowd else NUM_HOT,
         num_cool,
         max(num_cool, min(MAX_COOL, topology.num_ranks // 4) if several or not from_nothing else MAX_COOL),
         problem.dispatch == "even",

@@ -19,7 +19,7 @@ from equipoise.algorithms.search.layer_state import COUNT, NOISE, SLOPE, LayerSt
 from equipoise.algorithms.search.move_price import ON_RANK
 from equipoise.jit.compile import helper, inlined, int_zeros, number, zeros
 
-NUM_HOT = 3  # ranks whose load a step tries to lower, at most
+NUM_HOT = 3  # ranks whose load a step tries to lower
 
 
 class Scratch(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from equipoise.algorithms.search.best_change import Change, best_change
-from equipoise.algorithms.search.change_bounds import Scratch, new_scratch
+from equipoise.algorithms.search.change_bounds import NUM_HOT, Scratch, new_scratch
 from equipoise.algorithms.search.changes import apply_change, swap
 from equipoise.algorithms.search.even_split import overwrite_evenly
 from equipoise.algorithms.search.layer_state import (
@@ -44,7 +44,6 @@ class SearchOptions(NamedTuple):
     stages: np.ndarray  # int64, exponents of the surrogate, one after the other, as doublings (3 is q = 8)
     max_steps: int  # most changes tried
     min_gain: float  # part of the cost that a step must gain, even for free; for many ranks less, as it is of any step
-    num_hot: int  # ranks a step tries to take load off, the hottest: up to NUM_HOT
     num_cool: int  # ranks a step tries to put load on, the coolest; then twice as many, as long as they offer nothing
     max_cool: int  # up to so many, at least ``num_cool``
     even: bool  # replicas share alike, no shares are solved
@@ -142,7 +141,7 @@ def _step(
     # of price 1 pays where it lowers the cost by the part q * slot_price.
     pays = max(options.min_gain, WORTH * moves.slot_price * (1 << doublings))
     min_rate = total * pays * min(MANY_RANKS / num_ranks, 1.0)
-    hot, cool = int_zeros(options.num_hot), int_zeros(size)
+    hot, cool = int_zeros(number(NUM_HOT)), int_zeros(size)
     for _ in range(num_domains):
         hottest = 0
         for domain in range(num_domains):
