@@ -21,7 +21,7 @@ from equipoise.errors import ConfigError
 from equipoise.jit.compile import kernel, number
 
 ALONE = 0.35  # of the exponent that fits the forecast's error, where weights alone are solved: ranks stay uneven anyway
-FINE, COARSE = 1e-6, 1e-4  # of the cost, that a round of the descent has to gain; coarse where all change is counting
+FINE, COARSE = 1e-6, 1e-3  # of the cost, that a round of the descent has to gain; coarse where all change is counting
 
 
 def solve(problem: PlacementProblem) -> Solution:
@@ -52,7 +52,8 @@ def solve_shares(task: Task) -> np.ndarray:
     """
     share, lost = task.old_share.copy(), np.zeros(len(task.old), dtype=np.int64)
     doublings = np.frexp(np.maximum(task.exponent * ALONE, 2.0) * math.sqrt(2.0))[1].astype(np.int64) - 1  # nearest
-    tolerance = COARSE if task.scenarios.steady else FINE
+    # Dispatch by the batch starts from these shares, with a fixed number of steps: finer ones show.
+    tolerance = COARSE if task.scenarios.steady and task.problem.dispatch != "batch" else FINE
     task.run(_weigh_layers, task.old, share, task.layers, doublings, tolerance, lost)
     if lost.any():
         raise ConfigError(

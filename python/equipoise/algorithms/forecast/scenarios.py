@@ -64,7 +64,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     num_windows, num_layers, num_experts = load.shape
     share = np.empty(load.shape)
     any_load = np.empty(num_layers, dtype=np.bool_)
-    _normalise(load, total, share, any_load)
+    counts = _normalise(load, total, share, any_load)
     distance = distances(share)
     bursts = bursts_of(distance)
     if num_windows == 3 and _passed(share, distance):
@@ -80,13 +80,13 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     order = recurring(distance) if mixture else []
     if order:  # how kinds of windows differ is in the scenarios already
         told = share[order]
-    poisson, relative = np.zeros(num_layers), np.zeros(num_layers)
-    part = _fit_changes(told, poisson, relative) if len(told) > 1 else 0.0
+    poisson, relative, moments = np.zeros(num_layers), np.zeros(num_layers), np.zeros((num_layers, 3))
+    part = _fit_changes(told, poisson, relative, moments) if len(told) > 1 else 0.0
     steady = False
-    if load.max(initial=0.0) < LARGEST_COUNT and (load == np.floor(load)).all():
+    if counts:
         # Of counts it is known how far they are off. In the calmest pair of a few windows it may not show.
         known = 2.0 * total / np.maximum(load[first:].sum(2).max(0), 1.0)
-        only_counting = len(told) > 1 and _is_steady(told, known)
+        only_counting = len(told) > 1 and _is_steady(moments, known)
         steady = only_counting and first < num_windows - 1
         if only_counting or num_windows == 1:
             poisson = np.maximum(poisson, known)
@@ -122,14 +122,14 @@ def _passed(share: np.ndarray, distance: list[list[float]]) -> bool:
     return min(distance[0][1], distance[1][2]) > SHIFT * distance[0][2] and is_burst(share[0], share[1])
 
 
-def _is_steady(share: np.ndarray, known: np.ndarray) -> bool:
-    """Whether windows (T, L, E) differ by no more than counting, whose variance is ``known`` (L,) times the load.
+def _is_steady(moments: np.ndarray, known: np.ndarray) -> bool:
+    """Whether windows differ by no more than counting, whose variance is ``known`` (L,) times the load.
 
-    Squared changes of expected size v have the variance 2 v**2, and half as much again as neighbours share a window.
+    ``moments`` is from :func:`_fit_changes`. Squared changes of expected size v have the variance 2 v**2, and half as
+    much again as neighbours share a window.
     """
-    changes = ((share[1:] - share[:-1]) ** 2).sum()
-    expected = known[:, None] * share[1:]
-    return bool(changes <= STEADY * expected.sum() + 3.0 * np.sqrt(3.0 * (expected * expected).sum()))
+    changes, loads, squares = moments.T
+    return bool(changes.sum() <= STEADY * (known * loads).sum() + 3.0 * np.sqrt(3.0 * (known * known * squares).sum()))
 
 
 def _group(weight: list[float], distance: list[list[float]]) -> list[list[int]]:
@@ -162,13 +162,16 @@ def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> None:
+def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> bool:
     """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others.
+
+    Returns whether all loads are whole numbers, and small enough to be told from others.
 
     Rounded on the way, to 1 / GRID of the window's largest load. Ranks fitted to one window end level to the last bit,
     which then chooses how a search goes on: without rounding, a load in two units got two placements.
     """
     num_windows, num_layers, num_experts = load.shape
+    counts = True
     for layer in range(num_layers):
         mean, largest = zeros(num_experts), zeros(num_windows)
         filled = 0
@@ -176,8 +179,11 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
             # Scaled by the largest first: a sum of huge counts overflows, tiny ones vanish. Sums of parts are exact.
             top = 0.0
             for expert in range(num_experts):
-                top = max(top, load[window, layer, expert])
+                tokens = load[window, layer, expert]
+                top = max(top, tokens)
+                counts = counts and tokens == np.floor(tokens)
             largest[window] = top
+            counts = counts and top < LARGEST_COUNT
             if top == 0.0:
                 continue
             tokens = 0.0
@@ -193,15 +199,17 @@ def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.n
             if largest[window] == 0.0:
                 for expert in range(num_experts):
                     share[window, layer, expert] = mean[expert] / filled if filled else total / num_experts
+    return counts
 
 
 @kernel
-def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray) -> float:
+def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray, moments: np.ndarray) -> float:
     """Splits the squared change of a load m from window to window into ``poisson * m + relative * m * m``.
 
     Least squares of change / m, so that neither the hottest experts nor the coldest decide alone; m is the mean of
     the two windows. Fills both rates, (L,), from each layer's calmest pair of windows: a shift of the workload that
-    was not found is no noise. Returns the relative part of all change, 0 to 1, in all pairs and layers.
+    was not found is no noise. Fills ``moments`` (L, 3), of all pairs: the sums of the squared change, of the later load
+    and of its square. Returns the relative part of all change, 0 to 1, in all pairs and layers.
     """
     num_windows, num_layers, num_experts = share.shape
     pooled = zeros(number(5))
@@ -211,7 +219,11 @@ def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray) -
             sums = zeros(number(5))
             for expert in range(num_experts):
                 mean = 0.5 * (share[window, layer, expert] + share[window - 1, layer, expert])
-                gap = share[window, layer, expert] - share[window - 1, layer, expert]
+                later = share[window, layer, expert]
+                gap = later - share[window - 1, layer, expert]
+                moments[layer, 0] += gap * gap
+                moments[layer, 1] += later
+                moments[layer, 2] += later * later
                 if mean > 0.0:
                     sums[0] += 1.0
                     sums[1] += mean

@@ -149,12 +149,18 @@ def _spread(distance: list[list[float]]) -> float:
 
 @kernel
 def _distances(share: np.ndarray, squared: np.ndarray) -> None:
-    for later in range(share.shape[0]):
+    num_windows, num_layers, num_experts = share.shape
+    for later in range(num_windows):
         for earlier in range(later):
-            total = 0.0
-            for layer in range(share.shape[1]):
-                for expert in range(share.shape[2]):
-                    gap = share[later, layer, expert] - share[earlier, layer, expert]
-                    total += gap * gap
-            squared[later, earlier] = total
-            squared[earlier, later] = total
+            a, b, c, d = 0.0, 0.0, 0.0, 0.0  # four sums, so that an addition need not wait for the one before it
+            for layer in range(num_layers):
+                one, other = share[later, layer], share[earlier, layer]
+                for e in range(0, num_experts - 3, 4):
+                    a += (one[e] - other[e]) ** 2
+                    b += (one[e + 1] - other[e + 1]) ** 2
+                    c += (one[e + 2] - other[e + 2]) ** 2
+                    d += (one[e + 3] - other[e + 3]) ** 2
+                for e in range(num_experts // 4 * 4, num_experts):
+                    a += (one[e] - other[e]) ** 2
+            squared[later, earlier] = (a + b) + (c + d)
+            squared[earlier, later] = squared[later, earlier]
