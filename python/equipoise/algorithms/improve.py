@@ -21,8 +21,8 @@ SINGLE_STAGES = (3, 6)  # the same where there is one window
 MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
 NUM_COOL, COOL_SLOTS = 5, 36  # ranks to put load on that a step tries at first: so many, or as hold so many slots
-CROWD = 64  # ranks, of which more are as cool as the coolest: there so many as make CROWD_PAIRS pairs of slots with one
-CROWD_COOL, CROWD_PAIRS = 4, 64  # hot rank are enough, and at least CROWD_COOL
+CROWD, THRONG = 64, 256  # ranks, of which more are as cool as the coolest: no more of them than make CROWD_PAIRS
+CROWD_PAIRS, CROWD_COOL = 108, 4  # pairs of slots with a hot rank, in a throng half of that, but at least CROWD_COOL
 MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
 LASTS = 8.0  # windows served by moves that do not hang on one forecast: for load that comes back, and for batches
 NO_LIMIT = 1 << 60
@@ -37,7 +37,8 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
     size = topology.slots_per_rank
     num_cool = max(NUM_COOL, COOL_SLOTS // size)
     if topology.num_ranks >= CROWD:
-        num_cool = max(CROWD_COOL, CROWD_PAIRS // size**2)
+        pairs = CROWD_PAIRS if topology.num_ranks < THRONG else CROWD_PAIRS // 2
+        num_cool = max(CROWD_COOL, min(COOL_SLOTS // size, pairs // size**2))
     options = SearchOptions(
         np.array(STAGES[1:] if task.steady_for_long else STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
