@@ -51,7 +51,6 @@ RULES = (
     Rule(r"make (api|check|clean|dist|format|kernels)", "long"),
     Rule(r"make demo ARGS=--keep-running", "it never ends; `make demo` is run"),
     Rule(r"make (demo|test-gpu|bench-[a-z]+)", "long", add=" ARGS=--quick"),
-    Rule(r"python benchmark/[a-z_]+\.py --quick", "long"),
     Rule(r"python benchmark/[a-z_]+\.py", "long", add=" --quick"),
     Rule(rf"{SUBCOMMAND}", "quick", add=" --help"),
     Rule(rf"{SUBCOMMAND} --help", "quick"),
