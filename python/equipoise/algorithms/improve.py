@@ -40,7 +40,7 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
         pairs = CROWD_PAIRS if topology.num_ranks < THRONG else CROWD_PAIRS // 2
         num_cool = max(CROWD_COOL, min(COOL_SLOTS // size, pairs // size**2))
     options = SearchOptions(
-        np.array(STAGES[1:] if task.steady_for_long else STAGES if several else SINGLE_STAGES),
+        np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
         max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
         MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
