@@ -11,7 +11,7 @@ import numpy as np
 from algorithms_bars_future import Bars, show_table
 from algorithms_generators import counted, popularity
 from algorithms_policies import Policy, ours
-from algorithms_timing import best_of
+from algorithms_timing import seconds_of
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.topology import EpTopology
 
@@ -69,5 +69,5 @@ def seconds_by_round(num_rounds: int, work: dict[str, Callable[[], Any]]) -> dic
     """(num_rounds,) CPU seconds of each kind of ``work``, by its name; each has run once before."""
     for each in work.values():
         each()
-    rounds = [[best_of(1, each) for each in work.values()] for _ in range(num_rounds)]
+    rounds = [[seconds_of(each) for each in work.values()] for _ in range(num_rounds)]
     return dict(zip(work, np.array(rounds).T, strict=True))

@@ -22,12 +22,13 @@ from equipoise.topology import EpTopology
 
 
 def best_of(times: int, work: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> float:
-    seconds = []
-    for _ in range(times):
-        started = clock()
-        work()
-        seconds.append(clock() - started)
-    return min(seconds)
+    return min(seconds_of(work, clock) for _ in range(times))
+
+
+def seconds_of(work: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> float:
+    started = clock()
+    work()
+    return clock() - started
 
 
 def planning_times(others: dict[str, Policy], quick: bool) -> dict[str, float]:

@@ -15,6 +15,7 @@ from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins
 from equipoise.algorithms.search.repair import home_of_experts, restore_lost_experts, split_colocated, spread_shares
 from equipoise.algorithms.task import Layers, Task
 from equipoise.jit.compile import kernel
+from equipoise.topology import EpTopology
 
 STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
@@ -34,11 +35,7 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
     topology = problem.topology
     several = task.noise_is_known if not from_nothing else problem.load.shape[0] > 1
     moves = move_terms(task, price_of_moves(task))
-    size = topology.slots_per_rank
-    num_cool = max(NUM_COOL, COOL_SLOTS // size)
-    if topology.num_ranks >= CROWD:
-        pairs = CROWD_PAIRS if topology.num_ranks < THRONG else CROWD_PAIRS // 2
-        num_cool = max(CROWD_COOL, min(COOL_SLOTS // size, pairs // size**2))
+    num_cool = _num_cool(topology)
     options = SearchOptions(
         np.array(STAGES if several else SINGLE_STAGES),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
@@ -50,6 +47,15 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
         topology.ranks_per_node if task.num_groups else topology.num_ranks,
     )
     task.run(_improve_layers, task.old, placed, share, value, task.layers, moves, options)
+
+
+def _num_cool(topology: EpTopology) -> int:
+    """Ranks to put load on that a step of the search tries at first."""
+    size = topology.slots_per_rank
+    if topology.num_ranks < CROWD:
+        return max(NUM_COOL, COOL_SLOTS // size)
+    pairs = CROWD_PAIRS if topology.num_ranks < THRONG else CROWD_PAIRS // 2
+    return max(CROWD_COOL, min(COOL_SLOTS // size, pairs // size**2))
 
 
 def price_of_moves(task: Task) -> float:

@@ -46,7 +46,7 @@ def solve(problem: PlacementProblem) -> Solution:
     searched = np.flatnonzero(worth.moves)
     if searched.size:
         placed[searched], share[searched] = _plan(task.take(searched))
-    if problem.dispatch == "batch" and not task.num_groups:
+    if task.for_batches:
         return task.finish(placed, share)
     kept, kept_share = task.old.copy(), task.old_share.copy()
     judged = np.flatnonzero((placed != task.old).any(1) | worth.shares)
@@ -75,7 +75,7 @@ def _plan(task: Task) -> Plan:
             f"{problem.max_moves_per_layer}, num_groups={problem.num_groups} leave no slot to copy them to",
             field="rank_capacity",
         )
-    if problem.dispatch == "batch" and not task.num_groups:
+    if task.for_batches:
         planned = plan_for_batches(task, placed, move_terms(task, problem.move_price))
         return planned, solve_shares(task.at(planned))
     return placed, share

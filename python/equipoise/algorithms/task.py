@@ -90,6 +90,11 @@ class Task:
     def num_groups(self) -> int:
         return self.layers.num_groups
 
+    @property
+    def for_batches(self) -> bool:
+        """Whether it is planned for dispatch by the batch; with expert groups it is as for planned weights."""
+        return self.problem.dispatch == "batch" and not self.num_groups
+
     @cached_property
     def mean(self) -> np.ndarray:
         """(L, E) mean load over the scenarios."""
