@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from equipoise.algorithms.forecast.outlook import gaps_between_replicas
+from equipoise.algorithms.forecast.outlook import InForce, gaps_between_replicas
 from equipoise.algorithms.rebalance import rebalance_experts
 from equipoise.placement.balancedness import balancedness
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -19,6 +19,14 @@ def popularity(rng: np.random.Generator, num_layers: int, num_experts: int, shap
 
 def counted(rng: np.random.Generator, share: np.ndarray, tokens: float, num_windows: int) -> np.ndarray:
     return rng.poisson(share * tokens, (num_windows, *share.shape)).astype(np.float64)
+
+
+def settled(
+    rng: np.random.Generator, topology: EpTopology, num_experts: int, shape: float
+) -> tuple[np.ndarray, ExpertLocationMetadata]:
+    """A popularity of four layers, and a placement that knows it."""
+    share = popularity(rng, 4, num_experts, shape)
+    return share, rebalance_experts(share * 1e7, topology)
 
 
 def expected_balance(plan: ExpertLocationMetadata, windows: np.ndarray) -> float:
@@ -136,8 +144,7 @@ def test_a_level_placement_is_in_force_as_it_is_and_not_shared(algorithm: str) -
     """Of a long steady history no plan is made for layers that are level; what is returned has memory of its own."""
     rng = np.random.default_rng(9)
     topology = EpTopology(16, 2, 5)
-    share = popularity(rng, 4, 64, 2.0)
-    current = rebalance_experts(share * 1e7, topology)
+    share, current = settled(rng, topology, 64, 2.0)
     plan = rebalance_experts(counted(rng, share, 64 * 200.0, 8), topology, algorithm=algorithm, current=current)
     assert (plan.physical_to_logical_map == current.physical_to_logical_map).all()
     assert (plan.dispatch_weights == current.dispatch_weights).all()
@@ -150,8 +157,7 @@ def test_shares_stay_where_others_would_level_nothing(algorithm: str) -> None:
     """Two slots a rank leave ranks uneven, whatever the shares; those that share no expert, no share can level."""
     rng = np.random.default_rng(10)
     topology = EpTopology(24, 2, 2)
-    share = popularity(rng, 4, 40, 0.6)
-    current = rebalance_experts(share * 1e7, topology)
+    share, current = settled(rng, topology, 40, 0.6)
     windows = counted(rng, share, 40 * 5000.0, 8)
     assert expected_balance(current, windows) < 0.9
     plan = rebalance_experts(windows, topology, algorithm=algorithm, current=current)
@@ -167,7 +173,8 @@ def test_gaps_between_replicas_are_those_that_shares_can_level() -> None:
     excess, width = np.empty((2, 1))
 
     def measured(loads: list[float], shares: list[float]) -> tuple[float, float]:
-        gaps_between_replicas(0, 1, placed, np.array([shares]), np.array([loads]), error, 3, excess, width)
+        in_force = InForce(placed, np.array([shares]), np.array([loads]), error, 3)
+        gaps_between_replicas(0, 1, in_force, excess, width)
         return float(excess[0]), float(width[0])
 
     level = measured([1.0, 1.0, 0.5, 0.5], [0.5, 1.0, 0.5, 0.5, 0.5, 1.0])

@@ -20,6 +20,7 @@ import numpy as np
 
 from equipoise.algorithms.forecast.outlook import (
     NUM_DRAWS,
+    InForce,
     gaps_between_replicas,
     judge,
     lanes_of_draws,
@@ -114,19 +115,19 @@ def _judged(task: Task, *plans: Plan) -> tuple[np.ndarray, np.ndarray, list[np.n
 
 def _level_prior(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(L, E) factor, (L,) excess, (L,) height of the placement in force, see ``level_prior``."""
-    mean = task.mean
-    factor, (excess, highest) = np.empty_like(mean), np.empty((2, len(mean)))
-    num_ranks = len(task.layers.inverse_speed)
-    error = task.scenarios.error
-    task.run(level_prior, task.old, task.old_share, mean, error, num_ranks, factor, excess, highest)
+    factor, (excess, highest) = np.empty_like(task.mean), np.empty((2, len(task.old)))
+    task.run(level_prior, _in_force(task), factor, excess, highest)
     return factor, excess, highest
+
+
+def _in_force(task: Task) -> InForce:
+    return InForce(task.old, task.old_share, task.mean, task.scenarios.error, len(task.layers.inverse_speed))
 
 
 def may_gain_by_shares(task: Task) -> np.ndarray:
     """(L,) whether ranks that hold the same expert differ by more than noise, or by much."""
-    mean, error, num_ranks = task.mean, task.scenarios.error, len(task.layers.inverse_speed)
-    excess, width = np.empty((2, len(mean)))
-    task.run(gaps_between_replicas, task.old, task.old_share, mean, error, num_ranks, excess, width)
+    excess, width = np.empty((2, len(task.old)))
+    task.run(gaps_between_replicas, _in_force(task), excess, width)
     return (excess > LEVEL) | (width > NARROW)
 
 

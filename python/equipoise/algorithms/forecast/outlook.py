@@ -12,6 +12,7 @@ counts are, and made from one table of normal numbers, so that a plan is the sam
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,16 @@ from equipoise.algorithms.forecast.scenarios import NUM_SCENARIOS
 from equipoise.jit.compile import helper, kernel, zeros
 
 NUM_DRAWS = 32  # half of them mirror the others: what is linear in the errors cancels
+
+
+class InForce(NamedTuple):
+    """A placement in force and the forecast that it is held against, as the kernels take them."""
+
+    placed: np.ndarray  # (L, P) int64
+    share: np.ndarray  # (L, P)
+    mean: np.ndarray  # (L, E) forecast load, where a mean rank has 1
+    error: np.ndarray  # (L, E) variance of that forecast
+    num_ranks: int
 
 
 @cache
@@ -88,16 +99,7 @@ def judge(
 
 @kernel
 def level_prior(
-    first: int,
-    last: int,
-    placed: np.ndarray,
-    share: np.ndarray,
-    mean: np.ndarray,
-    error: np.ndarray,
-    num_ranks: int,
-    factor: np.ndarray,
-    excess: np.ndarray,
-    highest: np.ndarray,
+    first: int, last: int, in_force: InForce, factor: np.ndarray, excess: np.ndarray, highest: np.ndarray
 ) -> None:
     """Draws the forecast towards one that levels the ranks of a placement, as far as its own error explains.
 
@@ -108,6 +110,7 @@ def level_prior(
     Fills rows first..last-1 of ``factor`` (L, E), corrected over given load, and, per layer, ``excess`` (L,),
     ``mean d2 / mean n``, and ``highest`` (L,), the largest ``d_r / sqrt(2 n_r)``.
     """
+    placed, share, mean, error, num_ranks = in_force
     size = placed.shape[1] // num_ranks
     gap, spread = zeros(num_ranks), zeros(num_ranks)
     for layer in range(first, last):
@@ -130,23 +133,14 @@ def level_prior(
 
 
 @kernel
-def gaps_between_replicas(
-    first: int,
-    last: int,
-    placed: np.ndarray,
-    share: np.ndarray,
-    mean: np.ndarray,
-    error: np.ndarray,
-    num_ranks: int,
-    excess: np.ndarray,
-    width: np.ndarray,
-) -> None:
+def gaps_between_replicas(first: int, last: int, in_force: InForce, excess: np.ndarray, width: np.ndarray) -> None:
     """Measures what other shares could level: ranks that hold a replica of the same expert, and no others.
 
     Of each expert it is what the loads of its ranks are off their mean (but for hotter ones where it has no share to
     give away). Fills rows first..last-1 of ``width`` (L,), the root mean square, and ``excess`` (L,), the sum of
     squares over its expected value where the forecast's error alone makes them differ (analysis of variance).
     """
+    placed, share, mean, error, num_ranks = in_force
     num_experts, size = mean.shape[1], placed.shape[1] // num_ranks
     gap, spread = zeros(num_ranks), zeros(num_ranks)
     level, serving = zeros(num_experts), zeros(num_experts)
