@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise import EpTopology
+from equipoise import EpTopology, ExpertLocationMetadata, rebalance_experts
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.score import DispatchScorer, counts_by_source, split_over_sources
@@ -37,6 +37,31 @@ def test_a_score_of_batch_is_what_dispatching_does(scope: str, cost: float) -> N
     assert load.tokens[0].tolist() == np.bincount(slots.ravel() // 3, minlength=4).tolist()
     assert load.activated[0].tolist() == np.bincount(np.unique(slots) // 3, minlength=4).tolist()
     assert load.cost(cost)[0] == (load.tokens[0] + cost * load.activated[0]).max()
+
+
+@pytest.mark.parametrize("scope", ["rank", "node", "all"])
+@pytest.mark.parametrize("cost", [4.0, 16.0, 64.0, 295.0, 1000.0])
+def test_batch_costs_no_more_than_planned_weights_at_any_price_of_an_activated_expert(scope: str, cost: float) -> None:
+    rng, topology = np.random.default_rng(11), EpTopology(32, 4, 3)
+    popularity = rng.dirichlet(np.full(64, 2.0), size=4)
+    metadata = rebalance_experts(popularity * 1e6, topology, dispatch="batch", tokens_per_step=12288)
+    policy = DispatchPolicy("batch", scope, active_expert_cost=cost)  # type: ignore[arg-type]
+    batch, planned = DispatchScorer(metadata, "batch", policy), DispatchScorer(metadata, "weights")
+    for tokens in (2, 8, 32, 64):
+        steps = rng.multinomial(6 * tokens, popularity, size=(3, 32, 4))
+        ours = [batch.step(counts, step=step).cost(cost) for step, counts in enumerate(steps)]
+        theirs = [planned.step(counts).cost(cost) for counts in steps]
+        assert np.mean(ours) <= np.mean(theirs), tokens
+
+
+@pytest.mark.parametrize(("tokens", "replicas_opened"), [(1440, 8), (1600, 16)])
+def test_ranks_that_see_their_own_tokens_alone_open_the_same_replicas(tokens: int, replicas_opened: int) -> None:
+    """16 replicas of 8 experts: a second one opens for all ranks where an expert has tokens for it as a rule."""
+    rng, topology = np.random.default_rng(5), EpTopology(8, 1, 2)
+    metadata = ExpertLocationMetadata.from_physical_to_logical([[*range(8), *range(1, 8), 0]], 8, topology)
+    policy = DispatchPolicy("batch", "rank", active_expert_cost=1000.0)
+    load = DispatchScorer(metadata, "batch", policy).step(rng.multinomial(tokens, np.full(8, 1 / 8), size=(8, 1)))
+    assert load.activated.sum() == replicas_opened
 
 
 def test_static_and_planned_scores_keep_every_token() -> None:

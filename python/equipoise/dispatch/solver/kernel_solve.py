@@ -33,12 +33,12 @@ RECHOICES = tl.constexpr(_RECHOICES)
 EXPERT_STRIDE, SCOPE_STRIDE = tl.constexpr(_EXPERT_STRIDE), tl.constexpr(_SCOPE_STRIDE)
 MAX_FRACTION_BITS, LAST_MOMENTUM = tl.constexpr(_MAX_FRACTION_BITS), tl.constexpr(len(_MOMENTUM) - 1)
 ROTATION, ITERATIONS, SWEEPS = (tl.constexpr(i) for i in (control.ROTATION, control.ITERATIONS, control.SWEEPS))
-MIN_SWEEP_TOKENS, RECHOOSE = tl.constexpr(control.MIN_SWEEP_TOKENS), tl.constexpr(control.RECHOOSE)
+MIN_SWEEP_TOKENS, SEES_ALL = tl.constexpr(control.MIN_SWEEP_TOKENS), tl.constexpr(control.SEES_ALL)
 ACTIVE_COST, CROSS_COST = tl.constexpr(control.ACTIVE_COST), tl.constexpr(control.CROSS_COST)
 HOME_FIRST, HOME_LAST = tl.constexpr(control.HOME_FIRST), tl.constexpr(control.HOME_LAST)
 NUM_COLOURS, MAX_UNITS = tl.constexpr(table_builder.NUM_COLOURS), tl.constexpr(table_builder.MAX_UNITS)
 NUM_RANKS, MAX_ACTIVE = tl.constexpr(table_builder.NUM_RANKS), tl.constexpr(table_builder.MAX_ACTIVE)
-WEIGHT_BITS = tl.constexpr(table_builder.WEIGHT_BITS)
+NUM_REPLICAS, WEIGHT_BITS = tl.constexpr(table_builder.NUM_REPLICAS), tl.constexpr(table_builder.WEIGHT_BITS)
 
 
 @triton.jit
@@ -58,17 +58,18 @@ def solve(
     is_choice = column < size[None, :]
     divisor = tl.maximum(size, 1)
     turns = (column + row[None, :] + rotation) % divisor[None, :]
-    rank_of = tl.reshape(tl.maximum(tl.load(rank + tile), 0), [C * M])
     places = tl.load(choices_of_rank + tl.arange(0, D * G))
-    base, active = _singles(counts, singles_of_rank, D, G)
+    sees_all = tl.load(controls + SEES_ALL) > 0
+    base, active = _singles(counts, singles_of_rank, sees_all, D, G)
     total = tl.sum(base) + tl.sum(tokens)
-    cost, bits = _scale(total, sizes, controls)
+    units, bits = _scale(total, sizes, controls)
     opened, active = _open_rows(
-        tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, cost, bits, colour, sizes,
-        controls, M, C, D, G,
+        tokens, size, is_choice, turns, divisor, rotation, rank, places, base, active, total, units, bits, sees_all,
+        colour, sizes, M, C, D, G,
     )  # fmt: skip
     is_open = opened > 0
-    base = (base << bits) + active * ((cost << bits) >> 4).to(tl.int32)
+    base = (base << bits) + active * units
+    rank_of = tl.reshape(tl.maximum(tl.load(rank + tile), 0), [C * M])
     far = _price_of_ranks(total, bits, sizes, controls, G)
     x = _descend(
         tokens << bits, is_open, tl.load(weight + tile), step, rank_of, places, base, far, controls, momentum,
@@ -90,21 +91,21 @@ def solve(
 
 
 @triton.jit
-def _singles(counts, singles_of_rank, D: tl.constexpr, G: tl.constexpr):
-    """(G,) tokens of the experts that only one rank holds, and how many of those experts have any."""
+def _singles(counts, singles_of_rank, sees_all, D: tl.constexpr, G: tl.constexpr):
+    """(G,) tokens of the experts that only one rank holds, and how many of those experts are activated."""
     ranks = tl.arange(0, G)
     base, active = tl.zeros([G], tl.int32), tl.zeros([G], tl.int32)
     for s in range(D):
         single = tl.load(singles_of_rank + s * G + ranks)
         held = tl.load(counts + tl.maximum(single, 0), mask=single >= 0, other=0, cache_modifier=".cg")
         base += held
-        active += (held > 0).to(tl.int32)
+        active += ((single >= 0) & ((held > 0) | (not sees_all))).to(tl.int32)
     return base, active
 
 
 @triton.jit
 def _scale(total, sizes, controls):
-    """Cost of an activated expert in sixteenths of a token (int64), and the fraction bits that fit."""
+    """Cost of an activated expert in fixed point, and its fraction bits: as many as fit."""
     most, max_active = tl.load(sizes + MAX_UNITS), tl.load(sizes + MAX_ACTIVE)
     room = 16 * tl.maximum(most - total, 0).to(tl.int64) // max_active
     cost = tl.minimum(tl.minimum(tl.load(controls + ACTIVE_COST).to(tl.int64), 16 * total.to(tl.int64)), room)
@@ -112,26 +113,28 @@ def _scale(total, sizes, controls):
     bits = 0
     for b in tl.static_range(1, MAX_FRACTION_BITS + 1):
         bits += (reach <= (most >> b)).to(tl.int32)
-    return cost, bits
+    return ((cost << bits) >> 4).to(tl.int32), bits
 
 
 @triton.jit
 def _open_rows(
-    tokens, size, is_choice, turns, divisor, rotation, rank_of, places, base, active, cost, bits, colour, sizes,
-    controls,
+    tokens, size, is_choice, turns, divisor, rotation, rank, places, base, active, total, units, bits, sees_all,
+    colour, sizes,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """(C, M) int32, 1 for each replica that opens; and ``active`` with those of rows that have tokens."""
     column = tl.arange(0, C)[:, None]
     opened = is_choice.to(tl.int32)
-    if cost > 0:
-        units = ((cost << bits) >> 4).to(tl.int32)
-        wanted = ((16 * tokens.to(tl.int64) + cost // 2) // cost).to(tl.int32)
-        num_open = tl.minimum(tl.maximum(wanted, 1), size)
+    if units > 0:
+        usual = (total << bits) // tl.load(sizes + NUM_REPLICAS)
+        part = tl.where(sees_all, tokens << bits, usual * size)
+        fixed = tl.where(sees_all, base << bits, usual * active) + active * units
+        num_open = tl.minimum(tl.maximum((part + units // 2) // units, 1), size)
         opened = (column < num_open[None, :]).to(tl.int32)
-        each = tl.where(tokens > 0, (tokens << bits) // tl.maximum(num_open, 1) + units, 0)
-        if tl.load(controls + RECHOOSE) > 0:
-            fixed, colours = (base << bits) + active * units, tl.load(colour + tl.arange(0, M))
+        if sees_all:
+            each, colours = _each(part, num_open, units), tl.load(colour + tl.arange(0, M))
+            # Loaded here and not passed in: kept beside all else, it takes registers that wide tiles do not have.
+            rank_of = tl.reshape(tl.maximum(tl.load(rank + tl.arange(0, M)[None, :] * C + column), 0), [C * M])
             for _ in range(RECHOICES):
                 for c in range(tl.load(sizes + NUM_COLOURS)):
                     mine = (colours == c)[None, :]
@@ -139,9 +142,25 @@ def _open_rows(
                     loads = of_ranks(rank_loads(others, fixed, places, C, M, D, G), rank_of, C, M)
                     least = open_least(loads, is_choice, turns, divisor, rotation, num_open, C, M)
                     opened = tl.where(mine, least, opened)
-        read = opened * (tokens > 0).to(tl.int32)[None, :]
-        active = rank_loads(read, active, places, C, M, D, G)
+        few = _busiest(opened, part, num_open, units, fixed, places, C, M, D, G)
+        if _busiest(is_choice.to(tl.int32), part, size, units, fixed, places, C, M, D, G) < few:
+            opened = is_choice.to(tl.int32)
+        active = rank_loads(opened * (part > 0).to(tl.int32)[None, :], active, places, C, M, D, G)
     return opened, active
+
+
+@triton.jit
+def _each(part, number, units):
+    """(M,) what each of ``number`` open replicas of a row costs its rank; 0 for a row without tokens."""
+    return tl.where(part > 0, part // tl.maximum(number, 1) + units, 0)
+
+
+@triton.jit
+def _busiest(
+    opened, part, number, units, fixed, places, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, G: tl.constexpr
+):
+    """Largest rank load where each row's ``part`` is shared alike by its open replicas."""
+    return tl.max(rank_loads(opened * _each(part, number, units)[None, :], fixed, places, C, M, D, G))
 
 
 @triton.jit

@@ -17,8 +17,10 @@ def open_replicas(
     colour: np.ndarray,
     num_colours: int,
     rotation: int,
-    cost: int,
+    units: int,
     bits: int,
+    usual: int,
+    sees_all: int,
     base: np.ndarray,
     active: np.ndarray,
     is_open: np.ndarray,
@@ -26,33 +28,44 @@ def open_replicas(
     """Opens of each row as many replicas as pay, in ``is_open`` (M, C); adds them to ``active`` (G,).
 
     Args:
-        num_colours: 0 where rows must not choose again by load, but open the first.
-        cost: of an activated expert, in sixteenths of a token; 0: all replicas open.
+        units: cost of an activated expert, in fixed point as loads are; 0: all replicas open.
+        usual: units that a replica gets as a rule, for which it is opened where ``sees_all`` is 0.
+        active: experts that are activated in any case.
     """
-    num_open, each, load = int_zeros(tokens.shape[0]), int_zeros(tokens.shape[0]), int_zeros(base.shape[0])
-    for m in range(tokens.shape[0]):
-        num_open[m] = size[m] if cost == 0 else min(max((16 * tokens[m] + cost // 2) // cost, 1), size[m])
+    rows, num_ranks = tokens.shape[0], base.shape[0]
+    part, num_open, each = int_zeros(rows), int_zeros(rows), int_zeros(rows)
+    load, with_all = int_zeros(num_ranks), int_zeros(num_ranks)
+    for m in range(rows):
+        part[m] = tokens[m] << bits if sees_all else usual * size[m]
+        num_open[m] = size[m] if units == 0 else min(max((part[m] + units // 2) // units, 1), size[m])
         for j in range(num_open[m]):
             is_open[m, j] = 1
-        if tokens[m] > 0:
-            each[m] = (tokens[m] << bits) // num_open[m] + ((cost << bits) >> 4)
-    if cost == 0:
+        each[m] = part[m] // num_open[m] + units if part[m] > 0 else 0
+    if units == 0:
         return
-    if num_colours > 0:
-        for r in range(base.shape[0]):
-            load[r] = (base[r] << bits) + active[r] * ((cost << bits) >> 4)
-        for m in range(tokens.shape[0]):
-            _add_row(m, rank, size, is_open, each[m], load)
-        for _ in range(RECHOICES):
-            for c in range(num_colours):
-                for m in range(tokens.shape[0]):
-                    if colour[m] == c:
-                        _add_row(m, rank, size, is_open, -each[m], load)
-                        _open_least(m, rank, size[m], rotation, num_open[m], load, is_open)
-                        _add_row(m, rank, size, is_open, each[m], load)
-    for m in range(tokens.shape[0]):
-        if tokens[m] > 0:
-            _add_row(m, rank, size, is_open, 1, active)
+    for r in range(num_ranks):
+        load[r] = (base[r] << bits if sees_all else usual * active[r]) + units * active[r]
+        with_all[r] = load[r]
+    for m in range(rows):
+        _add_row(m, rank, size, is_open, each[m], load)
+    for _ in range(RECHOICES * sees_all):
+        for c in range(num_colours):
+            for m in range(rows):
+                if colour[m] == c:
+                    _add_row(m, rank, size, is_open, -each[m], load)
+                    _open_least(m, rank, size[m], rotation, num_open[m], load, is_open)
+                    _add_row(m, rank, size, is_open, each[m], load)
+    for m in range(rows):
+        for j in range(size[m]):
+            with_all[rank[m, j]] += part[m] // size[m] + units if part[m] > 0 else 0
+    busiest, busiest_with_all = load[0], with_all[0]
+    for r in range(num_ranks):
+        busiest, busiest_with_all = max(busiest, load[r]), max(busiest_with_all, with_all[r])
+    all_pay = busiest_with_all < busiest
+    for m in range(rows):
+        for j in range(size[m]):
+            is_open[m, j] |= all_pay
+            active[rank[m, j]] += is_open[m, j] if part[m] > 0 else 0
 
 
 @helper

@@ -16,7 +16,9 @@ units that they lose come back before rounding. ``solve_numba.py`` and ``kernels
 
 An activated expert costs its rank ``active_cost`` tokens beside those it computes. So a row opens about
 ``tokens / active_cost`` replicas, the primary first; where all tokens are known it then chooses again, in turns,
-those whose ranks have the least load. The rest is solved over what is open.
+those whose ranks have the least load. Other scopes' tokens activate as well: where they are not seen, all scopes must
+open alike, so a row counts as many tokens as it has on average for its number of replicas, and what is open as
+activated. All replicas open where that leaves the busiest rank with less. The rest is solved over what is open.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from equipoise.dispatch.solver.table_builder import (
     MAX_UNITS,
     NUM_COLOURS,
     NUM_RANKS,
+    NUM_REPLICAS,
     WEIGHT_BITS,
     TableArrays,
 )
@@ -90,7 +93,10 @@ class _Layer:
         on_rank = single.clamp(min=0).long()
         empty = torch.zeros(self.sizes[NUM_RANKS], dtype=torch.int32)
         self.base = empty.index_add(0, on_rank, torch.where(single >= 0, counts, 0))
-        self.active = empty.index_add(0, on_rank, ((single >= 0) & (counts > 0)).to(torch.int32))
+        self.sees_all = controls[control.SEES_ALL] > 0
+        self.active = empty.index_add(
+            0, on_rank, ((single >= 0) & ((counts > 0) | (not self.sees_all))).to(torch.int32)
+        )
         self.total = int(counts.sum())
 
     def solve(self) -> torch.Tensor:
@@ -100,7 +106,7 @@ class _Layer:
         reach = self.total + ((self.cost * self.sizes[MAX_ACTIVE]) >> 4)
         self.bits = sum(reach <= most >> bits for bits in range(1, MAX_FRACTION_BITS + 1))
         self.is_open = self._open_replicas()
-        base = (self.base << self.bits) + self.active * self._cost_units
+        base = (self.base << self.bits) + self.active * self._units
         far = torch.zeros_like(base)
         ranks = torch.arange(len(base))
         away = (ranks < controls[control.HOME_FIRST]) | (ranks >= controls[control.HOME_LAST])
@@ -117,7 +123,8 @@ class _Layer:
         return quotas
 
     @property
-    def _cost_units(self) -> int:
+    def _units(self) -> int:
+        """Cost of an activated expert in fixed point."""
         return (self.cost << self.bits) >> 4
 
     def _rotated_places(self) -> torch.Tensor:
@@ -131,26 +138,38 @@ class _Layer:
 
     def _open_replicas(self) -> torch.Tensor:
         """(M, C) bool; what is open counts in ``active`` from now on."""
-        column = torch.arange(self.rank.shape[1])
-        if not self.cost:
+        size, units = self.tables.num_choices[:, None], self._units
+        if not units:
             return self.is_choice
-        size = self.tables.num_choices[:, None]
-        num_open = ((16 * self.tokens.long() + self.cost // 2) // self.cost).clamp(min=1).minimum(size)
-        is_open = column < num_open
-        each = (self.tokens << self.bits) // num_open.clamp(min=1) + self._cost_units
-        each = torch.where(self.tokens > 0, each, 0).to(torch.int32)
-        if self.controls[control.RECHOOSE]:
-            base = (self.base << self.bits) + self.active * self._cost_units
-            for _ in range(RECHOICES):
-                for colour in range(self.sizes[NUM_COLOURS]):
-                    mine = (self.tables.colour == colour)[:, None]
-                    load = self._load(torch.where(is_open & ~mine, each, 0), base)[self.rank]
-                    smaller = load[:, None, :] < load[:, :, None]
-                    ties = load[:, None, :] == load[:, :, None]
-                    ties &= self.rotated[:, None, :] < self.rotated[:, :, None]
-                    before = ((smaller | ties) & self.is_choice[:, None, :]).sum(2)
-                    is_open = torch.where(mine, (before < num_open) & self.is_choice, is_open)
-        self.active = self._load((is_open & (self.tokens > 0)).to(torch.int32), self.active)
+        if self.sees_all:
+            part, base = self.tokens << self.bits, self.base << self.bits
+        else:
+            usual = (self.total << self.bits) // self.sizes[NUM_REPLICAS]
+            part, base = usual * size, usual * self.active
+        base = base + self.active * units
+        num_open = ((part + units // 2) // units).clamp(min=1).minimum(size)
+        is_open = torch.arange(self.rank.shape[1]) < num_open
+        if self.sees_all:
+            is_open = self._open_least(is_open, num_open, _each(part, num_open, units), base)
+        load = self._load(torch.where(is_open, _each(part, num_open, units), 0), base)
+        if int(self._load(_each(part, size, units).expand_as(is_open), base).max()) < int(load.max()):
+            is_open = self.is_choice
+        self.active = self._load((is_open & (part > 0)).to(torch.int32), self.active)
+        return is_open
+
+    def _open_least(
+        self, is_open: torch.Tensor, num_open: torch.Tensor, each: torch.Tensor, base: torch.Tensor
+    ) -> torch.Tensor:
+        """(M, C) bool, ``num_open`` of each row again: those whose ranks have the least load, colour by colour."""
+        for _ in range(RECHOICES):
+            for colour in range(self.sizes[NUM_COLOURS]):
+                mine = (self.tables.colour == colour)[:, None]
+                load = self._load(torch.where(is_open & ~mine, each, 0), base)[self.rank]
+                smaller = load[:, None, :] < load[:, :, None]
+                ties = load[:, None, :] == load[:, :, None]
+                ties &= self.rotated[:, None, :] < self.rotated[:, :, None]
+                before = ((smaller | ties) & self.is_choice[:, None, :]).sum(2)
+                is_open = torch.where(mine, (before < num_open) & self.is_choice, is_open)
         return is_open
 
     def _first_open(self) -> torch.Tensor:
@@ -204,3 +223,8 @@ class _Layer:
         phase = rounding_phase(len(x), self.controls[control.ROTATION]) >> (PHASE_BITS - self.bits)
         running = x.cumsum(1, dtype=torch.int32) + phase.to(torch.int32)[:, None]
         return (running >> self.bits) - ((running - x) >> self.bits)
+
+
+def _each(part: torch.Tensor, number: torch.Tensor, units: int) -> torch.Tensor:
+    """(M, 1) what each of ``number`` open replicas of a row costs its rank; 0 for a row without tokens."""
+    return torch.where(part > 0, part // number.clamp(min=1) + units, 0).to(torch.int32)

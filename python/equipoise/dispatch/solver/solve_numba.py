@@ -15,8 +15,8 @@ from equipoise.dispatch.solver.controls import (
     HOME_LAST,
     ITERATIONS,
     MIN_SWEEP_TOKENS,
-    RECHOOSE,
     ROTATION,
+    SEES_ALL,
     SWEEPS,
 )
 from equipoise.dispatch.solver.level_numba import shifted_level
@@ -26,6 +26,7 @@ from equipoise.dispatch.solver.table_builder import (
     MAX_UNITS,
     NUM_COLOURS,
     NUM_RANKS,
+    NUM_REPLICAS,
     NUM_ROWS,
     WEIGHT_BITS,
     NumpyTables,
@@ -56,7 +57,7 @@ def solve_layer(layer: int, counts: np.ndarray, tables: NumpyTables, controls: n
         total += counts[e]
         if single[e] >= 0:
             base[single[e]] += counts[e]
-            active[single[e]] += counts[e] > 0
+            active[single[e]] += counts[e] > 0 or not controls[SEES_ALL]
     tokens = int_zeros(limits[NUM_ROWS])
     for m in range(tokens.shape[0]):
         tokens[m] = counts[tables.expert[layer, m]]
@@ -68,11 +69,13 @@ def solve_layer(layer: int, counts: np.ndarray, tables: NumpyTables, controls: n
     while bits < MAX_FRACTION_BITS and reach <= most >> (bits + 1):
         bits += 1
     is_open = int32_table(tokens.shape[0], quotas.shape[1], 0)
-    rechoose = controls[RECHOOSE] * num_colours
-    open_replicas(tokens, rank, size, colour, rechoose, rotation, cost, bits, base, active, is_open)
+    units, usual, sees_all = (cost << bits) >> 4, (total << bits) // limits[NUM_REPLICAS], controls[SEES_ALL]
+    open_replicas(
+        tokens, rank, size, colour, num_colours, rotation, units, bits, usual, sees_all, base, active, is_open
+    )
     far = int_zeros(num_ranks)  # what a rank costs more because it is on another node
     for r in range(num_ranks):
-        base[r] = (base[r] << bits) + active[r] * ((cost << bits) >> 4)
+        base[r] = (base[r] << bits) + active[r] * units
         if r < controls[HOME_FIRST] or r >= controls[HOME_LAST]:
             far[r] = min((((total << bits) // num_ranks) * controls[CROSS_COST]) >> 16, total << bits)
     best = int32_table(tokens.shape[0], quotas.shape[1], 0)

@@ -18,7 +18,7 @@ from equipoise.jit.sort import descending
 WEIGHT_BITS = 16  # planned shares are kept in 65536ths
 MAX_COLOURS = 32  # colours of a layer that is swept; beyond, ranks hold too many replicated experts for it to pay
 # Columns of TableArrays.sizes
-NUM_ROWS, NUM_COLOURS, MAX_UNITS, NUM_RANKS, MAX_ACTIVE, NUM_SIZES = 0, 1, 2, 3, 4, 5
+NUM_ROWS, NUM_COLOURS, MAX_UNITS, NUM_RANKS, MAX_ACTIVE, NUM_REPLICAS, NUM_SIZES = 0, 1, 2, 3, 4, 5, 6
 _MAX_UNITS = 1 << 27  # fixed-point units in all loads of a layer together: products with momentum stay below 2**31
 
 
@@ -44,7 +44,7 @@ class TableArrays(NamedTuple, Generic[Array]):
     rank_of_single: Array  # (L, E) its rank, -1: on several
     choices_of_rank: Array  # (L, D, G) places of the rank's choices in a (C, M) table
     singles_of_rank: Array  # (L, S, G) experts that only this rank holds
-    sizes: Array  # (L, NUM_SIZES): rows, colours (0: no sweep), most fixed-point units, ranks, slots of a rank
+    sizes: Array  # (L, NUM_SIZES): rows, colours (0: no sweep), most fixed-point units, ranks, slots of a rank, choices
 
 
 NumpyTables: TypeAlias = TableArrays[np.ndarray]
@@ -111,7 +111,7 @@ def _build_rows(
     tables.slot[layer] = -1
     tables.rank[layer] = -1
     tables.weight[layer] = 0
-    rows = cut = most = 0
+    rows = cut = most = replicas = 0
     for e in range(num_experts):
         size = 0
         for i in range(first[e], first[e + 1]):
@@ -126,6 +126,7 @@ def _build_rows(
         if size == 0:
             return e, cut
         tables.slot_of_expert[layer, e] = slots[0]
+        replicas += min(size, width) if size > 1 else 1
         if size == 1:
             tables.row_of_expert[layer, e], tables.rank_of_single[layer, e] = -1, ranks[0]
             continue
@@ -143,6 +144,7 @@ def _build_rows(
         rows += 1
     tables.sizes[layer, NUM_ROWS] = rows
     tables.sizes[layer, NUM_RANKS], tables.sizes[layer, MAX_ACTIVE] = num_ranks, num_slots // num_ranks
+    tables.sizes[layer, NUM_REPLICAS] = replicas
     # Sums over a row's choices must stay in 31 bits as well.
     tables.sizes[layer, MAX_UNITS] = min(_MAX_UNITS, (1 << 30) // max(most, 1))
     return -1, cut
