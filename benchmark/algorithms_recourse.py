@@ -74,9 +74,11 @@ def steady(topk: np.ndarray, topology: EpTopology, per_rank: int, quick: bool) -
         current = new
         if step == half - 1:
             judged = new
-    row = {
-        scope: later_steps(judged, topk[half * WINDOW :], per_rank, scope, quick) for scope in ("all", "node", "rank")
-    }
+    later = topk[half * WINDOW :]
+    row = {scope: later_steps(judged, later, per_rank, scope, quick) for scope in ("all", "node", "rank")}
+    # Neighbours of a trace are of one sequence: in another order batches of the same tokens differ less.
+    shuffled = np.random.default_rng(0).permutation(later)
+    row["node, shuffled"] = later_steps(judged, shuffled, per_rank, "node", quick)
     return row | {"first": float(moves[0]), "later": float(np.mean(moves[1:]))}
 
 

@@ -2,7 +2,8 @@
 
 The demo model on several ranks of this machine. Off: the slots are those that the same batch got before, looked up from
 memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
-whatever they gain. Off and on change places from pair to pair, and their medians are compared.
+whatever they gain. Each step that is on is held against the one after it, which is off: medians of these differences
+count, since a shared machine is faster at one time than at another.
 """
 
 from __future__ import annotations
@@ -163,39 +164,44 @@ def _measure(
     bounds = token_bounds(batch.num_tokens, NUM_RANKS)
     num_tokens = bounds[rank + 1] - bounds[rank]
     routing.policy = policy
-    modes = ("dispatch", "remember", "record", "remember", "stream", "remember")  # the last dispatch is remembered
-    seconds: dict[str, list[float]] = {
-        name: [] for name in ("dispatch", "record", "stream", "off", "inside", "inside stream")
-    }
+    modes = ("dispatch", "record", "stream")
+    seconds: dict[str, list[float]] = {name: [] for name in (*modes, "off", "inside", "inside stream")}
     for turn in range(rounds + 3):
-        first = 2 * (turn % 3)
-        for index in (*range(first, len(modes)), *range(first)):
-            routing.mode, routing.inside = modes[index], 0.0
-            began = time.perf_counter()
-            runner.forward(batch)
-            routing.end_step(num_tokens)
-            if turn >= 3:
-                seconds["off" if routing.mode == "remember" else routing.mode].append(time.perf_counter() - began)
-                if routing.mode in ("record", "stream"):
-                    seconds["inside" if routing.mode == "record" else "inside stream"].append(routing.inside)
+        for mode in (*modes[turn % 3 :], *modes[: turn % 3]):
+            routing.inside = 0.0
+            on = _timed_step(runner, routing, mode, batch, num_tokens)
+            inside = routing.inside
+            off = _timed_step(runner, routing, "remember", batch, num_tokens)
+            if turn < 3:
+                continue
+            seconds[mode].append(on - off)
+            seconds["off"].append(off)
+            if mode != "dispatch":
+                seconds["inside" if mode == "record" else "inside stream"].append(inside)
     return _summary(seconds)
 
 
+def _timed_step(runner: ModelRunner, routing: Routing, mode: str, batch: StepBatch, num_tokens: int) -> float:
+    routing.mode = mode
+    began = time.perf_counter()
+    runner.forward(batch)
+    routing.end_step(num_tokens)
+    return time.perf_counter() - began
+
+
 def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds, and parts of the step without dispatch and recording."""
+    """Milliseconds of a step that is off, and what is added to it, as parts of that."""
     names = ("off", "dispatch", "record", "stream", "inside", "inside stream")
     off, dispatch, record, stream, inside, inside_stream = (1e3 * median(seconds[name]) for name in names)
     return {
         "off": off,
-        "dispatch": dispatch,
-        "dispatch and record": record,
-        "dispatch adds": dispatch / off - 1,
-        "dispatch and recording add": record / off - 1,
+        "dispatch adds": dispatch / off,
+        "dispatch and recording add": record / off,
         "recording adds": (record - dispatch) / off,
         "streaming adds": (stream - record) / off,
         "inside streaming": (inside_stream - inside) / off,
-        "inside dispatch and recording": inside
-        / off,  # by a clock inside them: less noise, without what they cool down
+        # By a clock inside them: less noise, without what they cool down.
+        "inside dispatch and recording": inside / off,
     }
 
 

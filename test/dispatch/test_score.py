@@ -64,6 +64,16 @@ def test_ranks_that_see_their_own_tokens_alone_open_the_same_replicas(tokens: in
     assert load.activated.sum() == replicas_opened
 
 
+def test_where_reading_weights_is_all_that_counts_a_rank_opens_one_replica_of_an_expert() -> None:
+    rng, topology = np.random.default_rng(11), EpTopology(32, 4, 3)
+    popularity = rng.dirichlet(np.full(64, 2.0), size=8)
+    metadata = rebalance_experts(popularity * 1e6, topology, dispatch="batch", tokens_per_step=192)
+    policy = DispatchPolicy("batch", "rank", active_expert_cost=1000.0)
+    counts = rng.multinomial(6, popularity, size=(32, 8))
+    load = DispatchScorer(metadata, "batch", policy).step(counts)
+    assert load.activated.sum(-1).tolist() == (counts.sum(0) > 0).sum(-1).tolist()
+
+
 def test_static_and_planned_scores_keep_every_token() -> None:
     rng = np.random.default_rng(3)
     metadata = placement(TOPOLOGY, 8, rng)

@@ -16,6 +16,7 @@ from equipoise.dispatch.solver.kernel_parts import (
     rank_loads,
 )
 from equipoise.dispatch.solver.open_numba import RECHOICES as _RECHOICES
+from equipoise.dispatch.solver.open_numba import UNSEEN_SHIFT as _UNSEEN_SHIFT
 from equipoise.dispatch.solver.solve_numba import (
     EXPERT_STRIDE as _EXPERT_STRIDE,
 )
@@ -29,7 +30,7 @@ from equipoise.dispatch.solver.solve_numba import (
     SCOPE_STRIDE as _SCOPE_STRIDE,
 )
 
-RECHOICES = tl.constexpr(_RECHOICES)
+RECHOICES, UNSEEN_SHIFT = tl.constexpr(_RECHOICES), tl.constexpr(_UNSEEN_SHIFT)
 EXPERT_STRIDE, SCOPE_STRIDE = tl.constexpr(_EXPERT_STRIDE), tl.constexpr(_SCOPE_STRIDE)
 MAX_FRACTION_BITS, LAST_MOMENTUM = tl.constexpr(_MAX_FRACTION_BITS), tl.constexpr(len(_MOMENTUM) - 1)
 ROTATION, ITERATIONS, SWEEPS = (tl.constexpr(i) for i in (control.ROTATION, control.ITERATIONS, control.SWEEPS))
@@ -143,7 +144,8 @@ def _open_rows(
                     least = open_least(loads, is_choice, turns, divisor, rotation, num_open, C, M)
                     opened = tl.where(mine, least, opened)
         few = _busiest(opened, part, num_open, units, fixed, places, C, M, D, G)
-        if _busiest(is_choice.to(tl.int32), part, size, units, fixed, places, C, M, D, G) < few:
+        margin = tl.where(sees_all, 0, units >> UNSEEN_SHIFT)
+        if _busiest(is_choice.to(tl.int32), part, size, units, fixed, places, C, M, D, G) + margin < few:
             opened = is_choice.to(tl.int32)
         active = rank_loads(opened * (part > 0).to(tl.int32)[None, :], active, places, C, M, D, G)
     return opened, active

@@ -6,6 +6,7 @@ import numpy as np
 
 from equipoise.jit.compile import helper, int_zeros
 
+UNSEEN_SHIFT = 4  # where others' tokens are not seen, all replicas must save this part, 1 / 2**4, of an activation
 RECHOICES = 2  # rounds in which each row chooses again which replicas it opens
 
 
@@ -61,7 +62,7 @@ def open_replicas(
     busiest, busiest_with_all = load[0], with_all[0]
     for r in range(num_ranks):
         busiest, busiest_with_all = max(busiest, load[r]), max(busiest_with_all, with_all[r])
-    all_pay = busiest_with_all < busiest
+    all_pay = busiest_with_all + (0 if sees_all else units >> UNSEEN_SHIFT) < busiest
     for m in range(rows):
         for j in range(size[m]):
             is_open[m, j] |= all_pay

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from equipoise.dispatch.solver import controls as control
-from equipoise.dispatch.solver.open_numba import RECHOICES
+from equipoise.dispatch.solver.open_numba import RECHOICES, UNSEEN_SHIFT
 from equipoise.dispatch.solver.solve_numba import (
     EXPERT_STRIDE,
     MAX_FRACTION_BITS,
@@ -152,7 +152,8 @@ class _Layer:
         if self.sees_all:
             is_open = self._open_least(is_open, num_open, _each(part, num_open, units), base)
         load = self._load(torch.where(is_open, _each(part, num_open, units), 0), base)
-        if int(self._load(_each(part, size, units).expand_as(is_open), base).max()) < int(load.max()):
+        with_all = self._load(_each(part, size, units).expand_as(is_open), base)
+        if int(with_all.max()) + (0 if self.sees_all else units >> UNSEEN_SHIFT) < int(load.max()):
             is_open = self.is_choice
         self.active = self._load((is_open & (part > 0)).to(torch.int32), self.active)
         return is_open
