@@ -12,43 +12,39 @@ RECHOICES = 2  # rounds in which each row chooses again which replicas it opens
 
 @helper
 def open_replicas(
-    tokens: np.ndarray,
+    part: np.ndarray,
     rank: np.ndarray,
     size: np.ndarray,
     colour: np.ndarray,
     num_colours: int,
     rotation: int,
     units: int,
-    bits: int,
-    usual: int,
     sees_all: int,
-    base: np.ndarray,
+    load: np.ndarray,
     active: np.ndarray,
     is_open: np.ndarray,
 ) -> None:
     """Opens of each row as many replicas as pay, in ``is_open`` (M, C); adds them to ``active`` (G,).
 
     Args:
-        units: cost of an activated expert, in fixed point as loads are; 0: all replicas open.
-        usual: units that a replica gets as a rule, for which it is opened where ``sees_all`` is 0.
-        active: experts that are activated in any case.
+        part: (M,) what each row is taken to have, in fixed point.
+        units: cost of an activated expert, in fixed point; 0: all replicas open.
+        load: (G,) what each rank is taken to have without the rows; it is overwritten.
     """
-    rows, num_ranks = tokens.shape[0], base.shape[0]
-    part, num_open, each = int_zeros(rows), int_zeros(rows), int_zeros(rows)
-    load, with_all = int_zeros(num_ranks), int_zeros(num_ranks)
-    for m in range(rows):
-        part[m] = tokens[m] << bits if sees_all else usual * size[m]
-        num_open[m] = size[m] if units == 0 else min(max((part[m] + units // 2) // units, 1), size[m])
-        for j in range(num_open[m]):
-            is_open[m, j] = 1
-        each[m] = part[m] // num_open[m] + units if part[m] > 0 else 0
-    if units == 0:
-        return
+    rows, num_ranks = part.shape[0], load.shape[0]
+    num_open, each, with_all = int_zeros(rows), int_zeros(rows), int_zeros(num_ranks)
     for r in range(num_ranks):
-        load[r] = (base[r] << bits if sees_all else usual * active[r]) + units * active[r]
         with_all[r] = load[r]
     for m in range(rows):
+        num_open[m] = size[m] if units == 0 else min(max((part[m] + units // 2) // units, 1), size[m])
+        each[m] = part[m] // num_open[m] + units if part[m] > 0 else 0
+        for j in range(num_open[m]):
+            is_open[m, j] = 1
+        for j in range(size[m]):
+            with_all[rank[m, j]] += part[m] // size[m] + units if part[m] > 0 else 0
         _add_row(m, rank, size, is_open, each[m], load)
+    if units == 0:
+        return
     for _ in range(RECHOICES * sees_all):
         for c in range(num_colours):
             for m in range(rows):
@@ -56,9 +52,6 @@ def open_replicas(
                     _add_row(m, rank, size, is_open, -each[m], load)
                     _open_least(m, rank, size[m], rotation, num_open[m], load, is_open)
                     _add_row(m, rank, size, is_open, each[m], load)
-    for m in range(rows):
-        for j in range(size[m]):
-            with_all[rank[m, j]] += part[m] // size[m] + units if part[m] > 0 else 0
     busiest, busiest_with_all = load[0], with_all[0]
     for r in range(num_ranks):
         busiest, busiest_with_all = max(busiest, load[r]), max(busiest_with_all, with_all[r])

@@ -70,9 +70,12 @@ def solve_layer(layer: int, counts: np.ndarray, tables: NumpyTables, controls: n
         bits += 1
     is_open = int32_table(tokens.shape[0], quotas.shape[1], 0)
     units, usual, sees_all = (cost << bits) >> 4, (total << bits) // limits[NUM_REPLICAS], controls[SEES_ALL]
-    open_replicas(
-        tokens, rank, size, colour, num_colours, rotation, units, bits, usual, sees_all, base, active, is_open
-    )
+    part, load = int_zeros(tokens.shape[0]), int_zeros(num_ranks)  # known, or what is usual: alike in all scopes
+    for m in range(tokens.shape[0]):
+        part[m] = tokens[m] << bits if sees_all else usual * size[m]
+    for r in range(num_ranks):
+        load[r] = (base[r] << bits if sees_all else usual * active[r]) + active[r] * units
+    open_replicas(part, rank, size, colour, num_colours, rotation, units, sees_all, load, active, is_open)
     far = int_zeros(num_ranks)  # what a rank costs more because it is on another node
     for r in range(num_ranks):
         base[r] = (base[r] << bits) + active[r] * units

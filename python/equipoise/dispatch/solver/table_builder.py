@@ -126,7 +126,7 @@ def _build_rows(
         if size == 0:
             return e, cut
         tables.slot_of_expert[layer, e] = slots[0]
-        replicas += min(size, width) if size > 1 else 1
+        replicas += min(size, width)
         if size == 1:
             tables.row_of_expert[layer, e], tables.rank_of_single[layer, e] = -1, ranks[0]
             continue
