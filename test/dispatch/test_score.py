@@ -64,6 +64,17 @@ def test_ranks_that_see_their_own_tokens_alone_open_the_same_replicas(tokens: in
     assert load.activated.sum() == replicas_opened
 
 
+def test_on_one_node_scope_node_sees_all_and_opens_as_all_does() -> None:
+    rng, topology = np.random.default_rng(6), EpTopology(8, 1, 4)
+    metadata = placement(topology, 20, rng)
+    node, everything = (
+        DispatchScorer(metadata, "batch", DispatchPolicy("batch", scope, active_expert_cost=20.0))  # type: ignore[arg-type]
+        for scope in ("node", "all")
+    )
+    for counts in rng.integers(0, 4, (5, 8, 1, 20)):
+        assert node.step(counts).tokens.tolist() == everything.step(counts).tokens.tolist()
+
+
 def test_where_reading_weights_is_all_that_counts_a_rank_opens_one_replica_of_an_expert() -> None:
     rng, topology = np.random.default_rng(11), EpTopology(32, 4, 3)
     popularity = rng.dirichlet(np.full(64, 2.0), size=8)

@@ -117,5 +117,5 @@ class DispatchPolicy:
         controls[ACTIVE_COST] = min(round(self.active_expert_cost * 16 / num_scopes), _MAX_ACTIVE_COST)
         controls[CROSS_COST] = min(round(self.cross_node_cost * 65536), 1 << 24)
         controls[HOME_FIRST], controls[HOME_LAST] = node.start, node.stop
-        controls[SEES_ALL] = self.scope == "all"
+        controls[SEES_ALL] = num_scopes == 1
         return controls
