@@ -34,10 +34,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 class Serving:
     """A server process with its output, and every process that it started."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, python: tuple[str, ...] = ("-m", "equipoise")) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "equipoise", "serve", "--port", "0", "--device", "cpu", *map(str, arguments)],
+            [sys.executable, *python, "serve", "--port", "0", "--device", "cpu", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -95,8 +95,8 @@ class Serving:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[Serving]:
-    server = Serving(*arguments)
+def serving(*arguments: object, python: tuple[str, ...] = ("-m", "equipoise")) -> Iterator[Serving]:
+    server = Serving(*arguments, python=python)
     try:
         yield server
     finally:
@@ -210,6 +210,34 @@ def test_sigterm_ends_an_idle_server_in_seconds_whatever_is_stopped(
         code, stderr = server.finish(signal.SIGTERM, within=within + SLACK_SECONDS)
         assert code == 0, stderr
         assert "ranks that have not left after 5 s are killed" in stderr
+        assert "Traceback" not in stderr
+        server.assert_nothing_is_left()
+
+
+# SIGTERM at the moment at which the event loop is made, or closed: asyncio does not survive an exception there.
+SIGNALLED_IN_THE_EVENT_LOOP = """
+import asyncio, os, runpy, signal
+
+def signalled(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return method(*arguments)
+
+method = asyncio.SelectorEventLoop.{method}
+asyncio.SelectorEventLoop.{method} = signalled
+runpy.run_module("equipoise", run_name="__main__")
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("method", ["__init__", "close"])
+def test_sigterm_while_the_event_loop_is_made_or_closed_ends_the_server_as_ever(tiny_model: Path, method: str) -> None:
+    program = SIGNALLED_IN_THE_EVENT_LOOP.format(method=method)
+    with serving("--model-path", tiny_model, "--ep-size", 2, python=("-c", program)) as server:
+        server.wait_for_line("try: curl ")
+        if method == "close":
+            server.process.send_signal(signal.SIGTERM)
+        output, stderr = server.process.communicate(timeout=40)
+        assert (server.process.returncode, output.splitlines()[-1]) == (0, "stopped"), stderr
         assert "Traceback" not in stderr
         server.assert_nothing_is_left()
 

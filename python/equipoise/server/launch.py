@@ -103,6 +103,11 @@ class _DrainingServer(uvicorn.Server):
         self._drain_timeout = drain_timeout
         self.engine_died = False
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve. A signal that arrives while the event loop is made or closed is raised when that is done."""
+        with self.capture_signals():  # by itself uvicorn captures only what arrives while the loop runs
+            super().run(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         if self._state.engine.error is not None:
             self.engine_died = True
