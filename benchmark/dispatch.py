@@ -74,13 +74,14 @@ def main() -> int:
         "off, ms",
         "dispatch",
         "and recording",
+        "±",
         "inside",
         "streaming",
         "inside",
         title="embedded engine, added to a step",
     )
     for kind, values in engine.items():
-        shown = ("dispatch adds", "dispatch and recording add", "inside dispatch and recording")
+        shown = ("dispatch adds", "dispatch and recording add", "standard error", "inside dispatch and recording")
         parts = (values[n] for n in (*shown, "streaming adds", "inside streaming"))
         steps_table.add_row(kind, f"{values['off']:.2f}", *(f"{100 * part:.1f}%" for part in parts))
     console.print(steps_table)

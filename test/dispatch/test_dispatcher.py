@@ -185,9 +185,7 @@ def test_the_compiled_turns_are_those_of_torch(case: TurnCase) -> None:
     for step in case.steps:
         counts = [torch.zeros(2, metadata.num_physical_experts + 1, dtype=torch.int32) for _ in ways]
         slots = [
-            way.dispatch(
-                Batch(case.layer, step.ids.flatten(), step.ids.shape[1], step.bounds, counted, step.num_unpadded)
-            )
+            way.dispatch(Batch(case.layer, step.ids, step.bounds, counted, step.num_unpadded))
             for way, counted in zip(ways, counts, strict=True)
         ]
         assert torch.equal(*slots)

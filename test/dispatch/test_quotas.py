@@ -99,7 +99,7 @@ def test_numba_computes_the_bits_of_the_reference(case: DispatchCase) -> None:
     ):
         slots = np.full(mine.numel(), -7, dtype=flat.dtype)
         recorded = np.ones((1, case.metadata.num_physical_experts + 1), dtype=np.int32)
-        dispatch_batch(0, ids, first, last, counts, row, tables.host, controls, recorded, slots)
+        dispatch_batch(0, ids, first, last, counts, row, controls, recorded, slots, *tables.host)
         assert np.array_equal(slots, expected.numpy())
         counted = torch.ones(recorded.shape[1], dtype=torch.int32)
         count_slots(counted, expected)

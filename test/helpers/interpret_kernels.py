@@ -54,10 +54,10 @@ def check(case: DispatchCase, first_part: int) -> None:
         expected = assign_slots(seen, quotas, host, int(controls[ROTATION]), rows[:own].sum(0))
         recorded = torch.ones(1, metadata.num_physical_experts + 1, dtype=torch.int32, device=DEVICE)
         padding_from = torch.tensor(unpadded, dtype=torch.int32, device=DEVICE)
-        slots = kernels.dispatch(Batch(0, ids.flatten(), ids.shape[1], None, recorded, padding_from))
+        slots = kernels.dispatch(Batch(0, ids, None, recorded, padding_from))
         assert torch.equal(kernels.quotas.cpu(), quotas)
         assert slots.dtype == case.ids.dtype
-        assert torch.equal(slots.cpu(), expected.flatten())
+        assert torch.equal(slots.cpu(), expected)
         counted = torch.ones_like(recorded, device="cpu")
         count_slots(counted[0], expected)
         assert torch.equal(recorded.cpu(), counted)
@@ -66,8 +66,8 @@ def check(case: DispatchCase, first_part: int) -> None:
     in_sight = TritonBatchDispatch(tables, policy, topology, case.rank, None)
     on_host = CpuBatchDispatch(DispatchTables(case.metadata), policy, topology, case.rank, None)
     padding_from = torch.tensor((bounds[case.rank] + bounds[case.rank + 1]) // 2)  # in the middle of the own part
-    batch = Batch(0, case.ids.flatten(), ids.shape[1], bounds, None, padding_from)
-    found = in_sight.dispatch(batch._replace(ids=ids.flatten(), num_unpadded=padding_from.to(DEVICE)))
+    batch = Batch(0, case.ids, bounds, None, padding_from)
+    found = in_sight.dispatch(batch._replace(ids=ids, num_unpadded=padding_from.to(DEVICE)))
     assert torch.equal(found.cpu(), on_host.dispatch(batch))
 
 

@@ -35,7 +35,7 @@ def check(case: TurnCase) -> None:
         answers = []
         for way in ways:
             counts = torch.ones(2, metadata.num_physical_experts + 1, dtype=torch.int32, device=DEVICE)
-            batch = Batch(case.layer, ids.flatten(), ids.shape[1], step.bounds, counts, unpadded)
+            batch = Batch(case.layer, ids, step.bounds, counts, unpadded)
             slots, uncounted = way.dispatch(batch), way.dispatch(batch._replace(counts=None))
             assert slots.dtype == ids.dtype
             assert torch.equal(slots, uncounted)
@@ -61,7 +61,7 @@ def check_largest() -> None:
     for nearest in (False, True):
         tables = TurnsTables(metadata, 511, nearest=nearest, live_ranks=None)
         ways = TritonTurns(tables), TorchTurns(tables)
-        found, expected = (way.dispatch(Batch(0, ids, 1)) for way in ways)
+        found, expected = (way.dispatch(Batch(0, ids[:, None])) for way in ways)
         assert torch.equal(found, expected)
         assert len(found[ids == 0].unique()) == (1 if nearest else 40)
 

@@ -19,21 +19,21 @@ class TorchTurns:
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         tables = self._tables
-        layer_id, width, counts = batch.layer_id, batch.width, batch.counts
-        mine = batch.without_padding()[batch.span_of_rank(tables.rank)].reshape(-1, width)
+        layer_id, counts = batch.layer_id, batch.counts
+        mine = batch.without_padding()[batch.rows(tables.rank, tables.rank + 1)]
         real = (mine >= 0) & (mine < tables.metadata.num_logical_experts)
         experts = torch.where(real, mine, 0).long()
         if tables.nearest is not None:
             slots = tables.nearest[layer_id][experts]
         else:
             number = self._next_token + torch.arange(len(mine), device=mine.device)
-            uniform = weyl_uniform(number, width, layer_id=layer_id, rank=tables.rank)
+            uniform = weyl_uniform(number, mine.shape[1], layer_id=layer_id, rank=tables.rank)
             maps = tables.metadata.logical_to_physical_map[layer_id]
             slots = sample_replicas(experts, uniform, maps, tables.cdf[layer_id])
         slots = torch.where(real, slots, -1).to(mine.dtype)
         if counts is not None:
             count_slots(counts[layer_id], slots)
-        return slots.flatten()
+        return slots
 
     def advance(self, num_tokens: int) -> None:
         self._next_token += num_tokens

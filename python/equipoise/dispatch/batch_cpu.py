@@ -35,8 +35,7 @@ class CpuBatchDispatch:
         gather: GatherCounts | None,
     ) -> None:
         self._tables = tables
-        self._policy = policy
-        self._topology = topology
+        self._num_scopes = policy.num_scopes(topology)
         self._rank = rank
         self._gather = gather
         self._ranks = policy.ranks_of_scope(topology, rank)
@@ -47,29 +46,41 @@ class CpuBatchDispatch:
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        scope, own = batch.span(self._ranks), batch.span_of_rank(self._rank)
-        ids, first, last = batch.without_padding()[scope], own.start - scope.start, own.stop - scope.start
+        # Views are made in numpy: in torch each would take as long as the solve of a small batch.
+        scope, own = batch.rows(self._ranks.start, self._ranks.stop), batch.rows(self._rank, self._rank + 1)
+        ids = batch.without_padding()
         if batch.bounds is None:
             gathered, row = self._counts_of_scope(ids), self._rank - self._ranks.start
         else:
             gathered, row = self._alone, 0
-        array = ids.numpy()
+        array = ids.numpy()[scope]
         if array.size > self._most_ids:
             raise ConfigError(
                 f"a batch of {array.size} choices is more than dispatch by the batch can count "
                 f"({self._most_ids} a rank of its scope)",
                 field="ep_dispatch_algorithm",
             )
-        slots = np.empty(last - first, dtype=array.dtype)
+        width = array.shape[1]
+        first, last = (own.start - scope.start) * width, (own.stop - scope.start) * width
+        slots = np.empty((own.stop - own.start, width), dtype=array.dtype)
         recorded = NOBODY_COUNTS if batch.counts is None else batch.counts.numpy()
-        tables, controls = self._tables.host, self._controls
-        dispatch_batch(batch.layer_id, array, first, last, gathered, row, tables, controls, recorded, slots)
+        dispatch_batch(
+            batch.layer_id,
+            array.reshape(-1),
+            first,
+            last,
+            gathered,
+            row,
+            self._controls,
+            recorded,
+            slots.reshape(-1),
+            *self._tables.host,
+        )
         return torch.from_numpy(slots)
 
     def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas."""
-        step = self._policy.num_scopes(self._topology)
-        self._controls[ROTATION] = (int(self._controls[ROTATION]) + step) & ROTATION_MASK
+        self._controls[ROTATION] = (int(self._controls[ROTATION]) + self._num_scopes) & ROTATION_MASK
 
     def _counts_of_scope(self, ids: torch.Tensor) -> np.ndarray:
         if len(self._ranks) == 1:

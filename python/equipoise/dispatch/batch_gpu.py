@@ -67,11 +67,12 @@ class TritonBatchDispatch:
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        scope, own, width = batch.span(self._ranks), batch.span_of_rank(self._rank), batch.width
+        scope, own = batch.rows(self._ranks.start, self._ranks.stop), batch.rows(self._rank, self._rank + 1)
         ids, first, last = batch.ids[scope].contiguous(), own.start - scope.start, own.stop - scope.start
+        width = ids.shape[1]
         counts, num_unpadded = batch.counts, batch.num_unpadded
         if num_unpadded is not None and scope.start:
-            num_unpadded = num_unpadded - scope.start // width
+            num_unpadded = num_unpadded - scope.start
         num_blocks = max(triton.cdiv(ids.numel(), BLOCK), 1)
         if num_blocks > len(self._block_counts):
             self._block_counts = self._block_counts.new_zeros(num_blocks, self._sizes["EP"])
@@ -97,7 +98,7 @@ class TritonBatchDispatch:
             ids, slots, ids.numel(), width, unpadded, self._block_counts, self._before, layer.row_of_expert,
             layer.slot_of_expert, layer.slot, self._inverses, self._starts,
             self._finished if counts is None else counts[batch.layer_id], 0 if counts is None else counts.shape[1] - 1,
-            first, last, **self._sizes, BLOCK=BLOCK, ROWS=_BLOCKS_AT_ONCE, GATHERED=not alone,
+            first * width, last * width, **self._sizes, BLOCK=BLOCK, ROWS=_BLOCKS_AT_ONCE, GATHERED=not alone,
             RECORD=counts is not None,
         )  # fmt: skip
         return slots[first:last]

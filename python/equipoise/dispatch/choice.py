@@ -12,36 +12,30 @@ class Batch(NamedTuple):
     """A layer's expert choices: this rank's own, or with ``bounds`` those of all ranks."""
 
     layer_id: int
-    ids: torch.Tensor  # (N,) logical experts, those of a token side by side; -1 for none
-    width: int  # experts of a token
+    ids: torch.Tensor  # (T, K) logical experts, a row for each token; -1 for none
     bounds: Sequence[int] | None = None  # (G + 1) where each rank's tokens begin and end
     counts: torch.Tensor | None = None  # as for ExpertDispatcher.dispatch
     num_unpadded: torch.Tensor | None = None  # one integer on the device of ids: tokens from this number on are padding
 
     def without_padding(self) -> torch.Tensor:
-        """(N,) ids, those of padding -1."""
+        """(T, K) ids, those of padding -1."""
         if self.num_unpadded is None:
             return self.ids
-        return torch.where(
-            torch.arange(len(self.ids), device=self.ids.device) < self.num_unpadded * self.width, self.ids, -1
-        )
+        rows = torch.arange(self.ids.shape[0], device=self.ids.device)
+        return torch.where((rows < self.num_unpadded)[:, None], self.ids, -1)
 
-    def span(self, ranks: range) -> slice:
-        """Where the ids of consecutive ranks lie: all of them, where they are the own ones."""
+    def rows(self, first_rank: int, last_rank: int) -> slice:
+        """The tokens of ranks first_rank..last_rank-1: all, where they are the own ones."""
         if self.bounds is None:
-            return slice(0, self.ids.numel())
-        return slice(self.bounds[ranks.start] * self.width, self.bounds[ranks.stop] * self.width)
-
-    def span_of_rank(self, rank: int) -> slice:
-        """Where the ids of one rank lie."""
-        return self.span(range(rank, rank + 1))
+            return slice(0, self.ids.shape[0])
+        return slice(self.bounds[first_rank], self.bounds[last_rank])
 
 
 class Choice(Protocol):
     """One way to choose replicas."""
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
-        """(n,) slots of this rank's part of the batch, in the dtype of its ids; -1 for none."""
+        """(n, K) slots of this rank's tokens, in the dtype of the ids; -1 for none."""
         ...
 
     def advance(self, num_tokens: int, /) -> None:

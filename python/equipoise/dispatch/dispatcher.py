@@ -7,7 +7,6 @@ where it is asked to. Nothing here allocates what outlives a step, and on a GPU 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Sequence
 
 import torch
@@ -111,15 +110,25 @@ class ExpertDispatcher:
             Slots of this rank's tokens, in the dtype of ``topk_ids`` and its shape but for rows of other ranks; -1 for
             "none" and for padding.
         """
-        with _profiler_range():
-            width = topk_ids.shape[-1] if topk_ids.ndim > 1 else 1
-            batch = Batch(layer_id, topk_ids.reshape(-1), width, rank_bounds, counts, self._on_device(num_unpadded))
-            slots = self._choice.dispatch(batch)
-            return slots.view(topk_ids.shape if rank_bounds is None else (-1, *topk_ids.shape[1:]))
+        if num_unpadded is not None:
+            num_unpadded = self._on_device(num_unpadded)
+        if topk_ids.ndim == 2:  # as hosts have them: on a CPU two views would take as long as the choice itself
+            return self._choose(Batch(layer_id, topk_ids, rank_bounds, counts, num_unpadded))
+        shape = topk_ids.shape
+        ids = topk_ids.reshape(-1, shape[-1] if shape[1:] else 1)
+        slots = self._choose(Batch(layer_id, ids, rank_bounds, counts, num_unpadded))
+        return slots.view(shape if rank_bounds is None else (-1, *shape[1:]))
 
-    def _on_device(self, number: torch.Tensor | int | None) -> torch.Tensor | None:
+    def _choose(self, batch: Batch) -> torch.Tensor:
+        """In a named range while torch's profiler runs; entering one costs microseconds even where nobody looks."""
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function("equipoise.dispatch"):
+                return self._choice.dispatch(batch)
+        return self._choice.dispatch(batch)
+
+    def _on_device(self, number: torch.Tensor | int) -> torch.Tensor:
         """A number that the host knows is written by the device itself: a copy to it would wait."""
-        if number is None or (isinstance(number, torch.Tensor) and number.device == self._device):
+        if isinstance(number, torch.Tensor) and number.device == self._device:
             return number
         return torch.full((1,), int(number), dtype=torch.int64, device=self._device)
 
@@ -135,10 +144,3 @@ class ExpertDispatcher:
         """
         if layer_ids:
             self._tables.refresh(layer_ids)
-
-
-def _profiler_range() -> contextlib.AbstractContextManager[object]:
-    """A named range while torch's profiler runs; entering one costs microseconds even where nobody looks."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function("equipoise.dispatch")
-    return contextlib.nullcontext()

@@ -74,15 +74,16 @@ class CpuTurns:
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        layer_id, width, counts = batch.layer_id, batch.width, batch.counts
-        mine = batch.without_padding()[batch.span_of_rank(self._tables.rank)].numpy()
-        slots = np.empty_like(mine)
+        layer_id, rank, counts = batch.layer_id, self._tables.rank, batch.counts
+        mine = batch.without_padding().numpy()[batch.rows(rank, rank + 1)]
+        slots = np.empty(mine.shape, dtype=mine.dtype)
+        ids, chosen, width = mine.reshape(-1), slots.reshape(-1), mine.shape[1]
         recorded = NOBODY_COUNTS if counts is None else counts.numpy()
         if self._nearest is not None:
-            take_nearest(layer_id, mine, self._nearest, recorded, slots)
+            take_nearest(layer_id, ids, self._nearest, recorded, chosen)
         else:
-            rank, maps = self._tables.rank, self._slot_of_replica
-            take_turns(layer_id, mine, width, self._next_token, rank, maps, self._cdf, recorded, slots)
+            maps, cdf = self._slot_of_replica, self._cdf
+            take_turns(layer_id, ids, width, self._next_token, rank, maps, cdf, recorded, chosen)
         return torch.from_numpy(slots)
 
     def advance(self, num_tokens: int) -> None:

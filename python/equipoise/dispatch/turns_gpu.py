@@ -30,14 +30,14 @@ class TritonTurns:
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        rank, ids, width, counts = self._tables.rank, batch.ids.contiguous(), batch.width, batch.counts
+        rank, ids, counts = self._tables.rank, batch.ids.contiguous(), batch.counts
         unpadded = self._next_token if batch.num_unpadded is None else batch.num_unpadded
-        own = batch.span_of_rank(rank)
-        first, num_ids = own.start // width, own.stop - own.start
-        slots = ids.new_empty(num_ids)
+        own, width = batch.rows(rank, rank + 1), ids.shape[1]
+        slots = ids.new_empty(own.stop - own.start, width)
+        num_ids = slots.numel()
         if num_ids:
             choose[(triton.cdiv(num_ids, BLOCK),)](
-                ids, slots, num_ids, first, unpadded, batch.layer_id, rank,
+                ids, slots, num_ids, own.start, unpadded, batch.layer_id, rank,
                 self._next_token, self._table, self._tables.cdf,
                 self._next_token if counts is None else counts[batch.layer_id],
                 0 if counts is None else counts.shape[1] - 1,

@@ -6,7 +6,7 @@ import numpy as np
 
 from equipoise.dispatch.solver.controls import ROTATION
 from equipoise.dispatch.solver.solve_numba import rounding_phase, solve_layer
-from equipoise.dispatch.solver.table_builder import NUM_ROWS, NumpyTables
+from equipoise.dispatch.solver.table_builder import NUM_ROWS, NumpyTables, TableArrays
 from equipoise.jit.compile import helper, int32_table, int32_zeros, int_zeros, kernel
 
 _ALL = (1 << 32) - 1
@@ -20,10 +20,22 @@ def dispatch_batch(
     last: int,
     gathered: np.ndarray,
     own_row: int,
-    tables: NumpyTables,
     controls: np.ndarray,
     recorded: np.ndarray,
     slots: np.ndarray,
+    expert: np.ndarray,
+    num_choices: np.ndarray,
+    slot: np.ndarray,
+    rank: np.ndarray,
+    weight: np.ndarray,
+    colour: np.ndarray,
+    step: np.ndarray,
+    row_of_expert: np.ndarray,
+    slot_of_expert: np.ndarray,
+    rank_of_single: np.ndarray,
+    choices_of_rank: np.ndarray,
+    singles_of_rank: np.ndarray,
+    sizes: np.ndarray,
 ) -> None:
     """Slots for ``ids[first:last]``.
 
@@ -34,7 +46,24 @@ def dispatch_batch(
         own_row: this rank's row of ``gathered``.
         recorded: (L, P + 1) int32, to which the slots are added, "none" in the last column; (0, 0): nobody counts.
         slots: (last - first,) of the dtype of ``ids``, filled; -1 for none.
+        expert and all that follow: the fields of ``TableArrays``, one by one, since to tell the types of a tuple of
+            arrays takes numba as long as solving a small batch.
     """
+    tables = TableArrays(
+        expert,
+        num_choices,
+        slot,
+        rank,
+        weight,
+        colour,
+        step,
+        row_of_expert,
+        slot_of_expert,
+        rank_of_single,
+        choices_of_rank,
+        singles_of_rank,
+        sizes,
+    )
     num_experts = tables.row_of_expert.shape[1]
     counts, before = int32_zeros(num_experts), int_zeros(num_experts)
     if gathered.shape[0] == 0:

@@ -32,19 +32,22 @@ def open_replicas(
         load: (G,) what each rank is taken to have without the rows; it is overwritten.
     """
     rows, num_ranks = part.shape[0], load.shape[0]
+    if units == 0:
+        for m in range(rows):
+            for j in range(size[m]):
+                is_open[m, j] = 1
+        return
     num_open, each, with_all = int_zeros(rows), int_zeros(rows), int_zeros(num_ranks)
     for r in range(num_ranks):
         with_all[r] = load[r]
     for m in range(rows):
-        num_open[m] = size[m] if units == 0 else min(max((part[m] + units // 2) // units, 1), size[m])
+        num_open[m] = min(max((part[m] + units // 2) // units, 1), size[m])
         each[m] = part[m] // num_open[m] + units if part[m] > 0 else 0
         for j in range(num_open[m]):
             is_open[m, j] = 1
         for j in range(size[m]):
             with_all[rank[m, j]] += part[m] // size[m] + units if part[m] > 0 else 0
         _add_row(m, rank, size, is_open, each[m], load)
-    if units == 0:
-        return
     for _ in range(RECHOICES * sees_all):
         for c in range(num_colours):
             for m in range(rows):

@@ -150,6 +150,8 @@ def _descend(
             ahead[r] = max(load[r] + ((momentum * (load[r] - earlier[r])) >> 4), 0) + far[r]
             earlier[r] = load[r]
         for m in range(rows):
+            if tokens[m] == 0:  # most rows of a small batch, and its parts stay 0
+                continue
             for j in range(size[m]):
                 z = x[m, j] + ((momentum * (x[m, j] - before[m, j])) >> 4)
                 bid[j] = ((2 * ahead[rank[m, j]] * step[m]) >> 32) - z
@@ -218,7 +220,7 @@ def _sweep(
     bid = int_zeros(rank.shape[1])
     for c in range(num_colours):
         for m in range(tokens.shape[0]):
-            if colour[m] != c:
+            if colour[m] != c or tokens[m] == 0:
                 continue
             for j in range(size[m]):
                 load[rank[m, j]] -= quotas[m, j]
