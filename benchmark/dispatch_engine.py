@@ -156,10 +156,10 @@ def _batches(quick: bool) -> list[tuple[str, StepBatch, int]]:
         tokens = tuple(text[(37 * row) % len(text)] for row in rows[:count])
         segments = tuple(Segment(row, 64, 1) for row in rows[:count])
         found.append(
-            (f"decode, {count} requests", StepBatch(segments, tokens, tuple(range(count))), 10 if quick else 1000)
+            (f"decode, {count} requests", StepBatch(segments, tokens, tuple(range(count))), 10 if quick else 800)
         )
     prompt = tuple(text[i % len(text)] for i in range(PROMPT))
-    found.append((f"prefill, {PROMPT} tokens", StepBatch((Segment(0, 0, PROMPT),), prompt, (0,)), 10 if quick else 500))
+    found.append((f"prefill, {PROMPT} tokens", StepBatch((Segment(0, 0, PROMPT),), prompt, (0,)), 10 if quick else 400))
     return found
 
 

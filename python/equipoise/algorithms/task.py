@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +48,7 @@ class Task:
     exponent: np.ndarray  # (L,) of the surrogate, that fits the forecast's error
     prices: np.ndarray  # (3,) of a move by where the expert was
     scenarios: Scenarios
+    mean: np.ndarray  # (L, E) mean load over the scenarios
 
     @classmethod
     def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> Task:
@@ -84,7 +84,7 @@ class Task:
             (problem.num_groups or 0) if problem.grouped else 0,
             scenarios.recurring,
         )
-        return cls(problem, old, old_share, layers, exponent, prices, scenarios)
+        return cls(problem, old, old_share, layers, exponent, prices, scenarios, mean)
 
     @property
     def num_groups(self) -> int:
@@ -94,11 +94,6 @@ class Task:
     def for_batches(self) -> bool:
         """Whether it is planned for dispatch by the batch; with expert groups it is as for planned weights."""
         return self.problem.dispatch == "batch" and not self.num_groups
-
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """(L, E) mean load over the scenarios."""
-        return mean_load(self.scenarios.tokens, self.scenarios.weight)
 
     @property
     def noise_is_known(self) -> bool:
@@ -111,7 +106,9 @@ class Task:
         return self.scenarios.steady and self.problem.load.shape[0] > FEW_WINDOWS
 
     def take(self, chosen: np.ndarray) -> Task:
-        """The same for the layers ``chosen`` alone."""
+        """The same for the layers ``chosen``, ascending, alone."""
+        if len(chosen) == len(self.old):
+            return self
         layers, known = self.layers, self.scenarios
         any_load = known.any_load[chosen]
         return replace(
@@ -120,6 +117,7 @@ class Task:
             old_share=self.old_share[chosen],
             layers=layers._replace(experts=layers.experts[chosen], any_load=any_load),
             exponent=self.exponent[chosen],
+            mean=self.mean[chosen],
             scenarios=known._replace(
                 tokens=known.tokens[chosen], noise=known.noise[chosen], error=known.error[chosen], any_load=any_load
             ),

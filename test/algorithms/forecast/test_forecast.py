@@ -12,7 +12,6 @@ from equipoise.algorithms.forecast.scenarios import _group, make_scenarios, mean
 from equipoise.algorithms.forecast.window_weights import (
     DECAYS,
     _backtest_error,
-    decayed,
     distances,
     is_mixture,
     last_shift,
@@ -186,7 +185,8 @@ def test_backtest_is_that_of_the_windows():
     for decay in DECAYS:
         error = 0.0
         for t in range(1, 5):
-            weight = np.array(decayed(t, decay))
+            weight = decay ** np.arange(t - 1.0, -1.0, -1.0)
+            weight /= weight.sum()
             error += ((windows[t] - (weight[:, None, None] * windows[:t]).sum(0)) ** 2).sum()
         assert _backtest_error(distances(windows), decay) == pytest.approx(error)
 

@@ -108,8 +108,8 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
             for window in group:
                 by_scenario[scenario] += weight[window] * share[window]
             by_scenario[scenario] /= lanes[scenario]
-    tokens = np.ascontiguousarray(by_scenario.transpose(1, 2, 0))
-    mean = mean_load(tokens, lanes)
+    by_expert = by_scenario.transpose(1, 2, 0)
+    tokens, mean = np.ascontiguousarray(by_expert), mean_load(by_expert, lanes)
     # A forecast from several windows has less Poisson noise of its own, and as much relative noise as one.
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean

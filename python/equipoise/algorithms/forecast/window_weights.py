@@ -117,12 +117,13 @@ def _backtest_error(distance: list[list[float]], decay: float) -> float:
     """Squared error, over all windows, of predicting each from the decayed mean of those before it.
 
     From a point to a weighted mean of points, it is the mean squared distance to them minus half of that among them.
+    With the newest window's weight as 1, the sums over weights and over pairs follow from those of the window before.
     """
-    error = 0.0
+    error, total, pairs = 0.0, 1.0, 0.0
     for window in range(1, len(distance)):
-        weight = decayed(window, decay)
-        error += sum(w * distance[window][i] for i, w in enumerate(weight))
-        error -= 0.5 * sum(w * v * distance[i][j] for i, w in enumerate(weight) for j, v in enumerate(weight))
+        off = sum(decay ** (window - 1 - i) * distance[window][i] for i in range(window))
+        error += off / total - pairs / total**2
+        total, pairs = 1.0 + decay * total, decay**2 * pairs + decay * off
     return error
 
 
