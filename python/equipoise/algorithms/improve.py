@@ -19,7 +19,7 @@ from equipoise.topology import EpTopology
 
 STAGES = (2, 3, 5)  # exponents of the power-sum surrogate: 2**2 = 4, then 8, then 32
 SINGLE_STAGES = (3, 6)  # the same where there is one window
-SETTLED_STAGES = STAGES[1:]  # and where load has been steady for long: what is far from level was moved before
+SHORT = 1  # stages, the smoothest ones, that a short search leaves out
 MIN_GAIN = 4e-3  # of the cost, that a step has to bring even when moves are free
 SINGLE_MIN_GAIN = 2e-4  # the same where there is one window, and nothing but that window to fit
 NUM_COOL, COOL_SLOTS = 5, 36  # ranks to put load on that a step tries at first: so many, or as hold so many slots
@@ -30,7 +30,7 @@ LASTS = 8.0  # windows served by moves that do not hang on one forecast: for loa
 NO_LIMIT = 1 << 60
 
 
-def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray) -> None:
+def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray, *, is_short: bool = False) -> None:
     """Searches each layer from ``placed`` for a plan worth more than ``value``, in place; ``value`` becomes its."""
     problem, from_nothing = task.problem, task.problem.current is None
     topology = problem.topology
@@ -38,7 +38,7 @@ def improve(task: Task, placed: np.ndarray, share: np.ndarray, value: np.ndarray
     moves = move_terms(task, price_of_moves(task))
     num_cool = _num_cool(topology)
     options = SearchOptions(
-        np.array(SETTLED_STAGES if task.steady_for_long else STAGES if several else SINGLE_STAGES),
+        np.array((STAGES if several else SINGLE_STAGES)[SHORT if is_short else 0 :]),
         # From nothing, with several windows to please, a few steps bring what carries over to the next window.
         max(24, topology.num_ranks // 2) if from_nothing and several else topology.num_slots,
         MIN_GAIN if several or not from_nothing else SINGLE_MIN_GAIN,
