@@ -75,14 +75,16 @@ def main() -> int:
         "dispatch",
         "and recording",
         "±",
+        "on CPU",
+        "±",
         "inside",
         "streaming",
         "inside",
         title="embedded engine, added to a step",
     )
     for kind, values in engine.items():
-        shown = ("dispatch adds", "dispatch and recording add", "standard error", "inside dispatch and recording")
-        parts = (values[n] for n in (*shown, "streaming adds", "inside streaming"))
+        shown = ("dispatch adds", "dispatch and recording add", "standard error", "CPU", "standard error of CPU")
+        parts = (values[n] for n in (*shown, "inside dispatch and recording", "streaming adds", "inside streaming"))
         steps_table.add_row(kind, f"{values['off']:.2f}", *(f"{100 * part:.1f}%" for part in parts))
     console.print(steps_table)
 

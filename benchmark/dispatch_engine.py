@@ -4,7 +4,8 @@ The demo model on several ranks of this machine. Off: the slots are those that t
 memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
 whatever they gain. Each step that is on is held against the one after it, which is off: medians of these differences
 count, since a shared machine is faster at one time than at another. Ranks wait for each other, so single differences
-scatter by a fifth of a step; the standard error of their median is told as well.
+scatter by a fifth of a step; the standard error of their median is told as well, and the difference in CPU seconds,
+which does not hang on who waits. Each rank stays on a core of its own where there are enough.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def _run_rank(
     config: ServeConfig, blueprint: ModelBlueprint, rank: int, rendezvous: Path, pipe: Connection | None, quick: bool
 ) -> None:
     torch.set_num_threads(1)
+    _stay_on_one_core(rank)
     device = torch.device("cpu")
     groups = make_groups(rank, NUM_RANKS, rendezvous, device, "host", os.environ)
     runner = ModelRunner(blueprint, rank, device, config)
@@ -147,6 +149,14 @@ def _run_rank(
         pipe.send(found)
 
 
+def _stay_on_one_core(rank: int) -> None:
+    """Where this process may use one for each rank, and the system lets it choose."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) >= NUM_RANKS:
+            os.sched_setaffinity(0, cores[rank : rank + 1])
+
+
 def _batches(quick: bool) -> list[tuple[str, StepBatch, int]]:
     """Name, batch, how many rounds of it."""
     text = "".join(equipoise.engine.demo_model.prompts()["prose"]).encode()
@@ -170,28 +180,33 @@ def _measure(
     num_tokens = bounds[rank + 1] - bounds[rank]
     routing.policy = policy
     modes = ("dispatch", "record", "stream")
-    seconds: dict[str, list[float]] = {name: [] for name in (*modes, "off", "inside", "inside stream")}
+    seconds: dict[str, list[float]] = {name: [] for name in (*modes, "off", "CPU", "inside", "inside stream")}
     for turn in range(rounds + 3):
         for mode in (*modes[turn % 3 :], *modes[: turn % 3]):
             routing.inside = 0.0
-            on = _timed_step(runner, routing, mode, batch, num_tokens)
+            on, cpu_on = _timed_step(runner, routing, mode, batch, num_tokens)
             inside = routing.inside
-            off = _timed_step(runner, routing, "remember", batch, num_tokens)
+            off, cpu_off = _timed_step(runner, routing, "remember", batch, num_tokens)
             if turn < 3:
                 continue
             seconds[mode].append(on - off)
             seconds["off"].append(off)
+            if mode == "record":
+                seconds["CPU"].append(cpu_on - cpu_off)
             if mode != "dispatch":
                 seconds["inside" if mode == "record" else "inside stream"].append(inside)
     return _summary(seconds)
 
 
-def _timed_step(runner: ModelRunner, routing: Routing, mode: str, batch: StepBatch, num_tokens: int) -> float:
+def _timed_step(
+    runner: ModelRunner, routing: Routing, mode: str, batch: StepBatch, num_tokens: int
+) -> tuple[float, float]:
+    """Seconds, and CPU seconds of all threads."""
     routing.mode = mode
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     runner.forward(batch)
     routing.end_step(num_tokens)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -202,6 +217,8 @@ def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
         "off": off,
         "dispatch adds": dispatch / off,
         "dispatch and recording add": record / off,
+        "CPU": 1e3 * median(seconds["CPU"]) / off,
+        "standard error of CPU": 1e3 * _error_of_median(seconds["CPU"]) / off,
         "standard error": 1e3 * _error_of_median(seconds["record"]) / off,
         "recording adds": (record - dispatch) / off,
         "streaming adds": (stream - record) / off,
