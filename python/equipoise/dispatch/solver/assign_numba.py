@@ -50,31 +50,12 @@ def dispatch_batch(
             arrays takes numba as long as solving a small batch.
     """
     tables = TableArrays(
-        expert,
-        num_choices,
-        slot,
-        rank,
-        weight,
-        colour,
-        step,
-        row_of_expert,
-        slot_of_expert,
-        rank_of_single,
-        choices_of_rank,
-        singles_of_rank,
-        sizes,
-    )
+        expert, num_choices, slot, rank, weight, colour, step, row_of_expert, slot_of_expert, rank_of_single,
+        choices_of_rank, singles_of_rank, sizes,
+    )  # fmt: skip
     num_experts = tables.row_of_expert.shape[1]
     counts, before = int32_zeros(num_experts), int_zeros(num_experts)
-    if gathered.shape[0] == 0:
-        for i in range(ids.shape[0]):
-            if 0 <= ids[i] < num_experts:
-                counts[ids[i]] += 1
-                before[ids[i]] += i < first
-    for row in range(gathered.shape[0]):
-        for e in range(num_experts):
-            counts[e] += gathered[row, e]
-            before[e] += gathered[row, e] if row < own_row else 0
+    _count(ids, first, gathered, own_row, counts, before)
     quotas = int32_table(tables.slot.shape[1], tables.slot.shape[2], 0)
     solve_layer(layer, counts, tables, controls, quotas)
     _assign(layer, ids, first, last, counts, before, tables, controls[ROTATION], quotas, slots)
@@ -106,6 +87,23 @@ def solve_counts(
             if quotas[m, j] > 0:
                 loads[tables.rank[layer, m, j]] += quotas[m, j]
                 reads[tables.slot[layer, m, j]] = 1
+
+
+@helper
+def _count(
+    ids: np.ndarray, first: int, gathered: np.ndarray, own_row: int, counts: np.ndarray, before: np.ndarray
+) -> None:
+    """Adds to ``counts`` (E,) the tokens of the scope, to ``before`` (E,) those of the ranks before this one."""
+    num_experts = counts.shape[0]
+    if gathered.shape[0] == 0:
+        for i in range(ids.shape[0]):
+            if 0 <= ids[i] < num_experts:
+                counts[ids[i]] += 1
+                before[ids[i]] += i < first
+    for row in range(gathered.shape[0]):
+        for e in range(num_experts):
+            counts[e] += gathered[row, e]
+            before[e] += gathered[row, e] if row < own_row else 0
 
 
 @helper
