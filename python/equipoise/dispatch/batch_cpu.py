@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from equipoise.dispatch.choice import Batch
+from equipoise.dispatch.choice import Batch, HostCounts
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
 from equipoise.dispatch.tables import DispatchTables
-from equipoise.dispatch.turns import NOBODY_COUNTS
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
 
@@ -41,6 +40,7 @@ class CpuBatchDispatch:
         self._ranks = policy.ranks_of_scope(topology, rank)
         self._alone = np.zeros((0, tables.num_experts), dtype=np.int32)
         self._controls = policy.controls(topology, rank)
+        self._host_counts = HostCounts()
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
 
@@ -63,7 +63,6 @@ class CpuBatchDispatch:
         width = array.shape[1]
         first, last = (own.start - scope.start) * width, (own.stop - scope.start) * width
         slots = np.empty((own.stop - own.start, width), dtype=array.dtype)
-        recorded = NOBODY_COUNTS if batch.counts is None else batch.counts.numpy()
         dispatch_batch(
             batch.layer_id,
             array.reshape(-1),
@@ -72,7 +71,7 @@ class CpuBatchDispatch:
             gathered,
             row,
             self._controls,
-            recorded,
+            self._host_counts.array(batch.counts),
             slots.reshape(-1),
             *self._tables.host,
         )

@@ -1,11 +1,14 @@
-"""Choice: one way to choose replicas, on one kind of device; and Batch, what it chooses for."""
+"""Choice: a way to choose replicas on one kind of device; Batch, what it gets; HostCounts, what it counts in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+
+_NOBODY_COUNTS = np.zeros((0, 0), dtype=np.int32)
 
 
 class Batch(NamedTuple):
@@ -29,6 +32,22 @@ class Batch(NamedTuple):
         if self.bounds is None:
             return slice(0, self.ids.shape[0])
         return slice(self.bounds[first_rank], self.bounds[last_rank])
+
+
+class HostCounts:
+    """Counts on a CPU as the array that kernels add to; the last one is kept, since a view takes microseconds."""
+
+    def __init__(self) -> None:
+        self._counts: torch.Tensor | None = None
+        self._array = _NOBODY_COUNTS
+
+    def array(self, counts: torch.Tensor | None) -> np.ndarray:
+        """(L, P + 1) int32 that shares the memory of ``counts``; (0, 0) where nobody counts."""
+        if counts is None:
+            return _NOBODY_COUNTS
+        if counts is not self._counts:
+            self._counts, self._array = counts, counts.numpy()
+        return self._array
 
 
 class Choice(Protocol):

@@ -7,13 +7,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from equipoise.dispatch.choice import Batch
+from equipoise.dispatch.choice import Batch, HostCounts
 from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, usable_weights
 from equipoise.dispatch.turns_numba import take_nearest, take_turns
 from equipoise.errors import PlacementError
 from equipoise.placement.metadata import ExpertLocationMetadata
-
-NOBODY_COUNTS = np.zeros((0, 0), dtype=np.int32)
 
 
 class TurnsTables:
@@ -71,19 +69,19 @@ class CpuTurns:
         self._cdf = tables.cdf.numpy()
         self._nearest = None if tables.nearest is None else tables.nearest.numpy()
         self._next_token = 0
+        self._host_counts = HostCounts()
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
         layer_id, rank, counts = batch.layer_id, self._tables.rank, batch.counts
-        mine = batch.without_padding().numpy()[batch.rows(rank, rank + 1)]
+        # Another layout than the usual would be compiled for, in the middle of a step.
+        mine = np.ascontiguousarray(batch.without_padding().numpy()[batch.rows(rank, rank + 1)])
         slots = np.empty(mine.shape, dtype=mine.dtype)
-        ids, chosen, width = mine.reshape(-1), slots.reshape(-1), mine.shape[1]
-        recorded = NOBODY_COUNTS if counts is None else counts.numpy()
+        recorded = self._host_counts.array(counts)
         if self._nearest is not None:
-            take_nearest(layer_id, ids, self._nearest, recorded, chosen)
+            take_nearest(layer_id, mine.reshape(-1), self._nearest, recorded, slots.reshape(-1))
         else:
-            maps, cdf = self._slot_of_replica, self._cdf
-            take_turns(layer_id, ids, width, self._next_token, rank, maps, cdf, recorded, chosen)
+            take_turns(layer_id, mine, self._next_token, rank, self._slot_of_replica, self._cdf, recorded, slots)
         return torch.from_numpy(slots)
 
     def advance(self, num_tokens: int) -> None:

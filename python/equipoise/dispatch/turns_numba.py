@@ -30,7 +30,6 @@ def take_nearest(layer: int, ids: np.ndarray, nearest: np.ndarray, recorded: np.
 def take_turns(
     layer: int,
     ids: np.ndarray,
-    width: int,
     first_number: int,
     rank: int,
     slot_of_replica: np.ndarray,
@@ -41,23 +40,23 @@ def take_turns(
     """Fills ``slots`` by planned weight; arguments as for :func:`take_nearest`, and those of ``sample_replicas``.
 
     Args:
-        width: ids of a token.
+        ids, slots: (T, K), a row for each token.
         first_number: of the first token, in the sequence of turns.
         slot_of_replica: (L, E, X) int64.
         cdf: (L, E, X) float32.
     """
     num_experts, none = cdf.shape[1], recorded.shape[1] - 1
     offset = layer * LAYER_STRIDE + rank * RANK_STRIDE
-    for i in range(ids.shape[0]):
-        e, slot = ids[i], -1
-        if 0 <= e < num_experts:
-            token = (first_number + i // width) & MASK32
-            mixed = (token * GOLDEN + (i % width) * CHOICE_STRIDE + offset) & MASK32
-            uniform = (mixed >> 8) * 2.0**-24
-            replica = 0
-            while uniform >= cdf[layer, e, replica]:
-                replica += 1
-            slot = slot_of_replica[layer, e, replica]
-        slots[i] = slot
-        if none >= 0:
-            recorded[layer, slot if slot >= 0 else none] += 1
+    for t in range(ids.shape[0]):
+        turn = ((first_number + t) & MASK32) * GOLDEN + offset
+        for k in range(ids.shape[1]):
+            e, slot = ids[t, k], -1
+            if 0 <= e < num_experts:
+                uniform = (((turn + k * CHOICE_STRIDE) & MASK32) >> 8) * 2.0**-24
+                replica = 0
+                while uniform >= cdf[layer, e, replica]:
+                    replica += 1
+                slot = slot_of_replica[layer, e, replica]
+            slots[t, k] = slot
+            if none >= 0:
+                recorded[layer, slot if slot >= 0 else none] += 1

@@ -65,6 +65,7 @@ class ExpertDistributionRecorder:
         self._num_slots = slots
         self._period = period
         self.counts = torch.zeros(layers, slots + 1, dtype=torch.int32, device=device)
+        self._physical = self.counts[:, :slots]
         self._load_phase = load_phase
         self._phase: StepPhase | None = None  # of the step under way
         self._part: slice | None = None  # of this rank's tokens, in a mixed step: those that the load window takes
@@ -166,7 +167,7 @@ class ExpertDistributionRecorder:
             counted: False for warm-up and idle steps, which leave no trace. The same on all ranks.
         """
         if counted:
-            physical = self.counts[:, : self._num_slots]
+            physical = self._physical
             if self._load_phase == "all" or self._phase in (self._load_phase, "mixed", None):
                 part = physical if self._part is None else self._part_counts[:, : self._num_slots]  # type: ignore[index]
                 self._ring.open_row().scatter_add_(1, physical_to_logical_map, part.to(torch.int64))

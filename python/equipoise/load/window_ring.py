@@ -26,6 +26,7 @@ class WindowRing:
         assert num_rows >= 2
         assert num_rows % 2 == 0
         self._sums = torch.zeros(num_rows, num_layers, num_logical_experts, dtype=torch.int64, device=device)
+        self._row_views = self._sums.unbind()  # made once: a view takes the host as long as the addition to it
         self._rows: list[int] = []  # in use, oldest window first
         self._steps: list[int] = []  # steps in each of them
         self._length = 1  # steps of a full window, now
@@ -43,7 +44,7 @@ class WindowRing:
         if not self._steps or self._steps[-1] == self._length:
             self._begin_window()
         self._steps[-1] += 1
-        return self._sums[self._rows[-1]]
+        return self._row_views[self._rows[-1]]
 
     def covered_steps(self, last: int) -> int:
         """Steps of the newest whole windows that hold at least ``last`` steps, or of all."""
