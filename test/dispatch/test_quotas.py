@@ -86,18 +86,18 @@ def test_the_ranks_of_a_scope_meet_the_quotas_exactly(case: DispatchCase) -> Non
 @settings(deadline=None, max_examples=150)
 def test_numba_computes_the_bits_of_the_reference(case: DispatchCase) -> None:
     tables = DispatchTables(case.metadata)
-    mine, width = case.ids[case.first : case.last], case.ids.shape[1]
+    mine = case.ids[case.first : case.last]
     before = case.count(case.ids[: case.first])
     quotas = solve_quotas(case.count(case.ids), tables.layer(0), case.controls)
-    expected = assign_slots(mine, quotas, tables.layer(0), int(case.controls[ROTATION]), before).flatten()
+    expected = assign_slots(mine, quotas, tables.layer(0), int(case.controls[ROTATION]), before)
     alone = np.zeros((0, case.num_experts), dtype=np.int32)
     gathered = torch.stack([before, case.count(mine), case.count(case.ids[case.last :])]).numpy()
-    flat, controls = case.ids.flatten().numpy(), case.controls.numpy()
+    everything, controls = case.ids.contiguous().numpy(), case.controls.numpy()
     for ids, first, last, counts, row in (
-        (flat, case.first * width, case.last * width, alone, 0),
-        (mine.flatten().numpy(), 0, mine.numel(), gathered, 1),
+        (everything, case.first, case.last, alone, 0),
+        (mine.contiguous().numpy(), 0, len(mine), gathered, 1),
     ):
-        slots = np.full(mine.numel(), -7, dtype=flat.dtype)
+        slots = np.full(mine.shape, -7, dtype=everything.dtype)
         recorded = np.ones((1, case.metadata.num_physical_experts + 1), dtype=np.int32)
         dispatch_batch(0, ids, first, last, counts, row, controls, recorded, slots, *tables.host)
         assert np.array_equal(slots, expected.numpy())

@@ -40,6 +40,7 @@ class CpuBatchDispatch:
         self._ranks = policy.ranks_of_scope(topology, rank)
         self._alone = np.zeros((0, tables.num_experts), dtype=np.int32)
         self._controls = policy.controls(topology, rank)
+        self._rotation = int(self._controls[ROTATION])
         self._host_counts = HostCounts()
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
@@ -53,33 +54,33 @@ class CpuBatchDispatch:
             gathered, row = self._counts_of_scope(ids), self._rank - self._ranks.start
         else:
             gathered, row = self._alone, 0
-        array = ids.numpy()[scope]
+        # Another layout than the usual would be compiled for, in the middle of a step.
+        array = np.ascontiguousarray(ids.numpy()[scope])
         if array.size > self._most_ids:
             raise ConfigError(
                 f"a batch of {array.size} choices is more than dispatch by the batch can count "
                 f"({self._most_ids} a rank of its scope)",
                 field="ep_dispatch_algorithm",
             )
-        width = array.shape[1]
-        first, last = (own.start - scope.start) * width, (own.stop - scope.start) * width
-        slots = np.empty((own.stop - own.start, width), dtype=array.dtype)
+        slots = np.empty((own.stop - own.start, array.shape[1]), dtype=array.dtype)
         dispatch_batch(
             batch.layer_id,
-            array.reshape(-1),
-            first,
-            last,
+            array,
+            own.start - scope.start,
+            own.stop - scope.start,
             gathered,
             row,
             self._controls,
             self._host_counts.array(batch.counts),
-            slots.reshape(-1),
+            slots,
             *self._tables.host,
         )
         return torch.from_numpy(slots)
 
     def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas."""
-        self._controls[ROTATION] = (int(self._controls[ROTATION]) + self._num_scopes) & ROTATION_MASK
+        self._rotation = (self._rotation + self._num_scopes) & ROTATION_MASK
+        self._controls[ROTATION] = self._rotation
 
     def _counts_of_scope(self, ids: torch.Tensor) -> np.ndarray:
         if len(self._ranks) == 1:

@@ -121,7 +121,7 @@ class ExpertDispatcher:
 
     def _choose(self, batch: Batch) -> torch.Tensor:
         """In a named range while torch's profiler runs; entering one costs microseconds even where nobody looks."""
-        if torch.autograd._profiler_enabled():
+        if torch.autograd.profiler._is_profiler_enabled:
             with torch.profiler.record_function("equipoise.dispatch"):
                 return self._choice.dispatch(batch)
         return self._choice.dispatch(batch)

@@ -40,12 +40,12 @@ def dispatch_batch(
     """Slots for ``ids[first:last]``.
 
     Args:
-        ids: (N,) logical experts of this rank, or of its whole scope in the order of its ranks; outside [0, E): none.
-        first, last: this rank's part of ``ids``.
+        ids: (T, K) logical experts of this rank's tokens, or of its whole scope's by rank; outside [0, E): none.
+        first, last: this rank's rows of ``ids``.
         gathered: (ranks of the scope, E) int32 counts by rank; without rows, ``ids`` are the scope's.
         own_row: this rank's row of ``gathered``.
         recorded: (L, P + 1) int32, to which the slots are added, "none" in the last column; (0, 0): nobody counts.
-        slots: (last - first,) of the dtype of ``ids``, filled; -1 for none.
+        slots: (last - first, K) of the dtype of ``ids``, filled; -1 for none.
         expert and all that follow: the fields of ``TableArrays``, one by one, since to tell the types of a tuple of
             arrays takes numba as long as solving a small batch.
     """
@@ -61,8 +61,9 @@ def dispatch_batch(
     _assign(layer, ids, first, last, counts, before, tables, controls[ROTATION], quotas, slots)
     none = recorded.shape[1] - 1
     if none >= 0:
-        for i in range(slots.shape[0]):
-            recorded[layer, slots[i] if slots[i] >= 0 else none] += 1
+        for t in range(slots.shape[0]):
+            for k in range(slots.shape[1]):
+                recorded[layer, slots[t, k] if slots[t, k] >= 0 else none] += 1
 
 
 @kernel
@@ -96,10 +97,11 @@ def _count(
     """Adds to ``counts`` (E,) the tokens of the scope, to ``before`` (E,) those of the ranks before this one."""
     num_experts = counts.shape[0]
     if gathered.shape[0] == 0:
-        for i in range(ids.shape[0]):
-            if 0 <= ids[i] < num_experts:
-                counts[ids[i]] += 1
-                before[ids[i]] += i < first
+        for t in range(ids.shape[0]):
+            for k in range(ids.shape[1]):
+                if 0 <= ids[t, k] < num_experts:
+                    counts[ids[t, k]] += 1
+                    before[ids[t, k]] += t < first
     for row in range(gathered.shape[0]):
         for e in range(num_experts):
             counts[e] += gathered[row, e]
@@ -131,24 +133,25 @@ def _assign(
             inverse[m, j] = _ALL if quota == left and quota > 0 else (((quota << 32) + left - 1) // max(left, 1))
             left -= quota
         before[e] += (int(counts[e]) * rounding_phase(m, rotation)) >> 16
-    for i in range(first, last):
-        e = ids[i]
-        if e < 0 or e >= num_experts:
-            slots[i - first] = -1
-            continue
-        m = tables.row_of_expert[layer, e]
-        if m < 0:
-            slots[i - first] = tables.slot_of_expert[layer, e]
-            continue
-        n = before[e]
-        before[e] += 1
-        if n >= counts[e]:
-            n -= counts[e]
-        j = 0
-        while True:
-            taken = (n * inverse[m, j]) >> 32
-            if inverse[m, j] == _ALL or ((n + 1) * inverse[m, j]) >> 32 > taken:
-                break
-            n -= taken
-            j += 1
-        slots[i - first] = tables.slot[layer, m, j]
+    for t in range(first, last):
+        for k in range(ids.shape[1]):
+            e = ids[t, k]
+            if e < 0 or e >= num_experts:
+                slots[t - first, k] = -1
+                continue
+            m = tables.row_of_expert[layer, e]
+            if m < 0:
+                slots[t - first, k] = tables.slot_of_expert[layer, e]
+                continue
+            n = before[e]
+            before[e] += 1
+            if n >= counts[e]:
+                n -= counts[e]
+            j = 0
+            while True:
+                taken = (n * inverse[m, j]) >> 32
+                if inverse[m, j] == _ALL or ((n + 1) * inverse[m, j]) >> 32 > taken:
+                    break
+                n -= taken
+                j += 1
+            slots[t - first, k] = tables.slot[layer, m, j]
