@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,9 +48,20 @@ def test_kinds_that_come_back_are_no_bursts() -> None:
     assert told([0, 1, 2, 3, 4, 5])[1] == []
 
 
-def test_alternating_load_is_served_in_both_kinds() -> None:
+def test_there_and_back_is_enough_to_expect_both_kinds() -> None:
+    assert told([0, 1, 0])[1] == [2, 0, 1]
+    assert told([0, 1, 2])[1] == told([0, 1, 1])[1] == told([0, 0, 1])[1] == []
+    found = make_scenarios(windows_of([0, 1, 0]), 64.0)
+    assert found.recurring
+    for kind in (0, 1):
+        alike = np.abs(found.tokens[0] - 64.0 * KINDS[kind, 0, :, None]).sum(0) < 8.0
+        assert found.weight[alike].sum() == 0.5
+
+
+@pytest.mark.parametrize("seen", [3, 4, 5, 6])
+def test_alternating_load_is_served_in_both_kinds(seen: int) -> None:
     topology = EpTopology(16, 2, 5)
     windows = windows_of([0, 1, 0, 1, 0, 1, 0, 1])
     current = rebalance_experts(windows[0], topology, algorithm="deepseek")
-    plan = rebalance_experts(windows[:6], topology, current=current)
+    plan = rebalance_experts(windows[:seen], topology, current=current)
     assert balancedness(windows[6:], plan).mean() > 0.9

@@ -22,7 +22,7 @@ import numpy as np
 from equipoise.algorithms.forecast.burst import is_burst
 from equipoise.algorithms.forecast.window_weights import (
     MIXTURE_DECAY,
-    SHIFT,
+    THERE_AND_BACK,
     best_decay,
     bursts_of,
     decayed,
@@ -30,6 +30,7 @@ from equipoise.algorithms.forecast.window_weights import (
     is_mixture,
     last_shift,
     recurring,
+    there_and_back,
 )
 from equipoise.jit.compile import helper, kernel, number, zeros
 
@@ -98,7 +99,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
         share, distance = share[first:], [row[first:] for row in distance[first:]]
         of_two = (BURST_DECAY if unsure else PAIR_DECAY) if len(share) == 2 else 0.0
         decay = best_decay(distance, 1.0 - part, at_least=MIXTURE_DECAY if mixture else of_two)
-        weight = decayed(len(share), decay)
+        weight = list(THERE_AND_BACK) if order and num_windows == 3 else decayed(len(share), decay)
     by_scenario, lanes = np.zeros((NUM_SCENARIOS, num_layers, num_experts)), np.zeros(NUM_SCENARIOS)
     for scenario, group in enumerate(_group(weight, distance)):
         lanes[scenario] = sum(weight[window] for window in group)
@@ -119,7 +120,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
 
 def _passed(share: np.ndarray, distance: list[list[float]]) -> bool:
     """Whether the second of three windows was a burst: too few to tell by distances, which alternating load has too."""
-    return min(distance[0][1], distance[1][2]) > SHIFT * distance[0][2] and is_burst(share[0], share[1])
+    return there_and_back(distance) and is_burst(share[0], share[1])
 
 
 def _is_steady(moments: np.ndarray, known: np.ndarray) -> bool:

@@ -29,6 +29,7 @@ MIXTURE_DECAY = 0.75  # at least; a mix changes as well, slowly
 MIXTURE_LIKENESS = 0.75  # of neighbours' distances to all others: drift has .43 over four windows, draws 1
 MIXTURE_SPREAD = 0.3  # see _spread: drift has .9 to 1, draws that differ in every expert about .6
 RECURRING = 0.5  # of neighbours' distances are those along a way from like to like, where kinds of load come back
+THERE_AND_BACK = (0.25, 0.5, 0.25)  # weights of three windows, the outer two alike: either kind may come
 MIN_CHANGES = 1.5  # that matter, for their directions to tell anything
 _NEGLIGIBLE = 1e-3  # of all weight
 
@@ -55,8 +56,10 @@ def is_mixture(distance: list[list[float]]) -> bool:
 def recurring(distance: list[list[float]]) -> list[int]:
     """The windows in an order that has those of a kind side by side; empty where there are no kinds.
 
-    Starts with the newest and goes on to the nearest that is left.
+    Starts with the newest and goes on to the nearest that is left. Of three windows the outer two must be alike.
     """
+    if len(distance) == 3:
+        return [2, 0, 1] if there_and_back(distance) else []
     left = list(range(len(distance) - 1))
     chain, steps = [len(distance) - 1], 0.0
     while left:
@@ -65,6 +68,11 @@ def recurring(distance: list[list[float]]) -> list[int]:
         steps += distance[chain[-2]][chain[-1]]
     near = sum(distance[i][i + 1] for i in range(len(distance) - 1))
     return chain if steps < RECURRING * near else []
+
+
+def there_and_back(distance: list[list[float]]) -> bool:
+    """Whether of three windows the outer two are alike, and the middle one is far from both."""
+    return min(distance[0][1], distance[1][2]) > SHIFT * distance[0][2]
 
 
 def bursts_of(distance: list[list[float]]) -> list[int]:
