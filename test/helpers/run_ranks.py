@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+# Imported once, for all ranks of all tests.
+PRELOADED = ["torch.distributed", "equipoise.manager.manager", "equipoise.engine.model.runner"]
 GRACE_SECONDS = 3.0  # for the tracebacks of the other ranks once one has failed
 
 
@@ -36,7 +38,7 @@ def run_ranks(
     ``may_die`` may end without a word: their result is None. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "equipoise.transfer.execution.updater"])
+    context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(world_size):
