@@ -68,14 +68,13 @@ def _kinds(
         part = 0.5 + 0.5 * np.sin(step)
         return part * one + (1.0 - part) * other
 
-    drifting = _drift(one, num_windows, rng.spawn(1)[0])
-
     def bursts(step: int) -> np.ndarray:
         if step % BURST_EVERY != BURST_EVERY - 1:
             return one
         hot = rng.permuted(np.tile(np.arange(one.shape[1]) < one.shape[1] // 16, (len(one), 1)), axis=1)
         return one * (2 / 3) + hot / hot.sum(1, keepdims=True) / 3
 
+    drifting = _drift(one, num_windows, rng.spawn(1)[0])
     return {
         "alternating": lambda step: other if step % 2 else one,
         "mixing": mixing,

@@ -21,7 +21,7 @@ PLACES = {"96/32": EpTopology(32, 4, 3), "80/16": EpTopology(16, 2, 5)}
 WANTED = {"96/32": {"all": 0.99, "node": 0.985, "rank": 0.965}, "80/16": {"all": 0.995, "node": 0.99, "rank": 0.98}}
 WINDOW = 1024
 NUM_EXPERTS, TOP_K = 64, 6
-STEADY = ("intent", "translation")  # one task each
+ONE_TASK = ("intent", "translation")
 PRICES = (0.04, 0.12, 0.3)
 
 
@@ -31,17 +31,17 @@ def batch_dispatch(traces: Path, quick: bool, bars: Bars) -> dict[str, Any]:
         bars.console.print(f"[yellow]left out:[/] batch dispatch, no traces in {traces}")
         return {}
     topk = {task: np.concatenate([np.load(traces / n)["topk"] for n in names]) for task, names in TASKS.items()}
-    report: dict[str, Any] = {"steady": {}, "frontier": {}}
+    report: dict[str, Any] = {"one task": {}, "frontier": {}}
     # Tokens that follow one another are of one sequence, so batches in this order drift; steady load has none of that.
-    shuffled = {task: np.random.default_rng(0).permutation(topk[task]) for task in STEADY}
+    shuffled = {task: np.random.default_rng(0).permutation(topk[task]) for task in ONE_TASK}
     for place, topology in PLACES.items():
         for order, tokens in (("steady", shuffled), ("in sequence", topk)):
             rows = {
                 f"{place} {task} {order}, {per_rank} tokens a rank": one_task(tokens[task], topology, per_rank, quick)
-                for task in STEADY
+                for task in ONE_TASK
                 for per_rank in (128, 32)
             }
-            report["steady"] |= rows
+            report["one task"] |= rows
             where = f"1 batch, {place} {order}"
             for scope, wanted in WANTED[place].items():
                 cells = [row[scope] for name, row in rows.items() if "128 tokens" in name]
@@ -49,7 +49,7 @@ def batch_dispatch(traces: Path, quick: bool, bars: Bars) -> dict[str, Any]:
             cells = [row["node"] for name, row in rows.items() if " 32 tokens" in name]
             bars.at_least(f"{where}, 32 tokens, scope node", float(np.mean(cells)), 0.975)
             bars.at_most(f"{where}, moves a replan after the first", max(r["later"] for r in rows.values()), 0.06)
-    show_table(bars.console, "batch: later steps of one task, by scope; moves of the replans", report["steady"])
+    show_table(bars.console, "batch: later steps of one task, by scope; moves of the replans", report["one task"])
     for place, topology in PLACES.items():
         both = frontier(topk["both"], topology, quick)
         report["frontier"] |= {f"{place} {name}": row for name, row in both.items()}

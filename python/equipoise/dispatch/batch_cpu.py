@@ -40,7 +40,6 @@ class CpuBatchDispatch:
         self._ranks = policy.ranks_of_scope(topology, rank)
         self._alone = np.zeros((0, tables.num_experts), dtype=np.int32)
         self._controls = policy.controls(topology, rank)
-        self._rotation = int(self._controls[ROTATION])
         self._host_counts = HostCounts()
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
@@ -49,13 +48,11 @@ class CpuBatchDispatch:
         """See ``choice.Choice``."""
         # Views are made in numpy: in torch each would take as long as the solve of a small batch.
         scope, own = batch.rows(self._ranks.start, self._ranks.stop), batch.rows(self._rank, self._rank + 1)
-        ids = batch.without_padding()
+        array = batch.host_rows(scope)
         if batch.bounds is None:
-            gathered, row = self._counts_of_scope(ids), self._rank - self._ranks.start
+            gathered, row = self._counts_of_scope(array), self._rank - self._ranks.start
         else:
             gathered, row = self._alone, 0
-        # Another layout than the usual would be compiled for, in the middle of a step.
-        array = np.ascontiguousarray(ids.numpy()[scope])
         if array.size > self._most_ids:
             raise ConfigError(
                 f"a batch of {array.size} choices is more than dispatch by the batch can count "
@@ -79,13 +76,12 @@ class CpuBatchDispatch:
 
     def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas."""
-        self._rotation = (self._rotation + self._num_scopes) & ROTATION_MASK
-        self._controls[ROTATION] = self._rotation
+        self._controls[ROTATION] = (int(self._controls[ROTATION]) + self._num_scopes) & ROTATION_MASK
 
-    def _counts_of_scope(self, ids: torch.Tensor) -> np.ndarray:
+    def _counts_of_scope(self, ids: np.ndarray) -> np.ndarray:
         if len(self._ranks) == 1:
             return self._alone
         assert self._gather is not None, "tokens of other ranks are needed: pass bounds, or a way to gather counts"
         valid = ids[(ids >= 0) & (ids < self._tables.num_experts)]
-        counts = torch.bincount(valid, minlength=self._tables.num_experts).to(torch.int32)
-        return self._gather(counts).numpy()
+        counts = np.bincount(valid, minlength=self._tables.num_experts).astype(np.int32)
+        return self._gather(torch.from_numpy(counts)).numpy()

@@ -27,6 +27,10 @@ class Batch(NamedTuple):
         rows = torch.arange(self.ids.shape[0], device=self.ids.device)
         return torch.where((rows < self.num_unpadded)[:, None], self.ids, -1)
 
+    def host_rows(self, rows: slice) -> np.ndarray:
+        """(n, K) ids of these rows on a CPU, in C order: for another order kernels would be compiled in mid-step."""
+        return np.ascontiguousarray(self.without_padding().numpy()[rows])
+
     def rows(self, first_rank: int, last_rank: int) -> slice:
         """The tokens of ranks first_rank..last_rank-1: all, where they are the own ones."""
         if self.bounds is None:

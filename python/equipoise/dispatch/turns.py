@@ -74,12 +74,11 @@ class CpuTurns:
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
         layer_id, rank, counts = batch.layer_id, self._tables.rank, batch.counts
-        # Another layout than the usual would be compiled for, in the middle of a step.
-        mine = np.ascontiguousarray(batch.without_padding().numpy()[batch.rows(rank, rank + 1)])
+        mine = batch.host_rows(batch.rows(rank, rank + 1))
         slots = np.empty(mine.shape, dtype=mine.dtype)
         recorded = self._host_counts.array(counts)
         if self._nearest is not None:
-            take_nearest(layer_id, mine.reshape(-1), self._nearest, recorded, slots.reshape(-1))
+            take_nearest(layer_id, mine, self._nearest, recorded, slots)
         else:
             take_turns(layer_id, mine, self._next_token, rank, self._slot_of_replica, self._cdf, recorded, slots)
         return torch.from_numpy(slots)

@@ -13,17 +13,18 @@ def take_nearest(layer: int, ids: np.ndarray, nearest: np.ndarray, recorded: np.
     """Fills ``slots`` from ``nearest`` (L, E) int64.
 
     Args:
-        ids: (N,) logical experts; outside [0, E): none.
+        ids: (T, K) logical experts, a row for each token; outside [0, E): none.
         recorded: (L, P + 1) int32, to which the slots are added, "none" in the last column; (0, 0): nobody counts.
-        slots: (N,) of the dtype of ``ids``; -1 for none.
+        slots: (T, K) of the dtype of ``ids``; -1 for none.
     """
     num_experts, none = nearest.shape[1], recorded.shape[1] - 1
-    for i in range(ids.shape[0]):
-        e = ids[i]
-        slot = nearest[layer, e] if 0 <= e < num_experts else -1
-        slots[i] = slot
-        if none >= 0:
-            recorded[layer, slot if slot >= 0 else none] += 1
+    for t in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            e = ids[t, k]
+            slot = nearest[layer, e] if 0 <= e < num_experts else -1
+            slots[t, k] = slot
+            if none >= 0:
+                recorded[layer, slot if slot >= 0 else none] += 1
 
 
 @kernel
@@ -40,7 +41,6 @@ def take_turns(
     """Fills ``slots`` by planned weight; arguments as for :func:`take_nearest`, and those of ``sample_replicas``.
 
     Args:
-        ids, slots: (T, K), a row for each token.
         first_number: of the first token, in the sequence of turns.
         slot_of_replica: (L, E, X) int64.
         cdf: (L, E, X) float32.

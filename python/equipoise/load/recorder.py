@@ -153,7 +153,7 @@ class ExpertDistributionRecorder:
                 f"physical_counts must have shape (layers, slots) = {expected}, got {tuple(physical_counts.shape)}",
                 field="physical_counts",
             )
-        self.counts[:, : self._num_slots] += physical_counts
+        self._physical.add_(physical_counts)
         if self._part is not None:
             assert self._part_counts is not None
             self._part_counts[:, : self._num_slots] += physical_counts
@@ -167,14 +167,13 @@ class ExpertDistributionRecorder:
             counted: False for warm-up and idle steps, which leave no trace. The same on all ranks.
         """
         if counted:
-            physical = self._physical
             if self._load_phase == "all" or self._phase in (self._load_phase, "mixed", None):
-                part = physical if self._part is None else self._part_counts[:, : self._num_slots]  # type: ignore[index]
+                part = self._physical if self._part is None else self._part_counts[:, : self._num_slots]  # type: ignore[index]
                 self._ring.open_row().scatter_add_(1, physical_to_logical_map, part.to(torch.int64))
             if self._recording.running:
-                self._recording.add(physical, physical_to_logical_map, forward_pass_id)
+                self._recording.add(self._physical, physical_to_logical_map, forward_pass_id)
             if self.stream is not None:
-                self.stream.add(physical, physical_to_logical_map, forward_pass_id, self._phase)
+                self.stream.add(self._physical, physical_to_logical_map, forward_pass_id, self._phase)
         elif self.stream is not None:
             self.stream.discard()
         self.counts.zero_()
