@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # The versions that were tested together; `make CONSTRAINTS=/dev/null` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
+# Tests that run at a time. Many start processes of their own and wait for them.
+WORKERS ?= 2
 # One thread per process: ranks share the cores, and results do not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -37,7 +39,7 @@ demo: $(READY)  ## serve a small MoE on 4 ranks, shift its load, rebalance it wh
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(READY)  ## all tests (needs no GPU)
-	$(BIN)/pytest -m 'not soak and not sglang' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not soak and not sglang' --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 $(SGLANG_READY): test/hosts/sglang/requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] == (3, 11) else f"SGLang is tested with Python 3.11, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11")'

@@ -48,6 +48,21 @@ os.close(back)
 processes = os.read(there, 1000).split()
 assert len({*processes, b"%d" % mine}) == 4, processes
 """
+_PRIORITIES = """
+import os, pathlib, sys
+from equipoise.jit.compile import kernel
+from equipoise.jit.warming import compile_side_by_side
+@kernel
+def doubled(number):
+    return 2 * number
+there, back = os.pipe()
+def share():
+    before = os.nice(0)
+    doubled(1)
+    os.write(back, b"%d " % (os.nice(0) - before))
+assert compile_side_by_side([share]) and compile_side_by_side([share])
+print(os.read(there, 100).decode())
+"""
 _REBALANCE = """
 import gc, time
 import numpy as np
@@ -129,6 +144,14 @@ def test_shares_are_compiled_in_processes_of_their_own_and_one_failure_is_told()
     done = subprocess.run([sys.executable, "-P", "-c", _SHARES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "ValueError: this share fails" in done.stderr
+
+
+def test_a_share_lowers_its_priority_when_it_compiles_and_not_when_it_loads(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"  # numba caches what lies in a file
+    program.write_text(_PRIORITIES)
+    done = subprocess.run([sys.executable, "-P", str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["10", "0"]
 
 
 def test_the_child_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

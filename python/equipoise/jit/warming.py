@@ -19,15 +19,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
+from numba.core import event
+
 from equipoise.jit.compile import compile_common_helpers
 
 _TAIL_LINES, _TAIL_BYTES = 12, 4096  # of what a child wrote, for a log
-_NICE = 10  # three processes at 10 weigh as much as one at 5
+# Of a process from its first kernel on that is in no cache; three processes at 10 weigh as much as one at 5. Imports
+# and loading are short and keep their priority: at 10, on a busy machine, they alone would take a minute.
+_NICE = 10
 # The child's standard input is a pipe that its parent never writes to: it ends when the parent does, however that was.
 _COMPILE = """
 import os, runpy, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-os.nice({nice})
 runpy.run_module({module!r}, run_name="__main__")
 """
 
@@ -81,7 +84,7 @@ class WarmUp:
 
 
 def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmUp:
-    """Starts compiling all kernels into numba's cache, in a child process of low priority, and returns at once.
+    """Starts compiling all kernels into numba's cache, in a child process, and returns at once.
 
     ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
     cache is filled already the child ends within a second or two, most of it spent on imports. It never outlives
@@ -89,7 +92,7 @@ def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmU
     """
     said = tempfile.TemporaryFile()  # noqa: SIM115 not a pipe: nobody reads while it compiles
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _COMPILE.format(module=module, nice=_NICE)],
+        [sys.executable, "-P", "-c", _COMPILE.format(module=module)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=said,
@@ -100,8 +103,8 @@ def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmU
 def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:
     """Calls each of ``shares`` in a process forked from this one; True if none of them failed.
 
-    They end when this process does. Call it in a process made for that: what other threads hold stays locked in the
-    forked ones for ever.
+    A share that compiles goes on at low priority. They end when this process does. Call it in a process made for that:
+    what other threads hold stays locked in the forked ones for ever.
     """
     compile_common_helpers()
     watched, held = os.pipe()  # closed on this side when this process ends, however that was
@@ -120,8 +123,24 @@ def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:
     return not failed
 
 
+class _LowerPriority(event.Listener):
+    """Lowers this process's priority when a kernel is compiled, not when one is loaded from the cache."""
+
+    def __init__(self) -> None:
+        self._lowered = False
+
+    def on_start(self, _event: event.Event) -> None:
+        if not self._lowered:
+            os.nice(_NICE)
+            self._lowered = True
+
+    def on_end(self, _event: event.Event) -> None:
+        pass
+
+
 def _compile_and_exit(share: Callable[[], None]) -> None:
     gc.disable()  # a compiler keeps most of what it makes: looking for garbage costs 10 to 20%
+    event.register("numba:compile", _LowerPriority())
     try:
         share()
     except BaseException:
