@@ -3,9 +3,10 @@
 The demo model on several ranks of this machine. Off: the slots are those that the same batch got before, looked up from
 memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
 whatever they gain. Each step that is on is held against the one after it, which is off: medians of these differences
-count, since a shared machine is faster at one time than at another. Ranks wait for each other, so single differences
-scatter by a fifth of a step; the standard error of their median is told as well, and the difference in CPU seconds,
-which does not hang on who waits. Each rank stays on a core of its own where there are enough.
+count, since a shared machine is faster at one time than at another. Both draw their batches from the same few, never
+the one just computed: a step after the same step would find its experts' weights in the cache. Ranks wait for each
+other, so single differences scatter by a fifth of a step; the standard error of their median is told as well, and the
+difference in CPU seconds, which does not hang on who waits. Each rank stays on a core of its own if there are enough.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from math import pi, sqrt
 from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 from statistics import NormalDist, median, quantiles
 
 import torch
@@ -39,6 +41,7 @@ from equipoise.load.stream_file import TraceFileSink
 
 NUM_RANKS = 2  # as many as a small machine has cores: more would wait for each other
 DECODING, PROMPT = (1, 8, 32), 256
+NUM_BATCHES = 8  # of a kind, each of other tokens
 JUDGED, FEWER = "batch", 4  # the policy that bars are about; others take so many times fewer rounds
 POLICIES = {
     "dynamic": DispatchPolicy("dynamic"),
@@ -59,12 +62,13 @@ class Routing:
     stream: CountStream | None = None  # where each step is written in mode stream
 
     def __post_init__(self) -> None:
-        self._remembered: dict[tuple[str, int], torch.Tensor] = {}
+        self.batch = 0  # which of the batches is computed
+        self._remembered: dict[tuple[str, int, int], torch.Tensor] = {}
         self._number = 0
         self.inside = 0.0  # seconds in here since it was last set to 0
 
     def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None) -> torch.Tensor:
-        key = (self.policy, layer_id)
+        key = (self.policy, self.batch, layer_id)
         if self.mode == "remember":
             return self._remembered[key]
         began = time.perf_counter()
@@ -136,9 +140,9 @@ def _run_rank(
     runner.connect(EpContext(blueprint.topology, rank, groups.experts, routing.route))
     found = {
         f"{kind}, {policy}": _measure(
-            runner, routing, policy, batch, rank, rounds if policy == JUDGED else rounds // FEWER
+            runner, routing, policy, batches, rank, rounds if policy == JUDGED else rounds // FEWER
         )
-        for kind, batch, rounds in _batches(quick)
+        for kind, batches, rounds in _batches(quick)
         for policy in POLICIES
     }
     routing.stream.stop()
@@ -157,36 +161,47 @@ def _stay_on_one_core(rank: int) -> None:
             os.sched_setaffinity(0, cores[rank : rank + 1])
 
 
-def _batches(quick: bool) -> list[tuple[str, StepBatch, int]]:
-    """Name, batch, how many rounds of it."""
+def _batches(quick: bool) -> list[tuple[str, list[StepBatch], int]]:
+    """Name, batches of that kind, how many rounds of them."""
     text = "".join(equipoise.engine.demo_model.prompts()["prose"]).encode()
-    rows = range(max(DECODING))
+
+    def tokens(first: int, stride: int, count: int) -> tuple[int, ...]:
+        return tuple(text[(first + stride * i) % len(text)] for i in range(count))
+
     found = []
     for count in DECODING[1:2] if quick else DECODING:
-        tokens = tuple(text[(37 * row) % len(text)] for row in rows[:count])
-        segments = tuple(Segment(row, 64, 1) for row in rows[:count])
-        found.append(
-            (f"decode, {count} requests", StepBatch(segments, tokens, tuple(range(count))), 10 if quick else 800)
-        )
-    prompt = tuple(text[i % len(text)] for i in range(PROMPT))
-    found.append((f"prefill, {PROMPT} tokens", StepBatch((Segment(0, 0, PROMPT),), prompt, (0,)), 10 if quick else 400))
+        segments = tuple(Segment(row, 64, 1) for row in range(count))
+        batches = [StepBatch(segments, tokens(101 * i, 37, count), tuple(range(count))) for i in range(NUM_BATCHES)]
+        found.append((f"decode, {count} requests", batches, 10 if quick else 800))
+    prompts = [StepBatch((Segment(0, 0, PROMPT),), tokens(101 * i, 1, PROMPT), (0,)) for i in range(NUM_BATCHES)]
+    found.append((f"prefill, {PROMPT} tokens", prompts, 10 if quick else 400))
     return found
 
 
 def _measure(
-    runner: ModelRunner, routing: Routing, policy: str, batch: StepBatch, rank: int, rounds: int
+    runner: ModelRunner, routing: Routing, policy: str, batches: list[StepBatch], rank: int, rounds: int
 ) -> dict[str, float]:
-    bounds = token_bounds(batch.num_tokens, NUM_RANKS)
+    bounds = token_bounds(batches[0].num_tokens, NUM_RANKS)
     num_tokens = bounds[rank + 1] - bounds[rank]
     routing.policy = policy
+
+    def step(mode: str, number: int) -> tuple[float, float]:
+        routing.mode, routing.batch = mode, number
+        return _timed_step(runner, routing, batches[number], num_tokens)
+
+    for number in range(len(batches)):
+        step("record", number)
+    draw, number = Random(0), 0  # alike on every rank
     modes = ("dispatch", "record", "stream")
     seconds: dict[str, list[float]] = {name: [] for name in (*modes, "off", "CPU", "inside", "inside stream")}
     for turn in range(rounds + 3):
         for mode in (*modes[turn % 3 :], *modes[: turn % 3]):
             routing.inside = 0.0
-            on, cpu_on = _timed_step(runner, routing, mode, batch, num_tokens)
+            number = _another(draw, number, len(batches))
+            on, cpu_on = step(mode, number)
             inside = routing.inside
-            off, cpu_off = _timed_step(runner, routing, "remember", batch, num_tokens)
+            number = _another(draw, number, len(batches))
+            off, cpu_off = step("remember", number)
             if turn < 3:
                 continue
             seconds[mode].append(on - off)
@@ -198,11 +213,13 @@ def _measure(
     return _summary(seconds)
 
 
-def _timed_step(
-    runner: ModelRunner, routing: Routing, mode: str, batch: StepBatch, num_tokens: int
-) -> tuple[float, float]:
+def _another(draw: Random, number: int, count: int) -> int:
+    """One of ``count`` numbers other than this one."""
+    return (number + draw.randrange(1, count)) % count
+
+
+def _timed_step(runner: ModelRunner, routing: Routing, batch: StepBatch, num_tokens: int) -> tuple[float, float]:
     """Seconds, and CPU seconds of all threads."""
-    routing.mode = mode
     began, cpu_began = time.perf_counter(), time.process_time()
     runner.forward(batch)
     routing.end_step(num_tokens)

@@ -40,8 +40,8 @@ class Terminated(BaseException):
 def serve(config: ServeConfig, console: Console | None = None) -> int:
     """Serve until a signal ends it, exit code 0, or the engine dies, exit code 1: a supervisor can start it anew.
 
-    The port and the dump directory are looked at before anything is loaded; the engine looks at the other options
-    before it reads weights.
+    The port, the dump directory and the algorithm's name are looked at before anything is loaded; the engine looks at
+    the other options before it reads weights.
 
     Raises:
         InvalidInputError: an option that cannot work; nothing is left running.
@@ -54,10 +54,17 @@ def serve(config: ServeConfig, console: Console | None = None) -> int:
         try:
             config = _with_port(config, listener.getsockname()[1])
             check_dump_dir(config.http.dump_dir)
+            _check_algorithm(config.eplb.eplb_algorithm)
             return _serve_on(listener, config, console)
         except Terminated:
             console.print("stopped")
             return 0
+
+
+def _check_algorithm(name: str) -> None:
+    from equipoise.algorithms.registry import check_algorithm  # brings numba, which --help needs not wait for
+
+    check_algorithm(name, field="eplb_algorithm")
 
 
 def _serve_on(listener: socket.socket, config: ServeConfig, console: Console) -> int:
