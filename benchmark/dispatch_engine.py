@@ -15,8 +15,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import pi, sqrt
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +25,7 @@ from statistics import NormalDist, median, quantiles
 import torch
 
 import equipoise.engine.demo_model
+from dispatch_routing import Routing
 from equipoise.config import EngineConfig, EplbConfig, ServeConfig
 from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
@@ -48,46 +48,6 @@ POLICIES = {
     "batch": DispatchPolicy("batch"),
     "batch, scope all": DispatchPolicy("batch", "all"),
 }
-
-
-@dataclass
-class Routing:
-    """What a rank's experts call: dispatch with or without counting, or the slots remembered from the last dispatch."""
-
-    dispatchers: dict[str, ExpertDispatcher]
-    recorder: ExpertDistributionRecorder
-    metadata_map: torch.Tensor
-    policy: str = "batch"
-    mode: str = "dispatch"  # dispatch | record | stream | remember
-    stream: CountStream | None = None  # where each step is written in mode stream
-
-    def __post_init__(self) -> None:
-        self.batch = 0  # which of the batches is computed
-        self._remembered: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._number = 0
-        self.inside = 0.0  # seconds in here since it was last set to 0
-
-    def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None) -> torch.Tensor:
-        key = (self.policy, self.batch, layer_id)
-        if self.mode == "remember":
-            return self._remembered[key]
-        began = time.perf_counter()
-        counts = self.recorder.counts if self.mode in ("record", "stream") else None
-        slots = self.dispatchers[self.policy].dispatch(layer_id, topk_ids, rank_bounds=rank_bounds, counts=counts)
-        self.inside += time.perf_counter() - began
-        self._remembered[key] = slots
-        return slots
-
-    def end_step(self, num_tokens: int) -> None:
-        if self.mode == "remember":
-            return
-        began = time.perf_counter()
-        self.dispatchers[self.policy].advance(num_tokens)
-        if self.mode in ("record", "stream"):
-            self.recorder.stream = self.stream if self.mode == "stream" else None
-            self.recorder.end_step(self.metadata_map, forward_pass_id=self._number, counted=True)
-            self._number += 1
-        self.inside += time.perf_counter() - began
 
 
 def engine_overhead(quick: bool) -> dict[str, dict[str, float]]:

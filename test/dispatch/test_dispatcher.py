@@ -13,7 +13,7 @@ from equipoise.dispatch.dispatcher import ExpertDispatcher
 from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.replicas import cumulative_weights, nearest_replicas, weyl_uniform
 from equipoise.dispatch.turns import CpuTurns, TurnsTables
-from equipoise.errors import PlacementError
+from equipoise.errors import ConfigError, LoadError, PlacementError
 from equipoise.load.recorder import count_slots
 from helpers.torch_turns import TorchTurns
 from helpers.turn_cases import TurnCase, turn_cases
@@ -109,6 +109,25 @@ def test_live_maps_are_seen_after_an_update() -> None:
         topk = torch.arange(6)[:, None]
         for layer in range(2):
             assert torch.equal(dispatcher.dispatch(layer, topk), fresh.dispatch(layer, topk))
+
+
+@pytest.mark.parametrize("algorithm", ["static", "dynamic", "batch"])
+def test_what_lies_outside_is_refused_not_written_to(algorithm: str) -> None:
+    """Kernels on a CPU are given addresses and check nothing."""
+    dispatcher = ExpertDispatcher(random_placement(0), rank=3, policy=DispatchPolicy(algorithm))
+    ids, columns = torch.zeros(8, 2, dtype=torch.int64), TOPOLOGY.num_slots + 1
+    for layer in (-1, 2):
+        with pytest.raises(ConfigError, match=f"layer_id must be from 0 to 1, got {layer}"):
+            dispatcher.dispatch(layer, ids)
+    for bounds in ([0, 1, 2, 3, 9, 9, 9, 9, 9], [0, 1, 2, 4, 3, 5, 6, 7, 8], [0, 0, 0, -1, 0, 0, 0, 0, 8]):
+        with pytest.raises(ConfigError, match="rank_bounds must rise from 0 to the number of tokens, 8"):
+            dispatcher.dispatch(0, ids, rank_bounds=bounds)
+    good = torch.zeros(2, columns, dtype=torch.int32)
+    for counts in (good.long(), good[:1], torch.zeros(2, columns - 1, dtype=torch.int32), good.t().contiguous().t()):
+        with pytest.raises(LoadError, match="counts must be contiguous int32 of shape"):
+            dispatcher.dispatch(0, ids, counts=counts)
+    dispatcher.dispatch(1, ids, rank_bounds=range(9), counts=good)
+    assert good.sum(1).tolist() == [0, 2]
 
 
 def test_an_empty_batch_is_fine() -> None:

@@ -16,6 +16,7 @@ from equipoise.dispatch.solver.assign import assign_slots, quota_inverses
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION
 from equipoise.dispatch.solver.quotas import solve_quotas
+from equipoise.dispatch.solver.table_addresses import table_addresses
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import ConfigError, PlacementError
 from equipoise.load.recorder import count_slots
@@ -90,20 +91,23 @@ def test_numba_computes_the_bits_of_the_reference(case: DispatchCase) -> None:
     before = case.count(case.ids[: case.first])
     quotas = solve_quotas(case.count(case.ids), tables.layer(0), case.controls)
     expected = assign_slots(mine, quotas, tables.layer(0), int(case.controls[ROTATION]), before)
-    alone = np.zeros((0, case.num_experts), dtype=np.int32)
-    gathered = torch.stack([before, case.count(mine), case.count(case.ids[case.last :])]).numpy()
-    everything, controls = case.ids.contiguous().numpy(), case.controls.numpy()
-    for ids, first, last, counts, row in (
-        (everything, case.first, case.last, alone, 0),
-        (mine.contiguous().numpy(), 0, len(mine), gathered, 1),
+    gathered = torch.stack([before, case.count(mine), case.count(case.ids[case.last :])])
+    everything, alone = case.ids.long().contiguous(), mine.long().contiguous()
+    addresses, width = table_addresses(tables.host, case.controls.numpy()), everything.shape[1]
+    num_columns = case.metadata.num_physical_experts + 1
+    for ids, scope, own, counts in (
+        (everything, (0, len(everything)), (case.first, case.last), gathered[:0]),
+        (alone, (0, len(alone)), (0, len(alone)), gathered),
     ):
-        slots = np.full(mine.shape, -7, dtype=everything.dtype)
-        recorded = np.ones((1, case.metadata.num_physical_experts + 1), dtype=np.int32)
-        dispatch_batch(0, ids, first, last, counts, row, controls, recorded, slots, *tables.host)
-        assert np.array_equal(slots, expected.numpy())
-        counted = torch.ones(recorded.shape[1], dtype=torch.int32)
+        slots = torch.full(mine.shape, -7, dtype=torch.int64)
+        recorded = torch.ones(1, num_columns, dtype=torch.int32)
+        place = recorded.data_ptr(), num_columns
+        scope_counts = counts.data_ptr(), len(counts), 1
+        dispatch_batch(0, ids.data_ptr(), *scope, *own, width, *scope_counts, *place, slots.data_ptr(), addresses)
+        assert torch.equal(slots, expected.long())
+        counted = torch.ones(num_columns, dtype=torch.int32)
         count_slots(counted, expected)
-        assert np.array_equal(recorded[0], counted.numpy())
+        assert torch.equal(recorded[0], counted)
 
 
 @pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (16, 5, 64), (32, 9, 256), (144, 3, 256)])

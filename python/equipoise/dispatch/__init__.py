@@ -9,7 +9,7 @@ Public modules, which other rooms import::
 
 Private::
 
-    choice.py         Choice: one way to choose replicas, on one kind of device; Batch, what it chooses for
+    choice.py         Choice: one way to choose replicas, on one kind of device; Batch, what it chooses for; HostCounts
     turns.py          `static` and `dynamic`: what they look up, and on a CPU what the dispatcher calls
     turns_numba.py    Their loops on a CPU
     turns_gpu.py      The same on a GPU: launches the kernel over buffers of fixed address

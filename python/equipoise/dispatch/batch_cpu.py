@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from equipoise.dispatch.choice import Batch, HostCounts
@@ -10,6 +9,7 @@ from equipoise.dispatch.policy import DispatchPolicy
 from equipoise.dispatch.scopes import GatherCounts
 from equipoise.dispatch.solver.assign_numba import dispatch_batch
 from equipoise.dispatch.solver.controls import ROTATION, ROTATION_MASK
+from equipoise.dispatch.solver.table_addresses import table_addresses
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.errors import ConfigError
 from equipoise.topology import EpTopology
@@ -38,50 +38,55 @@ class CpuBatchDispatch:
         self._rank = rank
         self._gather = gather
         self._ranks = policy.ranks_of_scope(topology, rank)
-        self._alone = np.zeros((0, tables.num_experts), dtype=np.int32)
         self._controls = policy.controls(topology, rank)
-        self._host_counts = HostCounts()
+        self._addresses = table_addresses(tables.host, self._controls)
+        self._host_counts = HostCounts((tables.num_layers, topology.num_slots + 1))
         # Counts and loads are int32 in fixed point; see TableArrays.sizes.
         self._most_ids = (1 << 30) // tables.host.slot.shape[2] // len(self._ranks)
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        # Views are made in numpy: in torch each would take as long as the solve of a small batch.
+        ids = batch.int64_rows()
         scope, own = batch.rows(self._ranks.start, self._ranks.stop), batch.rows(self._rank, self._rank + 1)
-        array = batch.host_rows(scope)
-        if batch.bounds is None:
-            gathered, row = self._counts_of_scope(array), self._rank - self._ranks.start
-        else:
-            gathered, row = self._alone, 0
-        if array.size > self._most_ids:
+        assert scope.start <= own.start <= own.stop <= scope.stop, "bounds of ranks rise"
+        width = ids.shape[1]
+        if (scope.stop - scope.start) * width > self._most_ids:
             raise ConfigError(
-                f"a batch of {array.size} choices is more than dispatch by the batch can count "
+                f"a batch of {(scope.stop - scope.start) * width} choices is more than dispatch by the batch can count "
                 f"({self._most_ids} a rank of its scope)",
                 field="ep_dispatch_algorithm",
             )
-        slots = np.empty((own.stop - own.start, array.shape[1]), dtype=array.dtype)
+        gathered = self._gathered(ids) if batch.bounds is None and len(self._ranks) > 1 else None
+        slots = torch.empty((own.stop - own.start, width), dtype=torch.int64)
+        recorded, num_columns = self._host_counts.place(batch.counts)
         dispatch_batch(
             batch.layer_id,
-            array,
-            own.start - scope.start,
-            own.stop - scope.start,
-            gathered,
-            row,
-            self._controls,
-            self._host_counts.array(batch.counts),
-            slots,
-            *self._tables.host,
+            ids.data_ptr(),
+            scope.start,
+            scope.stop,
+            own.start,
+            own.stop,
+            width,
+            0 if gathered is None else gathered.data_ptr(),
+            0 if gathered is None else len(gathered),
+            self._rank - self._ranks.start,
+            recorded,
+            num_columns,
+            slots.data_ptr(),
+            self._addresses,
         )
-        return torch.from_numpy(slots)
+        return batch.in_dtype_of_ids(slots)
 
     def advance(self, _num_tokens: int) -> None:
         """Lets the next step round in favour of other replicas."""
         self._controls[ROTATION] = (int(self._controls[ROTATION]) + self._num_scopes) & ROTATION_MASK
 
-    def _counts_of_scope(self, ids: np.ndarray) -> np.ndarray:
-        if len(self._ranks) == 1:
-            return self._alone
+    def _gathered(self, ids: torch.Tensor) -> torch.Tensor:
+        """Collective. (ranks of the scope, E) int32 counts, in rank order."""
         assert self._gather is not None, "tokens of other ranks are needed: pass bounds, or a way to gather counts"
-        valid = ids[(ids >= 0) & (ids < self._tables.num_experts)]
-        counts = np.bincount(valid, minlength=self._tables.num_experts).astype(np.int32)
-        return self._gather(torch.from_numpy(counts)).numpy()
+        num_experts = self._tables.num_experts
+        valid = ids[(ids >= 0) & (ids < num_experts)]
+        counts = self._gather(torch.bincount(valid, minlength=num_experts).to(torch.int32))
+        assert counts.dtype == torch.int32
+        assert counts.shape == (len(self._ranks), num_experts)
+        return counts.contiguous()

@@ -1,14 +1,13 @@
-"""Choice: a way to choose replicas on one kind of device; Batch, what it gets; HostCounts, what it counts in."""
+"""Choice: a way to choose replicas on one kind of device; Batch, what it gets; HostCounts, where a CPU counts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
-_NOBODY_COUNTS = np.zeros((0, 0), dtype=np.int32)
+from equipoise.errors import ConfigError, LoadError
 
 
 class Batch(NamedTuple):
@@ -27,31 +26,65 @@ class Batch(NamedTuple):
         rows = torch.arange(self.ids.shape[0], device=self.ids.device)
         return torch.where((rows < self.num_unpadded)[:, None], self.ids, -1)
 
-    def host_rows(self, rows: slice) -> np.ndarray:
-        """(n, K) ids of these rows on a CPU, in C order: for another order kernels would be compiled in mid-step."""
-        return np.ascontiguousarray(self.without_padding().numpy()[rows])
+    def int64_rows(self) -> torch.Tensor:
+        """(T, K) ids in C order, those of padding -1: the batch's own tensor where it is that already."""
+        ids = self.ids if self.num_unpadded is None else self.without_padding()
+        if ids.dtype != torch.int64:
+            ids = ids.long()
+        return ids if ids.is_contiguous() else ids.contiguous()
+
+    def in_dtype_of_ids(self, slots: torch.Tensor) -> torch.Tensor:
+        """int64 slots in the dtype that the ids have."""
+        return slots if self.ids.dtype == torch.int64 else slots.to(self.ids.dtype)
 
     def rows(self, first_rank: int, last_rank: int) -> slice:
-        """The tokens of ranks first_rank..last_rank-1: all, where they are the own ones."""
+        """The tokens of ranks first_rank..last_rank-1: all, where they are the own ones.
+
+        Raises:
+            ConfigError: the bounds are none of so many tokens.
+        """
+        num_tokens = self.ids.shape[0]
         if self.bounds is None:
-            return slice(0, self.ids.shape[0])
-        return slice(self.bounds[first_rank], self.bounds[last_rank])
+            return slice(0, num_tokens)
+        first, last = self.bounds[first_rank], self.bounds[last_rank]
+        if not 0 <= first <= last <= num_tokens:
+            raise ConfigError(
+                f"rank_bounds must rise from 0 to the number of tokens, {num_tokens}, got {list(self.bounds)}",
+                field="rank_bounds",
+            )
+        return slice(first, last)
 
 
 class HostCounts:
-    """Counts on a CPU as the array that kernels add to; the last one is kept, since a view takes microseconds."""
+    """Where kernels add up the slots; known of the last tensor, since to look at it takes microseconds.
 
-    def __init__(self) -> None:
+    Args:
+        shape: (L, P + 1) that counts must have.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._shape = shape
         self._counts: torch.Tensor | None = None
-        self._array = _NOBODY_COUNTS
+        self._place = 0, 0
 
-    def array(self, counts: torch.Tensor | None) -> np.ndarray:
-        """(L, P + 1) int32 that shares the memory of ``counts``; (0, 0) where nobody counts."""
+    def place(self, counts: torch.Tensor | None) -> tuple[int, int]:
+        """Address and number of columns; 0, 0 where nobody counts.
+
+        Raises:
+            LoadError: they are of another shape, not int32, not in C order, or not on the CPU.
+        """
         if counts is None:
-            return _NOBODY_COUNTS
+            return 0, 0
         if counts is not self._counts:
-            self._counts, self._array = counts, counts.numpy()
-        return self._array
+            found = tuple(counts.shape), counts.dtype, counts.device.type
+            if found != (self._shape, torch.int32, "cpu") or not counts.is_contiguous():
+                raise LoadError(
+                    f"counts must be contiguous int32 of shape {self._shape} on the CPU, got {counts.dtype} of shape "
+                    f"{tuple(counts.shape)} with strides {counts.stride()} on {counts.device}",
+                    field="counts",
+                )
+            self._counts, self._place = counts, (counts.data_ptr(), counts.shape[1])
+        return self._place
 
 
 class Choice(Protocol):

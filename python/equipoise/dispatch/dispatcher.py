@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch.autograd import profiler
 
 from equipoise.config import EplbConfig
 from equipoise.dispatch.batch_cpu import CpuBatchDispatch
@@ -20,6 +21,7 @@ from equipoise.dispatch.scopes import GatherCounts, gather_by_sum
 from equipoise.dispatch.tables import DispatchTables
 from equipoise.dispatch.turns import CpuTurns, TurnsTables
 from equipoise.distributed.communicator import Communicator
+from equipoise.errors import ConfigError
 from equipoise.placement.metadata import ExpertLocationMetadata
 
 
@@ -50,6 +52,7 @@ class ExpertDispatcher:
     ) -> None:
         self.policy = policy if policy is not None else DispatchPolicy()
         topology, self._device = metadata.topology, metadata.physical_to_logical_map.device
+        self._num_layers = metadata.num_layers
         on_cpu = self._device.type == "cpu"
         self._tables: DispatchTables | TurnsTables
         self._choice: Choice
@@ -109,7 +112,13 @@ class ExpertDispatcher:
         Returns:
             Slots of this rank's tokens, in the dtype of ``topk_ids`` and its shape but for rows of other ranks; -1 for
             "none" and for padding.
+
+        Raises:
+            ConfigError: ``layer_id`` or ``rank_bounds`` is out of range.
+            LoadError: ``counts``, on a CPU, are of another shape, dtype or order.
         """
+        if not 0 <= layer_id < self._num_layers:
+            raise ConfigError(f"layer_id must be from 0 to {self._num_layers - 1}, got {layer_id}", field="layer_id")
         if num_unpadded is not None:
             num_unpadded = self._on_device(num_unpadded)
         if topk_ids.ndim == 2:  # as hosts have them: on a CPU two views would take as long as the choice itself
@@ -121,7 +130,7 @@ class ExpertDispatcher:
 
     def _choose(self, batch: Batch) -> torch.Tensor:
         """In a named range while torch's profiler runs; entering one costs microseconds even where nobody looks."""
-        if torch.autograd.profiler._is_profiler_enabled:
+        if profiler._is_profiler_enabled:
             with torch.profiler.record_function("equipoise.dispatch"):
                 return self._choice.dispatch(batch)
         return self._choice.dispatch(batch)

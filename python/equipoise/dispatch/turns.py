@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 import torch
 
 from equipoise.dispatch.choice import Batch, HostCounts
@@ -65,27 +64,62 @@ class CpuTurns:
 
     def __init__(self, tables: TurnsTables) -> None:
         self._tables = tables
-        self._slot_of_replica = tables.metadata.logical_to_physical_map.numpy()  # shares its memory: follows it
-        self._cdf = tables.cdf.numpy()
-        self._nearest = None if tables.nearest is None else tables.nearest.numpy()
+        _, self._num_experts, self._num_replicas = tables.cdf.shape
+        # Kernels find the tables, which keep their place while they change; held here, so that the place stays theirs.
+        self._slots_of, self._cdf, self._nearest = tables.metadata.logical_to_physical_map, tables.cdf, tables.nearest
+        self._address_of_slots = _address(self._slots_of, torch.int64)
+        self._address_of_cdf = _address(self._cdf, torch.float32)
+        self._address_of_nearest = 0 if self._nearest is None else _address(self._nearest, torch.int64)
         self._next_token = 0
-        self._host_counts = HostCounts()
+        self._host_counts = HostCounts((tables.metadata.num_layers, tables.metadata.num_physical_experts + 1))
 
     def dispatch(self, batch: Batch) -> torch.Tensor:
         """See ``choice.Choice``."""
-        layer_id, rank, counts = batch.layer_id, self._tables.rank, batch.counts
-        mine = batch.host_rows(batch.rows(rank, rank + 1))
-        slots = np.empty(mine.shape, dtype=mine.dtype)
-        recorded = self._host_counts.array(counts)
+        rank, ids = self._tables.rank, batch.int64_rows()
+        mine, width = batch.rows(rank, rank + 1), ids.shape[1]
+        slots = torch.empty((mine.stop - mine.start, width), dtype=torch.int64)
+        recorded, num_columns = self._host_counts.place(batch.counts)
         if self._nearest is not None:
-            take_nearest(layer_id, mine, self._nearest, recorded, slots)
+            take_nearest(
+                batch.layer_id,
+                ids.data_ptr(),
+                mine.start,
+                mine.stop,
+                width,
+                self._address_of_nearest,
+                self._num_experts,
+                recorded,
+                num_columns,
+                slots.data_ptr(),
+            )
         else:
-            take_turns(layer_id, mine, self._next_token, rank, self._slot_of_replica, self._cdf, recorded, slots)
-        return torch.from_numpy(slots)
+            take_turns(
+                batch.layer_id,
+                ids.data_ptr(),
+                mine.start,
+                mine.stop,
+                width,
+                self._next_token,
+                rank,
+                self._address_of_slots,
+                self._address_of_cdf,
+                self._num_experts,
+                self._num_replicas,
+                recorded,
+                num_columns,
+                slots.data_ptr(),
+            )
+        return batch.in_dtype_of_ids(slots)
 
     def advance(self, num_tokens: int) -> None:
         """Ends a step of so many tokens."""
         self._next_token += num_tokens
+
+
+def _address(table: torch.Tensor, dtype: torch.dtype) -> int:
+    assert table.dtype == dtype
+    assert table.is_contiguous()
+    return table.data_ptr()
 
 
 def _index_on(device: torch.device, layer_ids: Sequence[int]) -> torch.Tensor:

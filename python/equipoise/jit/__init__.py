@@ -2,8 +2,9 @@
 
 Public modules, which other rooms import::
 
-    compile.py  How inner loops are compiled: by the same few decorators, so that they all round, divide and cache alike
-    sort.py     A sort whose ties are the same everywhere, and whose kernel compiles in a moment (numba's own takes s...
-    threads.py  Runs numba kernels over layers on several threads, with one and the same result; counts processors
-    warming.py  Compiles kernels in the background, before anybody waits for a plan
+    compile.py    How inner loops are compiled: by the same few decorators, so that all round, divide and cache alike
+    addresses.py  Arrays that a kernel finds by their address, for kernels called for each layer of each step
+    sort.py       A sort whose ties are the same everywhere, and whose kernel compiles in a moment (numba's: seconds)
+    threads.py    Runs numba kernels over layers on several threads, with one and the same result; counts processors
+    warming.py    Compiles kernels in the background, before anybody waits for a plan
 """

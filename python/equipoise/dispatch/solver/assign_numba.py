@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.dispatch.solver.controls import ROTATION
+from equipoise.dispatch.solver.count_numba import add_gathered, count_rows, count_slots_of
 from equipoise.dispatch.solver.solve_numba import rounding_phase, solve_layer
-from equipoise.dispatch.solver.table_builder import NUM_ROWS, NumpyTables, TableArrays
+from equipoise.dispatch.solver.table_addresses import controls_at, tables_at
+from equipoise.dispatch.solver.table_builder import NUM_ROWS, NumpyTables
+from equipoise.jit.addresses import int32_at, int64_at
 from equipoise.jit.compile import helper, int32_table, int32_zeros, int_zeros, kernel
 
 _ALL = (1 << 32) - 1
@@ -15,55 +18,43 @@ _ALL = (1 << 32) - 1
 @kernel
 def dispatch_batch(
     layer: int,
-    ids: np.ndarray,
+    ids: int,
+    scope_first: int,
+    scope_last: int,
     first: int,
     last: int,
-    gathered: np.ndarray,
+    width: int,
+    gathered: int,
+    num_gathered: int,
     own_row: int,
-    controls: np.ndarray,
-    recorded: np.ndarray,
-    slots: np.ndarray,
-    expert: np.ndarray,
-    num_choices: np.ndarray,
-    slot: np.ndarray,
-    rank: np.ndarray,
-    weight: np.ndarray,
-    colour: np.ndarray,
-    step: np.ndarray,
-    row_of_expert: np.ndarray,
-    slot_of_expert: np.ndarray,
-    rank_of_single: np.ndarray,
-    choices_of_rank: np.ndarray,
-    singles_of_rank: np.ndarray,
-    sizes: np.ndarray,
+    recorded: int,
+    num_columns: int,
+    slots: int,
+    tables: np.ndarray,
 ) -> None:
-    """Slots for ``ids[first:last]``.
+    """Slots for rows ``first`` to ``last`` of the ids; see ``equipoise/jit/addresses.py`` for why by addresses.
 
     Args:
-        ids: (T, K) logical experts of this rank's tokens, or of its whole scope's by rank; outside [0, E): none.
-        first, last: this rank's rows of ``ids``.
-        gathered: (ranks of the scope, E) int32 counts by rank; without rows, ``ids`` are the scope's.
+        ids: address of (T, width) int64 logical experts, a row for each token; outside [0, E): none.
+        scope_first, scope_last: rows of the scope's tokens, sorted by rank, this rank's among them.
+        gathered: address of (num_gathered, E) int32 counts of the scope by rank; without rows, its ids are counted.
         own_row: this rank's row of ``gathered``.
-        recorded: (L, P + 1) int32, to which the slots are added, "none" in the last column; (0, 0): nobody counts.
-        slots: (last - first, K) of the dtype of ``ids``, filled; -1 for none.
-        expert and all that follow: the fields of ``TableArrays``, one by one, since to tell the types of a tuple of
-            arrays takes numba as long as solving a small batch.
+        recorded, num_columns: as for ``count_slots_of``.
+        slots: address of (last - first, width) int64, filled; -1 for none.
+        tables: ``table_addresses``.
     """
-    tables = TableArrays(
-        expert, num_choices, slot, rank, weight, colour, step, row_of_expert, slot_of_expert, rank_of_single,
-        choices_of_rank, singles_of_rank, sizes,
-    )  # fmt: skip
-    num_experts = tables.row_of_expert.shape[1]
+    arrays, controls = tables_at(tables), controls_at(tables)
+    rows, chosen = int64_at(ids, (scope_last, width)), int64_at(slots, (last - first, width))
+    num_experts = arrays.row_of_expert.shape[1]
     counts, before = int32_zeros(num_experts), int_zeros(num_experts)
-    _count(ids, first, gathered, own_row, counts, before)
-    quotas = int32_table(tables.slot.shape[1], tables.slot.shape[2], 0)
-    solve_layer(layer, counts, tables, controls, quotas)
-    _assign(layer, ids, first, last, counts, before, tables, controls[ROTATION], quotas, slots)
-    none = recorded.shape[1] - 1
-    if none >= 0:
-        for t in range(slots.shape[0]):
-            for k in range(slots.shape[1]):
-                recorded[layer, slots[t, k] if slots[t, k] >= 0 else none] += 1
+    if num_gathered > 0:
+        add_gathered(int32_at(gathered, (num_gathered, num_experts)), own_row, counts, before)
+    else:
+        count_rows(rows, scope_first, first, counts, before)
+    quotas = int32_table(arrays.slot.shape[1], arrays.slot.shape[2], 0)
+    solve_layer(layer, counts, arrays, controls, quotas)
+    _assign(layer, rows, first, last, counts, before, arrays, controls[ROTATION], quotas, chosen)
+    count_slots_of(layer, chosen, recorded, num_columns)
 
 
 @kernel
@@ -88,24 +79,6 @@ def solve_counts(
             if quotas[m, j] > 0:
                 loads[tables.rank[layer, m, j]] += quotas[m, j]
                 reads[tables.slot[layer, m, j]] = 1
-
-
-@helper
-def _count(
-    ids: np.ndarray, first: int, gathered: np.ndarray, own_row: int, counts: np.ndarray, before: np.ndarray
-) -> None:
-    """Adds to ``counts`` (E,) the tokens of the scope, to ``before`` (E,) those of the ranks before this one."""
-    num_experts = counts.shape[0]
-    if gathered.shape[0] == 0:
-        for t in range(ids.shape[0]):
-            for k in range(ids.shape[1]):
-                if 0 <= ids[t, k] < num_experts:
-                    counts[ids[t, k]] += 1
-                    before[ids[t, k]] += t < first
-    for row in range(gathered.shape[0]):
-        for e in range(num_experts):
-            counts[e] += gathered[row, e]
-            before[e] += gathered[row, e] if row < own_row else 0
 
 
 @helper
