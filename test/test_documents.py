@@ -45,7 +45,7 @@ class Rule:
 RULES = (
     Rule(r"make( help)?", "quick"),
     Rule(r"make test PYTEST_ARGS=.+", "long", collect_only=True),
-    Rule(r"make (test|soak)", "it is what runs this"),
+    Rule(r"make (test( WORKERS=\d+)?|soak)", "it is what runs this"),
     Rule(r"make (setup|clean test)", "it installs every package; CI starts with it"),
     Rule(r"make (test|bench)-sglang.*", "it installs 2.6 GB, and needs minutes to start each server"),
     Rule(r"make (api|check|clean|dist|format|kernels)", "long"),
