@@ -1,7 +1,7 @@
 """What dispatch, recording and streaming add to the embedded engine's steps, on and off in turns, step by step.
 
-The demo model on several ranks of this machine. Off: the slots are those that the same batch got before, looked up from
-memory, and nothing is counted. So both compute the same, and the difference is what dispatch and recording cost,
+The demo model on several ranks of this machine. Off: nothing is dispatched or counted. On or off, a batch goes to the
+slots that its first dispatch gave it. So both compute the same, and the difference is what dispatch and recording cost,
 whatever they gain. Each step that is on is held against the one after it, which is off: medians of these differences
 count, since a shared machine is faster at one time than at another. Both draw their batches from the same few, never
 the one just computed: a step after the same step would find its experts' weights in the cache. Ranks wait for each

@@ -1,4 +1,9 @@
-"""What a rank's experts call while dispatch_engine.py times steps: dispatch, or the slots of an earlier dispatch."""
+"""What a rank's experts call while dispatch_engine.py times steps.
+
+A batch goes to the slots of its first dispatch, whether it is dispatched again or not. Those of each dispatch take turns:
+a step that dispatches would hand its experts other numbers of tokens than before, and the next one, which does not,
+those very numbers again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from equipoise.load.step_stream import CountStream
 
 @dataclass
 class Routing:
-    """What a rank's experts call: dispatch with or without counting, or the slots remembered from the last dispatch."""
+    """What a rank's experts call: dispatch with or without counting, or the slots remembered from the first dispatch."""
 
     dispatchers: dict[str, ExpertDispatcher]
     recorder: ExpertDistributionRecorder
@@ -38,8 +43,7 @@ class Routing:
         counts = self.recorder.counts if self.mode in ("record", "stream") else None
         slots = self.dispatchers[self.policy].dispatch(layer_id, topk_ids, rank_bounds=rank_bounds, counts=counts)
         self.inside += time.perf_counter() - began
-        self._remembered[key] = slots
-        return slots
+        return self._remembered.setdefault(key, slots)  # the first ones: each step of a batch computes the same
 
     def end_step(self, num_tokens: int) -> None:
         if self.mode == "remember":
