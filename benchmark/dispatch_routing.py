@@ -1,8 +1,8 @@
 """What a rank's experts call while dispatch_engine.py times steps.
 
-A batch goes to the slots of its first dispatch, whether it is dispatched again or not. Those of each dispatch take turns:
-a step that dispatches would hand its experts other numbers of tokens than before, and the next one, which does not,
-those very numbers again.
+A batch goes to the slots of its first dispatch, whether it is dispatched again or not. Those of each dispatch take
+turns: a step that dispatches would hand its experts other numbers of tokens than before, and the next one, which does
+not, those very numbers again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from equipoise.load.step_stream import CountStream
 
 @dataclass
 class Routing:
-    """What a rank's experts call: dispatch with or without counting, or the slots remembered from the first dispatch."""
+    """What a rank's experts call: dispatch with or without counting, or the slots of the first dispatch alone."""
 
     dispatchers: dict[str, ExpertDispatcher]
     recorder: ExpertDistributionRecorder
