@@ -143,7 +143,7 @@ def _measure(
 ) -> dict[str, float]:
     bounds = token_bounds(batches[0].num_tokens, NUM_RANKS)
     num_tokens = bounds[rank + 1] - bounds[rank]
-    routing.policy = policy
+    routing.begin(policy)
 
     def step(mode: str, number: int) -> tuple[float, float]:
         routing.mode, routing.batch = mode, number

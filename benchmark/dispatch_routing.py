@@ -31,12 +31,17 @@ class Routing:
 
     def __post_init__(self) -> None:
         self.batch = 0  # which of the batches is computed
-        self._remembered: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._remembered: dict[tuple[int, int], torch.Tensor] = {}  # by batch and layer
         self._number = 0
         self.inside = 0.0  # seconds in here since it was last set to 0
 
+    def begin(self, policy: str) -> None:
+        """Takes up a policy and other batches."""
+        self.policy = policy
+        self._remembered.clear()
+
     def route(self, layer_id: int, topk_ids: torch.Tensor, rank_bounds: Sequence[int] | None) -> torch.Tensor:
-        key = (self.policy, self.batch, layer_id)
+        key = (self.batch, layer_id)
         if self.mode == "remember":
             return self._remembered[key]
         began = time.perf_counter()
