@@ -122,6 +122,11 @@ def test_what_lies_outside_is_refused_not_written_to(algorithm: str) -> None:
     for bounds in ([0, 1, 2, 3, 9, 9, 9, 9, 9], [0, 1, 2, 4, 3, 5, 6, 7, 8], [0, 0, 0, -1, 0, 0, 0, 0, 8]):
         with pytest.raises(ConfigError, match="rank_bounds must rise from 0 to the number of tokens, 8"):
             dispatcher.dispatch(0, ids, rank_bounds=bounds)
+    if algorithm == "batch":  # the own tokens lie outside those of the scope
+        everybody = ExpertDispatcher(random_placement(0), rank=3, policy=DispatchPolicy("batch", "all"))
+        for bounds in ([4, 0, 0, 2, 3, 5, 6, 7, 8], [0, 1, 2, 3, 8, 5, 6, 7, 7]):
+            with pytest.raises(ConfigError, match="rank_bounds must rise"):
+                everybody.dispatch(0, ids, rank_bounds=bounds)
     good = torch.zeros(2, columns, dtype=torch.int32)
     for counts in (good.long(), good[:1], torch.zeros(2, columns - 1, dtype=torch.int32), good.t().contiguous().t()):
         with pytest.raises(LoadError, match="counts must be contiguous int32 of shape"):

@@ -49,7 +49,7 @@ processes = os.read(there, 1000).split()
 assert len({*processes, b"%d" % mine}) == 4, processes
 """
 _PRIORITIES = """
-import os, pathlib, sys
+import os
 from equipoise.jit.compile import kernel
 from equipoise.jit.warming import compile_side_by_side
 @kernel

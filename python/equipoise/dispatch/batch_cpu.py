@@ -48,11 +48,13 @@ class CpuBatchDispatch:
         """See ``choice.Choice``."""
         ids = batch.int64_rows()
         scope, own = batch.rows(self._ranks.start, self._ranks.stop), batch.rows(self._rank, self._rank + 1)
-        assert scope.start <= own.start <= own.stop <= scope.stop, "bounds of ranks rise"
+        if own.start < scope.start or own.stop > scope.stop:
+            raise batch.bad_bounds()
         width = ids.shape[1]
-        if (scope.stop - scope.start) * width > self._most_ids:
+        num_choices = (scope.stop - scope.start) * width
+        if num_choices > self._most_ids:
             raise ConfigError(
-                f"a batch of {(scope.stop - scope.start) * width} choices is more than dispatch by the batch can count "
+                f"a batch of {num_choices} choices is more than dispatch by the batch can count "
                 f"({self._most_ids} a rank of its scope)",
                 field="ep_dispatch_algorithm",
             )

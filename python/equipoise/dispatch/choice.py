@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     def int64_rows(self) -> torch.Tensor:
         """(T, K) ids in C order, those of padding -1: the batch's own tensor where it is that already."""
-        ids = self.ids if self.num_unpadded is None else self.without_padding()
+        ids = self.without_padding()
         if ids.dtype != torch.int64:
             ids = ids.long()
         return ids if ids.is_contiguous() else ids.contiguous()
@@ -48,11 +48,15 @@ class Batch(NamedTuple):
             return slice(0, num_tokens)
         first, last = self.bounds[first_rank], self.bounds[last_rank]
         if not 0 <= first <= last <= num_tokens:
-            raise ConfigError(
-                f"rank_bounds must rise from 0 to the number of tokens, {num_tokens}, got {list(self.bounds)}",
-                field="rank_bounds",
-            )
+            raise self.bad_bounds()
         return slice(first, last)
+
+    def bad_bounds(self) -> ConfigError:
+        """The error to raise where bounds do not rise, or not to the number of tokens."""
+        return ConfigError(
+            f"rank_bounds must rise from 0 to the number of tokens, {len(self.ids)}, got {list(self.bounds or ())}",
+            field="rank_bounds",
+        )
 
 
 class HostCounts:

@@ -16,7 +16,7 @@ from equipoise.topology import EpTopology
 
 @for_short_loops()
 def compile_dispatch() -> None:
-    """Compiles what int64 ids need; some seconds the first time."""
+    """Compiles all of them; some seconds the first time."""
     metadata = ExpertLocationMetadata.trivial(1, 4, EpTopology(2, 1, 3))
     for algorithm in get_args(DispatchAlgorithm):
         dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
