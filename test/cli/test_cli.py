@@ -194,6 +194,16 @@ class TestServe:
         assert "'best'" in said
         assert "deepseek_hierarchical" in said
 
+    def test_an_unknown_algorithm_is_told_before_torch_is_imported(self) -> None:
+        code = (
+            "import sys; from equipoise.cli.main import main; code = main(); "
+            "assert 'torch' not in sys.modules; sys.exit(code)"
+        )
+        arguments = ("serve", "--port", "0", "--model-path", "m", "--eplb-algorithm", "best")
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2, done.stderr
+        assert "'best'" in done.stderr
+
     def test_missing_dump_directory(self, complain: Callable[..., str], tiny_model: Path, tmp_path: Path) -> None:
         said = complain("serve", "--port", 0, "--model-path", tiny_model, "--dump-dir", tmp_path / "nowhere")
         assert "--dump-dir" in said
