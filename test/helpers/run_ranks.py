@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -37,63 +39,85 @@ def run_ranks(
     called; its store listens on a port that the system chose. torch and OpenMP use one thread. Ranks listed in
     ``may_die`` may end without a word: their result is None. No process outlives the call.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    processes, pipes = [], []
-    for rank in range(world_size):
-        mine, theirs = context.Pipe()
-        process = context.Process(
-            target=_run_rank, args=(fn, rank, world_size, store.port, group_timeout, theirs, args), daemon=True
-        )
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(mine)
-    outcomes: list[tuple[str, Any] | None] = [None] * world_size
+    ranks = _Ranks(fn, world_size, group_timeout, args)
     try:
-        _collect(pipes, outcomes, time.monotonic() + timeout)
+        ranks.wait(time.monotonic() + timeout)
     finally:
-        for pipe in pipes:
+        ranks.end()
+    failures = ranks.failures(may_die, timeout)
+    if failures:
+        raise RanksFailed("\n".join(failures))
+    return ranks.results
+
+
+class _Ranks:
+    """The processes of one call.
+
+    Attributes:
+        results: what each rank returned, None of a rank that did not.
+    """
+
+    def __init__(self, fn: Callable[..., Any], world_size: int, group_timeout: float, args: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self._pipes: list[multiprocessing.connection.Connection] = []
+        self._processes = []
+        self._ended: dict[int, str] = {}
+        self.results: list[Any] = [None] * world_size
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            given = (fn, rank, world_size, self._store.port, group_timeout, theirs, args)
+            process = context.Process(target=_run_rank, args=given, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+    def wait(self, deadline: float) -> None:
+        """Receives of every rank, until all have ended, the deadline, or a moment after the first that raised."""
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(waiting.values(), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                try:
+                    kind, value = waiting[rank].recv()
+                except EOFError:
+                    self._ended[rank] = "died"  # the others say what they make of that
+                    del waiting[rank]
+                    continue
+                del waiting[rank]
+                self._ended[rank] = kind
+                self.results[rank] = value
+                if kind == "raised":
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+
+    def end(self) -> None:
+        """Ends every process: those that have answered when all hung up, the others by force."""
+        for pipe in self._pipes:
             pipe.close()  # a rank that has answered waits for this, so that nobody hangs up on the others
-        for process, outcome in zip(processes, outcomes, strict=True):
-            if outcome is None:
-                process.kill()
+        for rank, process in enumerate(self._processes):
+            if rank not in self._ended:
+                process.terminate()  # writes its stack, see _run_rank
             process.join(GRACE_SECONDS)
             if process.is_alive():
                 process.kill()
                 process.join()
-    failures = []
-    for rank, outcome in enumerate(outcomes):
-        if outcome is None and rank not in may_die:
-            code = processes[rank].exitcode
-            failures.append(f"rank {rank} ended without a result (exit code {code}, timeout {timeout:g} s)")
-        elif outcome is not None and outcome[0] == "error":
-            failures.append(f"rank {rank} raised\n{outcome[1]}")
-    if failures:
-        raise RanksFailed("\n".join(failures))
-    return [outcome[1] if outcome is not None else None for outcome in outcomes]
 
-
-def _collect(
-    pipes: list[multiprocessing.connection.Connection], outcomes: list[tuple[str, Any] | None], deadline: float
-) -> None:
-    waiting = {id(pipe): rank for rank, pipe in enumerate(pipes)}
-    failed = False
-    while waiting:
-        open_pipes = [pipe for pipe in pipes if id(pipe) in waiting]
-        ready = multiprocessing.connection.wait(open_pipes, max(0.0, deadline - time.monotonic()))
-        if not ready:
-            break
-        for pipe in ready:
-            rank = waiting.pop(id(pipe))
-            try:
-                outcomes[rank] = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
-                continue  # it died; the others say what they make of that
-            if outcomes[rank][0] == "error" and not failed:  # type: ignore[index]
-                failed = True
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    def failures(self, may_die: tuple[int, ...], timeout: float) -> list[str]:
+        """Says what became of each rank that did not return."""
+        said = []
+        for rank, process in enumerate(self._processes):
+            ended = self._ended.get(rank)
+            if ended == "raised":
+                said.append(f"rank {rank} raised\n{self.results[rank]}")
+            elif ended == "died" and rank not in may_die:
+                said.append(f"rank {rank} died without a result (exit code {process.exitcode})")
+            elif ended is None and rank not in may_die:
+                said.append(f"rank {rank} was killed: no result in {timeout:g} s or {GRACE_SECONDS:g} s after a fault")
+        return said
 
 
 def _run_rank(
@@ -110,13 +134,14 @@ def _run_rank(
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGTERM, chain=True)
     try:
         store = dist.TCPStore("127.0.0.1", port, None, False)
         limit = timedelta(seconds=group_timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-        pipe.send(("result", fn(rank, world_size, *args)))
+        pipe.send(("returned", fn(rank, world_size, *args)))
     except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+        pipe.send(("raised", traceback.format_exc()))
     finally:
         with contextlib.suppress(OSError):
             pipe.poll(None)  # until the parent hangs up: all ranks are done
