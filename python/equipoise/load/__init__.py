@@ -8,6 +8,7 @@ Public modules, which other rooms import::
     recorder.py            ExpertDistributionRecorder: tokens per slot, layer and step, counted on the device
     recording.py           StepRecording: counts step by step between start and stop, and the file they are dumped to
     statistics.py          What a trace says at a glance: skew, hottest experts, idle layers, drift, phases
+    step_fold.py           StepFold: what the end of a step does with its counts
     stream_report.py       What became of the steps of a streamed recording
     synthetic.py           Synthetic load with known skew, drift, shifts, alternation and bursts, from a seed
     trace.py               LoadTrace: recorded load, whatever recorded it

@@ -18,6 +18,7 @@ from equipoise.distributed.communicator import Communicator
 from equipoise.errors import LoadError, PhaseError
 from equipoise.formats.raw_trace import StepPhase
 from equipoise.load.recording import LoadSnapshot, StepRecording
+from equipoise.load.step_fold import StepFold
 from equipoise.load.step_writer import StepWriter
 from equipoise.load.window_ring import WindowRing
 from equipoise.placement.metadata import ExpertLocationMetadata
@@ -70,6 +71,8 @@ class ExpertDistributionRecorder:
         self._phase: StepPhase | None = None  # of the step under way
         self._part: slice | None = None  # of this rank's tokens, in a mixed step: those that the load window takes
         self._part_counts = None if load_phase == "all" else torch.zeros_like(self.counts)
+        self._fold = StepFold(self.counts)
+        self._part_fold = None if self._part_counts is None else StepFold(self._part_counts)
         self._ring = WindowRing(layers, experts, num_rows=2 * num_windows, period=period, device=device)
         self._recording = StepRecording(
             layers, slots, experts, buffer_size=buffer_size, device=device, keep_physical=keep_physical
@@ -166,20 +169,20 @@ class ExpertDistributionRecorder:
             forward_pass_id: number of the step, the same on all ranks.
             counted: False for warm-up and idle steps, which leave no trace. The same on all ranks.
         """
+        row = None
         if counted:
             if self._load_phase == "all" or self._phase in (self._load_phase, "mixed", None):
-                part = self._physical if self._part is None else self._part_counts[:, : self._num_slots]  # type: ignore[index]
-                self._ring.open_row().scatter_add_(1, physical_to_logical_map, part.to(torch.int64))
+                row = self._ring.open_row()
             if self._recording.running:
                 self._recording.add(self._physical, physical_to_logical_map, forward_pass_id)
             if self.stream is not None:
                 self.stream.add(self._physical, physical_to_logical_map, forward_pass_id, self._phase)
         elif self.stream is not None:
             self.stream.discard()
-        self.counts.zero_()
-        if self._part is not None:
-            assert self._part_counts is not None
-            self._part_counts.zero_()
+        if self._part_fold is not None and self._part is not None:
+            self._part_fold.fold_and_clear(row, physical_to_logical_map)
+            row = None
+        self._fold.fold_and_clear(row, physical_to_logical_map)
         self._phase = self._part = None
 
     # The planner's window -------------------------------------------------------------------------------------------
