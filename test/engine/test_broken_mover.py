@@ -73,7 +73,6 @@ def commit_nothing(_updater: ExpertLocationUpdater, staged: StagedBatch) -> Comm
 def serve(rank: int, world_size: int, directory: str, rendezvous: str, broken: bool) -> dict[str, Any]:
     if broken:
         ExpertLocationUpdater.commit = commit_nothing  # type: ignore[method-assign]
-    dist.barrier()  # a rank may still be connecting, and fails when a peer hangs up
     dist.destroy_process_group()  # the worker makes its own
     config = ServeConfig(
         EngineConfig(model_path=directory, ep_size=world_size, max_model_len=128),

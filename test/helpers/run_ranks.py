@@ -139,6 +139,7 @@ def _run_rank(
         store = dist.TCPStore("127.0.0.1", port, None, False)
         limit = timedelta(seconds=group_timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        dist.barrier()  # a rank that still connects fails when another, whose part is done, hangs up or dies
         pipe.send(("returned", fn(rank, world_size, *args)))
     except BaseException:
         pipe.send(("raised", traceback.format_exc()))
