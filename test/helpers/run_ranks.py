@@ -54,7 +54,7 @@ class _Ranks:
     """The processes of one call.
 
     Attributes:
-        results: what each rank returned, None of a rank that did not.
+        results: what each rank returned, or its traceback; None of a rank that said nothing.
     """
 
     def __init__(self, fn: Callable[..., Any], world_size: int, group_timeout: float, args: tuple[Any, ...]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise.errors import LoadError
 from equipoise.load.step_fold import StepFold
 
 
@@ -44,7 +46,9 @@ def test_a_map_changed_in_place_is_seen() -> None:
         mapping.copy_(torch.tensor([[1, 0]]))
 
 
-def test_a_map_of_no_expert_writes_nowhere() -> None:
-    counts, memory = torch.tensor([[5, 7, 9]], dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int64)
-    StepFold(counts).fold_and_clear(memory[1:2], torch.tensor([[-1, 2]]))
-    assert not memory.any()
+@pytest.mark.parametrize("mapping", [[[-1, 0]], [[0, 2]]])
+def test_a_map_to_no_expert_is_refused_and_writes_nowhere(mapping: list[list[int]]) -> None:
+    counts, memory = torch.tensor([[5, 5, 9]], dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(LoadError, match="must hold experts from 0 to 1, got"):
+        StepFold(counts).fold_and_clear(memory[1:2], torch.tensor(mapping))
+    assert memory.tolist() == [[0, 0], [5, 0], [0, 0]]

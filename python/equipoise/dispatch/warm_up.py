@@ -22,7 +22,7 @@ def compile_dispatch() -> None:
     for algorithm in get_args(DispatchAlgorithm):
         dispatcher = ExpertDispatcher(metadata, rank=0, policy=DispatchPolicy(algorithm))
         dispatcher.dispatch(0, torch.zeros(1, 1, dtype=torch.int64))
-    StepFold(torch.zeros(1, 2, dtype=torch.int32)).fold_and_clear(None, torch.zeros(1, 1, dtype=torch.int64))
+    StepFold(torch.zeros(1, 2, dtype=torch.int32))  # compiles as it is made
 
 
 if __name__ == "__main__":

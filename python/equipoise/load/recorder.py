@@ -179,7 +179,8 @@ class ExpertDistributionRecorder:
                 self.stream.add(self._physical, physical_to_logical_map, forward_pass_id, self._phase)
         elif self.stream is not None:
             self.stream.discard()
-        if self._part_fold is not None and self._part is not None:
+        if self._part is not None:
+            assert self._part_fold is not None
             self._part_fold.fold_and_clear(row, physical_to_logical_map)
             row = None
         self._fold.fold_and_clear(row, physical_to_logical_map)

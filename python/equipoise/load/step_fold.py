@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from equipoise.errors import LoadError
 from equipoise.jit.addresses import int32_at, int64_at
 from equipoise.jit.compile import kernel
 
@@ -35,6 +36,9 @@ class StepFold:
         Args:
             row: (L, E) int64 in C order, that takes them; None: nobody does.
             physical_to_logical_map: (L, P) int64.
+
+        Raises:
+            LoadError: a map to what is no expert of ``row``; the counts of all other slots were added.
         """
         if physical_to_logical_map is not self._map:
             self._map = physical_to_logical_map
@@ -42,7 +46,12 @@ class StepFold:
         if self._map_address:
             layers, columns = self._counts.shape
             to, experts = (0, 0) if row is None else (row.data_ptr(), row.shape[1])
-            _fold_on_cpu(self._address, self._map_address, to, layers, columns, experts)
+            if not _fold_on_cpu(self._address, self._map_address, to, layers, columns, experts):
+                raise LoadError(
+                    f"physical_to_logical_map must hold experts from 0 to {experts - 1}, got "
+                    f"{int(physical_to_logical_map.min())} to {int(physical_to_logical_map.max())}",
+                    field="physical_to_logical_map",
+                )
             return
         if row is not None:
             row.scatter_add_(1, physical_to_logical_map, self._slots.to(torch.int64))
@@ -55,8 +64,8 @@ class StepFold:
 
 
 @kernel
-def _fold_on_cpu(counts_at: int, map_at: int, row_at: int, num_layers: int, num_columns: int, num_experts: int) -> None:
-    """Adds the counts of slots to those of their experts, and clears them.
+def _fold_on_cpu(counts_at: int, map_at: int, row_at: int, num_layers: int, num_columns: int, num_experts: int) -> bool:
+    """Adds the counts of slots to those of their experts, and clears them; False if a slot's expert is none.
 
     Args:
         counts_at: address of (num_layers, num_columns) int32, "none" in the last column.
@@ -67,10 +76,14 @@ def _fold_on_cpu(counts_at: int, map_at: int, row_at: int, num_layers: int, num_
     counts = int32_at(counts_at, (num_layers, num_columns))
     experts = int64_at(map_at, (num_layers, num_columns - 1))
     row = int64_at(row_at, (num_layers, num_experts))
+    valid = True
     for layer in range(num_layers):
         for slot in range(num_columns - 1):
             expert = experts[layer, slot]
-            if 0 <= expert < num_experts:  # always so in a map; memory is not written to for one that was broken
+            if 0 <= expert < num_experts:
                 row[layer, expert] += counts[layer, slot]
+            else:
+                valid = valid and num_experts == 0
         for column in range(num_columns):
             counts[layer, column] = 0
+    return valid
