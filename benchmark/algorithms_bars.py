@@ -92,5 +92,6 @@ def bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         lead = seconds[f"{large}, one window, from nothing: balancedness"] - seconds[f"{large}, vllm: balancedness"]
         bar(f"6 {large}, one window: lead over vLLM on that window", lead, 0.0)
     bar("6 cold compile, seconds", seconds["cold compile, wall"], 10.0, False)
+    bar("6 cold compile until a first plan, seconds", seconds["cold compile, first plan"], 10.0, False)
     bar("6 warm start, seconds", seconds["warm start"], 0.5, False)
     return result

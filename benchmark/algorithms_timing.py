@@ -51,7 +51,7 @@ def planning_times(others: dict[str, Policy], quick: bool) -> dict[str, float]:
         plan = policy(topology)
         plan(windows[:5], planned)
         result[name] = best_of(3 if name in ("vllm", "sglang deepseek") else 1, lambda p=plan: p(windows[:5], planned))
-    result["cold compile, CPU"], result["cold compile, wall"], result["warm start"] = compile_times()
+    result |= compile_times()
     if not quick:
         large = EpTopology(512, 64, 3)
         load = SyntheticLoad(5, 64, 1024, tokens_per_step=32768, top_k=8, drift_steps=60.0, seed=4)
@@ -77,25 +77,44 @@ def planning_times(others: dict[str, Policy], quick: bool) -> dict[str, float]:
     return {name: float(value) for name, value in result.items()}
 
 
-def compile_times() -> tuple[float, float, float]:
-    """Seconds that all kernels take to compile into an empty cache (CPU, wall), and to load from it afterwards.
+def compile_times() -> dict[str, float]:
+    """Seconds that kernels take to compile into an empty cache, in the background, and to load from it afterwards.
 
-    They are compiled in the background: the start of those processes and their imports count.
+    The start of those processes and their imports count. "First plan": until a server's first plan need not wait.
     """
     cold = (
-        "import resource, time; from equipoise.jit.warming import warm_up_in_background;"
-        "start = time.perf_counter(); assert warm_up_in_background().wait(); wall = time.perf_counter() - start;"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, wall)"
+        "import resource, sys, time; from equipoise.manager.warm_up import compile_kernels_in_background;"
+        "start = time.perf_counter(); compiling = compile_kernels_in_background(sys.argv[1]);"
+        "assert compiling.wait_until_ready(); first = time.perf_counter() - start;"
+        "assert compiling.wait(); wall = time.perf_counter() - start;"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(first, wall, used.ru_utime + used.ru_stime)"
     )
     warm = (
         "import time, torch, numba; from equipoise.algorithms.warm_up import warm_up;"
         "start = time.perf_counter(); warm_up(); print(time.perf_counter() - start)"
     )
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"NUMBA_CACHE_DIR": cache}
-        runs = [
-            subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-            for code in (cold, warm, warm)
+    with tempfile.TemporaryDirectory() as for_weights, tempfile.TemporaryDirectory() as for_batches:
+        (first, wall, cpu), (first_for_batches, *_), *loads = [
+            _numbers([code, *arguments], cache)
+            for code, cache, *arguments in (
+                (cold, for_weights, "weights"),
+                (cold, for_batches, "batch"),
+                (warm, for_weights),
+                (warm, for_weights),
+            )
         ]
-    (cpu, wall), *loads = [[float(x) for x in run.stdout.split()] for run in runs]
-    return cpu, wall, min(load for (load,) in loads)
+    return {
+        "cold compile, first plan": first,
+        "cold compile, first plan for batches": first_for_batches,
+        "cold compile, wall": wall,
+        "cold compile, CPU": cpu,
+        "warm start": min(load for (load,) in loads),
+    }
+
+
+def _numbers(program: list[str], cache: str) -> list[float]:
+    """What a program, its code and arguments, prints, with numba's cache in ``cache``."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": cache}
+    run = [sys.executable, "-c", *program]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    return [float(number) for number in done.stdout.split()]

@@ -164,7 +164,7 @@ def _with_old_slots(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def compile_search(problem: PlacementProblem) -> None:
-    """Compiles the search and nothing else; the values of ``problem`` do not matter, and no scenarios are made."""
+    """Compiles the search and :func:`solve_shares`; values of ``problem`` do not matter, and no scenarios are made."""
     shape = (problem.num_layers, problem.num_logical_experts)
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
     even, none = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape)
@@ -182,13 +182,20 @@ def compile_search(problem: PlacementProblem) -> None:
     )
     task = Task.of(problem, flat)
     improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))
+    solve_shares(task)
 
 
 def compile_packing(problem: PlacementProblem) -> None:
-    """Compiles the packing from scratch and its names, scenarios, plans for batches and the guard, not the search."""
+    """Compiles the packing from scratch and its names, scenarios, the guard and what finishes a plan, no search."""
     task = Task.of(problem)
     pack_from_scratch(task, 0)
     compile_relabelling()
-    plan_for_batches(task, task.old, move_terms(task, problem.move_price))
     keep_what_is_better(task, (task.old, task.old_share))
     may_gain_by_shares(task)
+    task.finish(task.old, task.old_share)
+
+
+def compile_for_batches(problem: PlacementProblem) -> None:
+    """Compiles the search for dispatch by the batch."""
+    task = Task.of(problem)
+    plan_for_batches(task, task.old, move_terms(task, problem.move_price))

@@ -134,9 +134,9 @@ class Task:
         problem = self.problem
         keep_slots = problem.current is not None
         exact = problem.load.shape[0] == 1 and not (keep_slots and self.noise_is_known)
-        exact = exact and problem.dispatch != "even"
-        exchanges = not keep_slots and not problem.grouped
-        self.run(_finish_layers, self.old, placed, share, self.layers, Finish(keep_slots, exact, exchanges))
+        if exact and problem.dispatch != "even":
+            self.run(_eject_layers, placed, share, self.layers, not keep_slots and not problem.grouped)
+        self.run(_finish_layers, self.old, placed, share, self.layers.inverse_speed, keep_slots)
         return Solution(placed, None if problem.dispatch == "even" else share)
 
 
@@ -150,26 +150,36 @@ def _inverse_speed(problem: PlacementProblem) -> np.ndarray:
     return np.where(live, speed[live].sum() / live.sum() / speed, 0.0)
 
 
-class Finish(NamedTuple):
-    """What is done to shares and slots at the end."""
+@kernel
+def _eject_layers(
+    first: int, last: int, placed: np.ndarray, share: np.ndarray, layers: Layers, exchanges: bool
+) -> None:
+    """Makes shares those of the smallest maximum for the one window there is, in rows first..last-1, in place.
 
-    keep_slots: bool  # an expert that stays on a rank stays in its slot
-    exact: bool  # the shares become those of the smallest maximum for the one window there is
-    exchanges: bool  # and experts may change ranks for that: where the placement was packed from scratch
+    With ``exchanges`` experts may change ranks for that: where the placement was packed from scratch.
+    """
+    for layer in range(first, last):
+        state = new_state(placed[layer], share[layer], layers.experts[layer], layers.weight, layers.inverse_speed)
+        eject(state, exchanges)
 
 
 @kernel
 def _finish_layers(
-    first: int, last: int, old: np.ndarray, placed: np.ndarray, share: np.ndarray, layers: Layers, finish: Finish
+    first: int,
+    last: int,
+    old: np.ndarray,
+    placed: np.ndarray,
+    share: np.ndarray,
+    inverse_speed: np.ndarray,
+    keep_slots: bool,
 ) -> None:
-    """Finishes rows first..last-1 of ``placed`` and ``share`` (L, P), in place; ranks that are gone get no share."""
-    experts, inverse_speed = layers.experts, layers.inverse_speed
+    """Finishes rows first..last-1 of ``placed`` and ``share`` (L, P), in place; ranks that are gone get no share.
+
+    With ``keep_slots`` an expert that stays on a rank stays in its slot.
+    """
     size = placed.shape[1] // inverse_speed.shape[0]
     for layer in range(first, last):
-        if finish.exact:
-            state = new_state(placed[layer], share[layer], experts[layer], layers.weight, inverse_speed)
-            eject(state, finish.exchanges)
-        if finish.keep_slots:
+        if keep_slots:
             align(placed[layer], share[layer], old[layer], size)
         for slot in range(placed.shape[1]):
             live = inverse_speed[slot // size] > 0.0

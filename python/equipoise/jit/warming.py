@@ -3,7 +3,8 @@
 The first plan on a fresh installation compiles for some seconds; afterwards the kernels are loaded from numba's cache
 on disk. Compiling in the engine's own process would hold the GIL and delay steps, so a child process fills the cache.
 The kernels come in shares that take about as long; the child forks, once it has imported what they all need, and they
-are compiled side by side.
+are compiled side by side. One that compiles what a first plan needs ahead of the rest says so in between
+(:func:`say_ready`), and whoever waits for that plan goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from numba.core import event
 from equipoise.jit.compile import compile_common_helpers
 
 _TAIL_LINES, _TAIL_BYTES = 12, 4096  # of what a child wrote, for a log
+_READY = "ready"
+_POLL_SECONDS = 0.02  # between two looks at whether the child is ready, each a call or two of the system
 # Of a process from its first kernel on that is in no cache; three processes at 10 weigh as much as one at 5. Imports
 # and loading are short and keep their priority: at 10, on a busy machine, they alone would take a minute.
 _NICE = 10
@@ -41,22 +45,37 @@ class WarmUp:
 
     Attributes:
         said: what the child and those that it forked have written to their standard error; None: it went elsewhere.
+        told: the same of their standard output.
     """
 
     process: subprocess.Popen[bytes]
     said: IO[bytes] | None = None
+    told: IO[bytes] | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def done(self) -> bool:
         return self.process.poll() is not None
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits up to ``timeout`` seconds, for ever if None; True if the cache is filled.
+    @property
+    def ready(self) -> bool:
+        """Whether what a first plan needs lies in the cache; the child may go on with the rest."""
+        if self.told is not None and os.pread(self.told.fileno(), len(_READY), 0) == _READY.encode():
+            return True
+        return self.process.poll() == 0
+
+    def wait_until_ready(self) -> bool:
+        """Waits until :attr:`ready`; False if the child ended without.
 
         Call it on the thread that plans, before the first plan: planning then loads the kernels instead of compiling
         them beside the forward passes. False is no failure: that plan compiles what it needs.
         """
+        while not self.done and not self.ready:
+            time.sleep(_POLL_SECONDS)
+        return self.ready
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits up to ``timeout`` seconds, for ever if None, for the child's end; True if the cache is filled."""
         try:
             return self.process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
@@ -83,21 +102,27 @@ class WarmUp:
         self.process.communicate()
 
 
-def warm_up_in_background(module: str = "equipoise.algorithms.warm_up") -> WarmUp:
+def warm_up_in_background(module: str = "equipoise.algorithms.warm_up", *arguments: str) -> WarmUp:
     """Starts compiling all kernels into numba's cache, in a child process, and returns at once.
 
-    ``module`` is run as a program; a host that has more kernels than the solvers' names its own. Where the
-    cache is filled already the child ends within a second or two, most of it spent on imports. It never outlives
-    this process, and imports nothing that happens to lie in the current directory (-P).
+    ``module`` is run as a program, with ``arguments``; a host that has more kernels than the solvers' names its own.
+    Where the cache is filled already the child ends within a second or two, most of it spent on imports. It never
+    outlives this process, and imports nothing that happens to lie in the current directory (-P).
     """
-    said = tempfile.TemporaryFile()  # noqa: SIM115 not a pipe: nobody reads while it compiles
+    told = tempfile.TemporaryFile()  # noqa: SIM115 not pipes: nobody reads while it compiles
+    said = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _COMPILE.format(module=module)],
+        [sys.executable, "-P", "-c", _COMPILE.format(module=module), *arguments],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=told,
         stderr=said,
     )
-    return WarmUp(process, said)
+    return WarmUp(process, said, told)
+
+
+def say_ready() -> None:
+    """Tells whoever started this process in the background that its first plan need not wait any longer."""
+    os.write(sys.stdout.fileno(), _READY.encode())
 
 
 def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:

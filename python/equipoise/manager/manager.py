@@ -89,7 +89,7 @@ class EplbManager:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         host = host or HostTraits()
-        dispatch = host.planned_dispatch(config)
+        self._planned_dispatch = dispatch = host.planned_dispatch(config)
         check_algorithm(config.eplb_algorithm, field="eplb_algorithm", dispatch=dispatch)
         host.check(config)
         self._rank = communicator.rank
@@ -143,8 +143,8 @@ class EplbManager:
         """
         self._migration.warm_up()
         if self._rank == 0:
-            self._compiling = compile_kernels_in_background()
-            self._background.prepare(partial(load_compiled_kernels, self._compiling))
+            self._compiling = compile_kernels_in_background(self._planned_dispatch)
+            self._background.prepare(partial(load_compiled_kernels, self._compiling, self._planned_dispatch))
 
     @property
     def phase(self) -> Phase:
@@ -239,7 +239,7 @@ class EplbManager:
         self._migration.weights_changed()
 
     def _is_compiling(self) -> bool:
-        return self._compiling is not None and not self._compiling.done
+        return self._compiling is not None and not (self._compiling.done or self._compiling.ready)
 
     def close(self) -> None:
         """Ends the threads."""
