@@ -4,7 +4,8 @@ A search always finds something that looks better on the windows that it was mad
 in force, the same with new shares, and the plan, are judged on draws of the next window (forecast/outlook.py), and a
 layer takes the best one. So no plan is expected to end below leaving things alone. Of a single window, how much
 popularities differ at all is a guess as well: there the gain must be larger than its own standard deviation. Where
-the newest window may be a burst (forecast/burst.py), a plan must do no harm to the load before it either.
+the newest window may be a burst (forecast/burst.py), a plan must do no harm to the load before it either, and two such
+windows are a single one of each load.
 
 Where windows differ by counting noise alone, there is another reason to stay: a placement that was fitted to as many
 windows as there are would itself be off by the forecast's error, so one that is off by about twice that is as good as
@@ -34,7 +35,7 @@ MIN_EXCESS = 8.0  # of rank loads' variance over the forecast's error, for moves
 LEVEL = 2.0  # the same of a placement that is level enough
 NARROW = 0.02  # of a mean rank's load: what ranks that share experts may differ by and be level enough
 HARM = 0.002  # balance that a plan may lose on one of two loads of which either may come
-SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window must gain
+SURE_ONE = 1.0  # standard deviations over the draws, that a plan made from one window of a load must gain
 MIN_HEIGHT = 3.0  # standard deviations above sqrt(2 ln G), the expected largest of G: such a rank is hot all the same
 
 
@@ -49,7 +50,8 @@ def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
     """
     if not task.noise_is_known:
         return plans[-1]
-    one_window = task.problem.load.shape[0] == 1
+    num_windows, unsure = task.problem.load.shape[0], task.scenarios.unsure
+    one_each = num_windows == 1 or (num_windows == 2 and unsure)  # windows of each load that may come
     stay = split_twins(task)
     excess, highest, (drawn, *others) = _judged(task, stay, *plans)
     allowed = _moves_allowed(task, excess, highest)
@@ -58,9 +60,9 @@ def keep_what_is_better(task: Task, *plans: Plan) -> Plan:
     for (new, new_share), new_drawn in zip(plans, others, strict=True):
         kept = (new == task.old).all(1)
         gain = new_drawn - drawn
-        if task.scenarios.unsure:
+        if unsure:
             gain = np.where((_worst_of_scenarios(task, gain) >= -HARM)[:, None], gain, -1.0)
-        new_value = drawn.mean(1) + gain.mean(1) - (SURE_ONE * gain.std(1) if one_window else 0.0)
+        new_value = drawn.mean(1) + gain.mean(1) - (SURE_ONE * gain.std(1) if one_each else 0.0)
         better = (new_value > value) & (allowed | kept) & ~(kept & mended)
         placed[better], share[better], value[better] = new[better], new_share[better], new_value[better]
     lost = ~_may_stay(task)
