@@ -68,7 +68,8 @@ class EplbConfig:
 
     eplb_move_price: float = 0.12
     """Balancedness that moving every slot of a layer within its node must gain to be worth it; a lower price moves
-    more for a little more balance. `equipoise` takes a third of it with two slots a rank and more than four windows."""
+    more for a little more balance. With two slots a rank `equipoise` takes .6 of it, and a third with more than four
+    windows."""
 
     eplb_verification: Verification = "canary"
     """`canary`: each expert's id travels with its weights and is checked before a layer commits; `checksum`: a 64-bit

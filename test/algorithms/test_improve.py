@@ -38,9 +38,11 @@ def price(load: np.ndarray, topology: EpTopology) -> float:
 
 @pytest.mark.parametrize(
     ("slots_per_rank", "num_windows", "expected"),
-    [(2, 5, 0.04), (2, 8, 0.04), (2, 4, 0.12), (3, 5, 0.12), (9, 8, 0.12)],
+    [(2, 5, 0.04), (2, 8, 0.04), (2, 4, 0.072), (2, 2, 0.072), (2, 1, 0.12), (3, 2, 0.12), (3, 5, 0.12), (9, 8, 0.12)],
 )
-def test_pairs_pay_a_third_once_the_history_is_long(slots_per_rank: int, num_windows: int, expected: float) -> None:
+def test_pairs_pay_less_and_a_third_once_the_history_is_long(
+    slots_per_rank: int, num_windows: int, expected: float
+) -> None:
     topology = EpTopology(8, 2, slots_per_rank)
     assert price(drifting(num_windows, 2, topology.num_slots - 4), topology) == pytest.approx(expected)
 

@@ -26,7 +26,8 @@ NUM_COOL, COOL_SLOTS = 5, 36  # ranks to put load on that a step tries at first:
 CROWD, THRONG = 64, 256  # ranks, of which more are as cool as the coolest: no more of them than make CROWD_PAIRS
 CROWD_PAIRS, CROWD_COOL = 108, 4  # pairs of slots with a hot rank, in a throng half of that, but at least CROWD_COOL
 MAX_COOL = 24  # ranks that it looks at when those offer nothing: up to a quarter of all, or so many
-PAIR, PRICE_OF_PAIRS = 2, 1 / 3  # slots a rank, up to which moves cost this part of their price
+PAIR = 2  # slots a rank, up to which moves cost less: a part of their price
+PRICE_OF_PAIRS, PRICE_OF_PAIRS_AT_FIRST = 1 / 3, 0.6  # with a long history; with few windows, but more than one
 LASTS = 8.0  # windows served by moves that do not hang on one forecast: for load that comes back, and for batches
 NO_LIMIT = 1 << 60
 
@@ -63,12 +64,13 @@ def _num_cool(topology: EpTopology) -> int:
 def price_of_moves(task: Task) -> float:
     """Balance that moving all of a layer's slots within their nodes must gain.
 
-    Less where it serves for long. Less, too, where ranks hold two slots and the history is long: a move is half of what
-    such a rank holds, a ninth of nine slots, so to level as many ranks takes several times as many moves.
+    Less where it serves for long. Less, too, where ranks hold two slots: a move is half of what such a rank holds, a
+    ninth of nine slots, so to level as many ranks takes several times as many moves. A short history is trusted less.
     """
-    problem = task.problem
-    holds_pairs = problem.topology.slots_per_rank <= PAIR and len(problem.load) > FEW_WINDOWS
-    price = problem.move_price * (PRICE_OF_PAIRS if holds_pairs else 1.0)
+    problem, num_windows = task.problem, len(task.problem.load)
+    price = problem.move_price
+    if problem.topology.slots_per_rank <= PAIR and num_windows > 1:
+        price *= PRICE_OF_PAIRS if num_windows > FEW_WINDOWS else PRICE_OF_PAIRS_AT_FIRST
     return price / (LASTS if task.scenarios.recurring else 1.0)
 
 

@@ -47,7 +47,7 @@ def rebalance_experts(
         rank_capacity: (G,) relative speed of each rank; 0 for a rank that is gone.
         live_ranks: ranks that are there, as dispatch and ``plan_transfer`` take them; all if None.
         move_price: balance that moving a whole layer's slots within their nodes must gain to be worth it; `equipoise`
-            takes a third of it with two slots a rank and more than four windows of load.
+            takes .6 of it with two slots a rank and several windows of load, a third with more than four.
         dispatch: how tokens will be split over replicas. ``even``: alike, as engines do that know no weights;
             ``weights``: by the shares that are planned here; ``batch``: by shares solved anew on each batch.
         tokens_per_step: expert choices of a forward pass, all ranks together (tokens times top-k): a batch's noise.
