@@ -133,3 +133,11 @@ def test_a_dispatch_that_there_is_not_is_refused() -> None:
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "dispatch must be one of even, weights, batch, got 'odd'" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "told"), [(["batch"], "ready\n"), ([], "")], ids=["behind a server", "by hand"])
+def test_the_program_tells_a_server_and_nobody_else_that_it_is_ready(arguments: list[str], told: str) -> None:
+    run = [sys.executable, "-P", "-m", "equipoise.manager.warm_up", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == told

@@ -26,7 +26,7 @@ from numba.core import event
 from equipoise.jit.compile import compile_common_helpers
 
 _TAIL_LINES, _TAIL_BYTES = 12, 4096  # of what a child wrote, for a log
-_READY = "ready"
+_READY = b"ready\n"
 _POLL_SECONDS = 0.02  # between two looks at whether the child is ready, each a call or two of the system
 # Of a process from its first kernel on that is in no cache; three processes at 10 weigh as much as one at 5. Imports
 # and loading are short and keep their priority: at 10, on a busy machine, they alone would take a minute.
@@ -60,7 +60,7 @@ class WarmUp:
     @property
     def ready(self) -> bool:
         """Whether what a first plan needs lies in the cache; the child may go on with the rest."""
-        if self.told is not None and os.pread(self.told.fileno(), len(_READY), 0) == _READY.encode():
+        if self.told is not None and os.pread(self.told.fileno(), len(_READY), 0) == _READY:
             return True
         return self.process.poll() == 0
 
@@ -122,7 +122,7 @@ def warm_up_in_background(module: str = "equipoise.algorithms.warm_up", *argumen
 
 def say_ready() -> None:
     """Tells whoever started this process in the background that its first plan need not wait any longer."""
-    os.write(sys.stdout.fileno(), _READY.encode())
+    os.write(sys.stdout.fileno(), _READY)
 
 
 def compile_side_by_side(shares: Sequence[Callable[[], None]]) -> bool:

@@ -1,7 +1,7 @@
 """Compiles every kernel that a rebalance needs, before anybody waits for one.
 
 As a program: what a first plan needs where tokens are dispatched in the way that is named (``weights``, ``even``,
-``batch``), then the rest; all of it without a name.
+``batch``), a word that it is there, then the rest; all of it in silence without a name.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def load_compiled_kernels(compiling: WarmUp, dispatch: DispatchKind) -> None:
         )
 
 
-def _main(dispatch: DispatchKind = "weights") -> int:
+def _main(named: DispatchKind | None = None) -> int:
+    dispatch: DispatchKind = named or "weights"
     if dispatch not in DISPATCH_KINDS:
         raise ConfigError(f"dispatch must be one of {', '.join(DISPATCH_KINDS)}, got {dispatch!r}", field="dispatch")
     first = compile_side_by_side(_first_shares(dispatch))
-    if first:
+    if first and named:
         say_ready()
     others = compile_side_by_side(solver_kernels.other_shares(dispatch))
     return 0 if first and others else 1
