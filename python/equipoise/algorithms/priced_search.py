@@ -179,6 +179,7 @@ def compile_search(problem: PlacementProblem) -> None:
         recurring=False,
         steady=False,
         unsure=False,
+        two_kinds=False,
     )
     task = Task.of(problem, flat)
     improve(task, task.old, task.old_share, np.full(problem.num_layers, -np.inf))

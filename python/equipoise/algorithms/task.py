@@ -21,7 +21,7 @@ from equipoise.placement.relabel import align
 
 NODE_PRICE = 2.5  # of a move whose weights come from another node; within a node it is 1
 RISK_PRICE = 1.5  # of what normal forecast errors would cost, see layer_state.py: real ones have heavier tails
-RISK_OF_TWO = 0.5  # the same of two windows, whose one change is in the scenarios already
+RISK_OF_KINDS = 0.5  # the same where two windows are of two kinds: what sets them apart is in the scenarios already
 FEW_WINDOWS = 4  # up to which a placement may not have settled yet
 SLOWEST = 1e-2  # of the fastest rank: slower ones count as this slow, so that powers of their load stay finite
 
@@ -75,8 +75,7 @@ class Task:
             scenarios = shrink_to_mean(scenarios)
         mean = mean_load(scenarios.tokens, scenarios.weight)
         exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
-        plain_pair = len(problem.load) == 2 and not (scenarios.steady or scenarios.unsure)
-        risk_price = RISK_OF_TWO if plain_pair else RISK_PRICE
+        risk_price = RISK_OF_KINDS if scenarios.two_kinds else RISK_PRICE
         noise = scenarios.noise * (risk_price * 0.5 * (exponent[:, None] - 1.0))
         layers = Layers(
             np.concatenate([scenarios.tokens, noise[..., None]], axis=2),

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.algorithms.forecast.window_weights import there_and_back
+
 NEAR = 0.3  # part by which an expert may differ from what most do, and count as one of them
 FAR = 2.0  # times more or less than most, of an expert that stands out
+APART = 0.1  # of the squared distance of unrelated loads: from there on two windows are of two kinds
 MOST = 0.85  # of the common load is on experts that are near, and of the squared change on those that stand out
 
 
@@ -25,3 +28,17 @@ def is_burst(before: np.ndarray, now: np.ndarray) -> bool:
     far = (ratio > FAR * usual) | (ratio * FAR < usual)
     common, change = np.minimum(usual * before, now), (now - usual * before) ** 2
     return bool((common * near).sum() > MOST * common.sum() and (change * far).sum() > MOST * change.sum())
+
+
+def burst_has_passed(share: np.ndarray, distance: list[list[float]]) -> bool:
+    """Whether the second of three windows was a burst: too few to tell by distances, which alternating load has too."""
+    return there_and_back(distance) and is_burst(share[0], share[1])
+
+
+def are_of_two_kinds(before: np.ndarray, now: np.ndarray) -> bool:
+    """Whether loads (L, E) are of different kinds, where drift sets windows apart by a few hundredths of that.
+
+    Loads that have nothing to do with each other are as far apart as both together are from level ones.
+    """
+    from_level = sum(((load - load.mean(1, keepdims=True)) ** 2).sum() for load in (before, now))
+    return bool(((now - before) ** 2).sum() >= APART * from_level)

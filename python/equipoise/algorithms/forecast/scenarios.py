@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.algorithms.forecast.burst import is_burst
+from equipoise.algorithms.forecast.burst import are_of_two_kinds, burst_has_passed, is_burst
 from equipoise.algorithms.forecast.window_weights import (
     MIXTURE_DECAY,
     THERE_AND_BACK,
@@ -30,7 +30,6 @@ from equipoise.algorithms.forecast.window_weights import (
     is_mixture,
     last_shift,
     recurring,
-    there_and_back,
 )
 from equipoise.jit.compile import helper, kernel, number, zeros
 
@@ -57,6 +56,7 @@ class Scenarios(NamedTuple):
     recurring: bool  # of few kinds, which come back
     steady: bool  # windows of counts that differ by counting noise alone
     unsure: bool  # whether the newest window's load lasts cannot be told: the older ones' may come back
+    two_kinds: bool  # two windows, each of a kind of its own: what may change is what sets them apart
 
 
 def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
@@ -68,7 +68,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     counts = _normalise(load, total, share, any_load)
     distance = distances(share)
     bursts = bursts_of(distance)
-    if num_windows == 3 and _passed(share, distance):
+    if num_windows == 3 and burst_has_passed(share, distance):
         bursts = [1]
     if bursts:
         kept = [window for window in range(num_windows) if window not in bursts]
@@ -93,6 +93,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
             poisson = np.maximum(poisson, known)
     newest_is_new = first == num_windows - 1 > 0 or (num_windows == 2 and not steady)
     unsure = newest_is_new and is_burst(share[:-1].mean(0), share[-1])
+    two_kinds = num_windows == 2 and newest_is_new and not unsure and are_of_two_kinds(*share)
     if unsure and num_windows > 2:
         decay, weight = 1.0, [(1.0 - NEWEST) / first] * first + [NEWEST]
     else:
@@ -115,12 +116,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     error = 0.5 * own * poisson[:, None] * mean
-    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady, unsure)
-
-
-def _passed(share: np.ndarray, distance: list[list[float]]) -> bool:
-    """Whether the second of three windows was a burst: too few to tell by distances, which alternating load has too."""
-    return there_and_back(distance) and is_burst(share[0], share[1])
+    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady, unsure, two_kinds)
 
 
 def _is_steady(moments: np.ndarray, known: np.ndarray) -> bool:
