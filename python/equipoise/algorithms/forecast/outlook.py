@@ -173,8 +173,9 @@ def _off_the_mean(
     """Fills ``gap`` (G,), what rank loads of one layer are off 1, and ``spread`` (G,), the variance of their error."""
     size = placed.shape[0] // gap.shape[0]
     for rank in range(gap.shape[0]):
-        gap[rank], spread[rank] = -1.0, 1e-12
+        off, variance = -1.0, 1e-12
         for slot in range(rank * size, (rank + 1) * size):
             part, e = share[slot], placed[slot]
-            gap[rank] += part * mean[e]
-            spread[rank] += part * part * error[e]
+            off += part * mean[e]
+            variance += part * part * error[e]
+        gap[rank], spread[rank] = off, variance

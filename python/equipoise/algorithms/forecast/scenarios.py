@@ -209,30 +209,34 @@ def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray, m
     and of its square. Returns the relative part of all change, 0 to 1, in all pairs and layers.
     """
     num_windows, num_layers, num_experts = share.shape
-    pooled = zeros(number(5))
+    pooled, sums = zeros(number(5)), zeros(number(5))
     for layer in range(num_layers):
-        least = np.inf
+        least, changes, loads, squares = np.inf, 0.0, 0.0, 0.0
         for window in range(1, num_windows):
-            sums = zeros(number(5))
+            # Sums of the innermost loop are variables: in an array each addition would wait for the one before it to
+            # be stored.
+            count, means, mean_squares, parts, known = 0.0, 0.0, 0.0, 0.0, 0.0
             for expert in range(num_experts):
-                mean = 0.5 * (share[window, layer, expert] + share[window - 1, layer, expert])
                 later = share[window, layer, expert]
+                mean = 0.5 * (later + share[window - 1, layer, expert])
                 gap = later - share[window - 1, layer, expert]
-                moments[layer, 0] += gap * gap
-                moments[layer, 1] += later
-                moments[layer, 2] += later * later
+                changes += gap * gap
+                loads += later
+                squares += later * later
                 if mean > 0.0:
-                    sums[0] += 1.0
-                    sums[1] += mean
-                    sums[2] += mean * mean
-                    sums[3] += gap * gap / mean
-                    sums[4] += gap * gap
+                    count += 1.0
+                    means += mean
+                    mean_squares += mean * mean
+                    parts += gap * gap / mean
+                    known += gap * gap
+            sums[0], sums[1], sums[2], sums[3], sums[4] = count, means, mean_squares, parts, known
             for i in range(5):
                 pooled[i] += sums[i]
-            if sums[4] < least:
-                least = sums[4]
+            if known < least:
+                least = known
                 part = _relative_part(sums)
-                poisson[layer], relative[layer] = (1.0 - part) * sums[4] / sums[1], part * sums[4] / sums[2]
+                poisson[layer], relative[layer] = (1.0 - part) * known / means, part * known / mean_squares
+        moments[layer, 0], moments[layer, 1], moments[layer, 2] = changes, loads, squares
     return _relative_part(pooled)
 
 
