@@ -167,12 +167,13 @@ def compile_search(problem: PlacementProblem) -> None:
     """Compiles the search and :func:`solve_shares`; values of ``problem`` do not matter, and no scenarios are made."""
     shape = (problem.num_layers, problem.num_logical_experts)
     any_load = np.ones(problem.num_layers, dtype=np.bool_)
-    even, none = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape)
+    even, none, ones = np.full(NUM_SCENARIOS, 0.25), np.zeros(shape), np.ones((*shape, NUM_SCENARIOS))
     flat = Scenarios(
-        np.ones((*shape, NUM_SCENARIOS)),
+        ones,
         even,
         none,
         none,
+        ones[..., 0],
         any_load,
         1.0,
         mixture=False,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equipoise.algorithms.forecast.risk import exponents
-from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios, mean_load
+from equipoise.algorithms.forecast.scenarios import Scenarios, make_scenarios
 from equipoise.algorithms.forecast.shrinkage import shrink_to_mean
 from equipoise.algorithms.problem import PlacementProblem, Solution
 from equipoise.algorithms.search.ejection_chain import eject
@@ -49,7 +49,6 @@ class Task:
     exponent: np.ndarray  # (L,) of the surrogate, that fits the forecast's error
     prices: np.ndarray  # (3,) of a move by where the expert was
     scenarios: Scenarios
-    mean: np.ndarray  # (L, E) mean load over the scenarios
 
     @classmethod
     def of(cls, problem: PlacementProblem, scenarios: Scenarios | None = None) -> Task:
@@ -73,8 +72,7 @@ class Task:
             scenarios = scenarios._replace(noise=np.zeros_like(scenarios.noise))
         elif len(problem.load) == 1 and scenarios.error.any():
             scenarios = shrink_to_mean(scenarios)
-        mean = mean_load(scenarios.tokens, scenarios.weight)
-        exponent = exponents(mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
+        exponent = exponents(scenarios.mean, scenarios.noise, live * problem.topology.slots_per_rank, live)
         risk_price = RISK_OF_KINDS if scenarios.two_kinds else RISK_PRICE
         noise = scenarios.noise * (risk_price * 0.5 * (exponent[:, None] - 1.0))
         layers = Layers(
@@ -86,7 +84,12 @@ class Task:
             (problem.num_groups or 0) if problem.grouped else 0,
             scenarios.recurring,
         )
-        return cls(problem, old, old_share, layers, exponent, prices, scenarios, mean)
+        return cls(problem, old, old_share, layers, exponent, prices, scenarios)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(L, E) mean load over the scenarios."""
+        return self.scenarios.mean
 
     @property
     def num_groups(self) -> int:
@@ -119,9 +122,12 @@ class Task:
             old_share=self.old_share[chosen],
             layers=layers._replace(experts=layers.experts[chosen], any_load=any_load),
             exponent=self.exponent[chosen],
-            mean=self.mean[chosen],
             scenarios=known._replace(
-                tokens=known.tokens[chosen], noise=known.noise[chosen], error=known.error[chosen], any_load=any_load
+                tokens=known.tokens[chosen],
+                noise=known.noise[chosen],
+                error=known.error[chosen],
+                mean=known.mean[chosen],
+                any_load=any_load,
             ),
         )
 

@@ -68,12 +68,12 @@ def build_expert_maps(
     row = p2l.ravel()[slot] + np.repeat(np.arange(num_layers) * num_logical_experts, num_slots)
     count = num_replicas.ravel()
     first = np.cumsum(count) - count
-    nth_replica = np.arange(len(row)) - first[row]
 
     shape = (*num_replicas.shape, max_replicas or most)
-    l2p = np.full((len(count), shape[2]), -1, dtype=np.int64)
-    l2p[row, nth_replica] = order.ravel()
-    cdf = np.ones(l2p.shape, dtype=np.float32)
+    row_before = np.arange(len(count)) * shape[2] - first  # what takes an index of `slot` to its column of its row
+    l2p = np.full(len(count) * shape[2], -1, dtype=np.int64)
+    l2p[np.arange(len(row)) + row_before[row]] = order.ravel()
+    cdf = np.ones((len(count), shape[2]), dtype=np.float32)
     several = np.flatnonzero(count > 1)  # the others have one replica, with the whole share
     cdf[several] = _running_sums(weights.ravel()[slot], first[several], count[several], shape[2])
     return ExpertMaps(p2l, l2p.reshape(shape), num_replicas, weights, cdf.reshape(shape))
@@ -81,15 +81,16 @@ def build_expert_maps(
 
 def _running_sums(shares: np.ndarray, first: np.ndarray, count: np.ndarray, num_columns: int) -> np.ndarray:
     """(M, X) float64 running sums of M runs of ``shares``, each ``count`` numbers from ``first`` on."""
-    column = np.arange(num_columns)
-    inside = column < count[:, None]
-    table = np.where(inside, shares[np.where(inside, first[:, None] + column, 0)], 0.0).astype(np.float64)
-    sums = np.cumsum(table, axis=1)
+    columns, last = np.zeros((num_columns, len(count))), np.zeros(len(count), dtype=np.int64)
+    for column in range(int(count.max(initial=0))):
+        runs = np.flatnonzero(count > column)
+        columns[column, runs] = part = shares[first[runs] + column]
+        last[runs[part > 0]] = column
+    sums = np.cumsum(columns, axis=0)
     # From the last replica with a share on the sum is 1 by definition: rounding must leave no gap above it, nor below 1
     # for a replica without one.
-    last = np.where(table > 0, column, 0).max(axis=1)
-    sums[column >= last[:, None]] = 1.0
-    return sums
+    sums[np.arange(num_columns)[:, None] >= last] = 1.0
+    return sums.T
 
 
 def as_slot_map(value: IntMap, name: str, topology: EpTopology) -> np.ndarray:

@@ -50,6 +50,7 @@ class Scenarios(NamedTuple):
     weight: np.ndarray  # (NUM_SCENARIOS,) float64, sums to 1; 0 for scenarios that are not in use
     noise: np.ndarray  # (L, E) float64, variance of an expert's next load around the forecast; 0: not known
     error: np.ndarray  # (L, E) float64, the part of it that counting is off in the forecast itself
+    mean: np.ndarray  # (L, E) float64, mean of the tokens over the scenarios
     any_load: np.ndarray  # (L,) bool; False for a layer that saw no token
     decay: float
     mixture: bool  # windows are draws from a mix of tasks
@@ -79,8 +80,7 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     # Nothing but one window after a shift: those before it still tell how load changes.
     told = share[first:] if first < num_windows - 1 else share[:first]
     order = recurring(distance) if mixture else []
-    if order:  # how kinds of windows differ is in the scenarios already
-        told = share[order]
+    told = share[order] if order else told  # how kinds of windows differ is in the scenarios already
     poisson, relative, moments = np.zeros(num_layers), np.zeros(num_layers), np.zeros((num_layers, 3))
     part = _fit_changes(told, poisson, relative, moments) if len(told) > 1 else 0.0
     steady = False
@@ -116,7 +116,9 @@ def make_scenarios(load: np.ndarray, total: float) -> Scenarios:
     own = sum(w * w for w in weight)
     noise = (0.5 * (1.0 + own) * poisson[:, None] + relative[:, None] * mean) * mean
     error = 0.5 * own * poisson[:, None] * mean
-    return Scenarios(tokens, lanes, noise, error, any_load, decay, mixture, bool(order), steady, unsure, two_kinds)
+    return Scenarios(
+        tokens, lanes, noise, error, mean, any_load, decay, mixture, bool(order), steady, unsure, two_kinds
+    )
 
 
 def _is_steady(moments: np.ndarray, known: np.ndarray) -> bool:
@@ -162,10 +164,9 @@ def mean_load(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _normalise(load: np.ndarray, total: float, share: np.ndarray, any_load: np.ndarray) -> bool:
     """Scales each window of each layer to ``total``; a window without tokens takes the mean of the layer's others.
 
-    Returns whether all loads are whole numbers, and small enough to be told from others.
-
-    Rounded on the way, to 1 / GRID of the window's largest load. Ranks fitted to one window end level to the last bit,
-    which then chooses how a search goes on: without rounding, a load in two units got two placements.
+    Returns whether all loads are whole numbers, small enough to be told from others. Rounded on the way, to 1 / GRID of
+    the window's largest load. Ranks fitted to one window end level to the last bit, which then chooses how a search
+    goes on: without rounding, a load in two units got two placements.
     """
     num_windows, num_layers, num_experts = load.shape
     counts = True
@@ -213,8 +214,7 @@ def _fit_changes(share: np.ndarray, poisson: np.ndarray, relative: np.ndarray, m
     for layer in range(num_layers):
         least, changes, loads, squares = np.inf, 0.0, 0.0, 0.0
         for window in range(1, num_windows):
-            # Sums of the innermost loop are variables: in an array each addition would wait for the one before it to
-            # be stored.
+            # Variables: in an array, each addition would wait for the one before it to be stored.
             count, means, mean_squares, parts, known = 0.0, 0.0, 0.0, 0.0, 0.0
             for expert in range(num_experts):
                 later = share[window, layer, expert]

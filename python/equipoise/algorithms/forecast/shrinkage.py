@@ -16,7 +16,7 @@ def shrink_to_mean(scenarios: Scenarios) -> Scenarios:
     that of the loads less that of counting (method of moments). Of a count with error variance c m around the mean m,
     ``t2 / (t2 + c m)`` is kept, and as much of its variance.
     """
-    mean = mean_load(scenarios.tokens, scenarios.weight)
+    mean = scenarios.mean
     level = mean.mean(1, keepdims=True)
     counting = scenarios.error.mean(1, keepdims=True)
     seen = ((mean - level) ** 2).mean(1, keepdims=True)
@@ -27,4 +27,5 @@ def shrink_to_mean(scenarios: Scenarios) -> Scenarios:
     tokens = level[..., None] + kept[..., None] * (scenarios.tokens - level[..., None])
     shrunk = level + kept * (mean - level)
     error = counting / level * shrunk * kept
-    return scenarios._replace(tokens=tokens, noise=counting / level * shrunk + error, error=error)
+    noise = counting / level * shrunk + error
+    return scenarios._replace(tokens=tokens, noise=noise, error=error, mean=mean_load(tokens, scenarios.weight))
