@@ -13,8 +13,8 @@ from equipoise.algorithms.forecast.window_weights import there_and_back
 
 NEAR = 0.3  # part by which an expert may differ from what most do, and count as one of them
 FAR = 2.0  # times more or less than most, of an expert that stands out
-APART = 0.1  # of the squared distance of unrelated loads: from there on two windows are of two kinds
 MOST = 0.85  # of the common load is on experts that are near, and of the squared change on those that stand out
+APART = 0.1  # of the squared distance of unrelated loads: from there on two windows are of two kinds
 
 
 def is_burst(before: np.ndarray, now: np.ndarray) -> bool:
